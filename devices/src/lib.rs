@@ -1,0 +1,7 @@
+//! Device models: PCI, the virtio-pci transport, the vhost-user protocol, virtio-net and
+//! vhost-pci.
+//!
+//! Nothing here names KVM. A device reaches the machine that it is plugged into through the
+//! traits of [`host`], so the same models run under the VMM and under a test's fake host.
+
+pub mod host;

@@ -1,0 +1,175 @@
+//! Virtqueues for both sides: the driver that offers buffers and the device that uses them.
+//!
+//! # Layers
+//!
+//! * [`Memory`] and [`Region`]: how a ring reaches shared memory. [`Linear`] is one stretch of it that is mapped
+//!   (a guest's RAM, a window of a BAR, a file shared between two host threads).
+//! * [`DriverRing`] and [`DeviceRing`]: what a user of a ring is generic over; [`split`] implements them.
+//! * [`net`]: the virtio-net header.
+//!
+//! # Trust
+//!
+//! Each side treats the other as hostile. What the other side wrote is read once, checked, and used from the copy;
+//! no loop is bounded by it; a violation is an [`Error`], reported once, and the queue stays broken.
+//!
+//! The crate copies no payload and allocates nothing while running: it hands out checked ranges ([`Buffer`]).
+#![no_std]
+
+use core::fmt;
+use core::sync::atomic::Ordering;
+
+/// A device address and a length: a range of shared memory that has been checked against its [`Memory`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Buffer {
+    /// Device address of the first byte (guest physical or IO virtual).
+    pub addr: u64,
+    /// Length in bytes.
+    pub len: u32,
+    /// Whether the device may write it (VIRTQ_DESC_F_WRITE); otherwise it may read it.
+    pub device_writes: bool,
+}
+
+/// Shared memory, addressed as the ring's addresses are.
+pub trait Memory {
+    /// A part of it, checked once and then accessed without further checks of the address.
+    type Region: Region;
+    /// The range, or `None` where any byte of it is not there or `addr` is not aligned to `align` (a power of two).
+    fn region(&self, addr: u64, len: usize, align: usize) -> Option<Self::Region>;
+    /// Whether a buffer's range is there. This is the check that every descriptor of a peer goes through.
+    fn contains(&self, addr: u64, len: u32) -> bool;
+}
+
+/// A checked, aligned part of shared memory. Offsets are in bytes, naturally aligned and in bounds: the ring code upholds it, and
+/// an implementation may check it in debug builds.
+pub trait Region {
+    /// Atomic load.
+    fn load_u16(&self, offset: usize, order: Ordering) -> u16;
+    /// Atomic load.
+    fn load_u32(&self, offset: usize, order: Ordering) -> u32;
+    /// Atomic load.
+    fn load_u64(&self, offset: usize, order: Ordering) -> u64;
+    /// Atomic store.
+    fn store_u16(&self, offset: usize, value: u16, order: Ordering);
+    /// Atomic store.
+    fn store_u32(&self, offset: usize, value: u32, order: Ordering);
+    /// Atomic store.
+    fn store_u64(&self, offset: usize, value: u64, order: Ordering);
+    /// `core::sync::atomic::fence`, or the model's.
+    fn fence(order: Ordering);
+    /// Hints that the line at `offset` is about to be read.
+    fn prefetch(&self, _offset: usize) {}
+}
+
+/// Where a ring lies and what was negotiated for it.
+#[derive(Clone, Copy, Debug)]
+pub struct RingConfig {
+    /// Number of descriptors.
+    pub size: u16,
+    /// Device address of the descriptor area.
+    pub desc: u64,
+    /// Device address of the driver area (split: the available ring).
+    pub driver: u64,
+    /// Device address of the device area (split: the used ring).
+    pub device: u64,
+    /// VIRTIO_F_EVENT_IDX was negotiated.
+    pub event_idx: bool,
+    /// VIRTIO_F_IN_ORDER was negotiated.
+    pub in_order: bool,
+}
+
+/// A chain that the device has used.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Used {
+    /// The token that [`DriverRing::add`] returned.
+    pub id: u16,
+    /// Bytes that the device says it wrote; checked not to exceed what the chain lets it write.
+    pub len: u32,
+}
+
+/// A chain that the driver has made available: `count` buffers from `first` on in the array that
+/// [`DeviceRing::get`] filled.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Chain {
+    /// Identifies the chain in [`DeviceRing::put`].
+    pub id: u16,
+    /// Index of its first buffer.
+    pub first: u16,
+    /// How many buffers it has, at least one.
+    pub count: u16,
+}
+
+/// What the other side, or a configuration, got wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Error {
+    /// The ring's size or addresses do not fit the layout or the memory.
+    Config,
+    /// The other side's index moved further than the ring is long.
+    IndexOutOfRange,
+    /// A descriptor index or id beyond the ring, or one that is not outstanding.
+    BadId,
+    /// A descriptor's range is not in memory.
+    BadAddress,
+    /// A chain is longer than the ring or than the caller's array, or has a loop.
+    ChainTooLong,
+    /// A descriptor with flags that were not negotiated, or a readable one behind a writable one.
+    BadFlags,
+    /// The device reports more bytes than the chain lets it write.
+    BadLength,
+    /// An earlier violation broke this queue.
+    Broken,
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Config => "the ring's size or addresses do not fit",
+            Self::IndexOutOfRange => "the peer's index moved further than the ring is long",
+            Self::BadId => "the peer named a descriptor that is not there or not outstanding",
+            Self::BadAddress => "a descriptor points outside the memory",
+            Self::ChainTooLong => "a descriptor chain is too long or loops",
+            Self::BadFlags => "a descriptor has flags that were not negotiated",
+            Self::BadLength => "the device reports more bytes than it may write",
+            Self::Broken => "the queue is broken by an earlier violation",
+        })
+    }
+}
+
+impl core::error::Error for Error {}
+
+/// The driver's side of a ring.
+pub trait DriverRing {
+    /// How many more descriptors can be added now.
+    fn free(&self) -> u16;
+    /// Adds a chain of buffers (device-readable ones first). The device does not see it before [`DriverRing::publish`]. Returns the
+    /// token by which [`DriverRing::take`] reports it, or `None` where there is no room for the whole chain (or `buffers` is empty).
+    fn add(&mut self, buffers: &[Buffer]) -> Option<u16>;
+    /// Makes everything added visible to the device with one shared store. Returns whether the device wants a kick.
+    fn publish(&mut self) -> bool;
+    /// Takes up to `out.len()` used chains; returns how many. Their descriptors are free again.
+    fn take(&mut self, out: &mut [Used]) -> Result<usize, Error>;
+    /// Asks for no interrupts (a hint: one may still come).
+    fn disable_calls(&mut self);
+    /// Asks for an interrupt at the next used chain. Returns whether used chains are there already: then take them first.
+    fn enable_calls(&mut self) -> bool;
+}
+
+/// The device's side of a ring.
+pub trait DeviceRing {
+    /// Takes available chains: each into the next of `chains`, its buffers into `buffers` one behind the other. Stops where either
+    /// array is full, and returns how many chains it took. A chain that does not fit in the rest of `buffers` is left for the next call; one that
+    /// does not fit an empty array is [`Error::ChainTooLong`]. Every buffer is checked with [`Memory::contains`].
+    fn get(&mut self, chains: &mut [Chain], buffers: &mut [Buffer]) -> Result<usize, Error>;
+    /// Puts back the last `n` chains that [`DeviceRing::get`] returned, as if they had not been taken.
+    fn unget(&mut self, n: usize);
+    /// Marks a chain used with `written` bytes. The driver does not see it before [`DeviceRing::publish`].
+    fn put(&mut self, id: u16, written: u32);
+    /// Makes everything put visible to the driver with one shared store. Returns whether the driver wants a call.
+    fn publish(&mut self) -> bool;
+    /// Asks for no kicks (a hint: one may still come).
+    fn disable_kicks(&mut self);
+    /// Asks for a kick at the next available chain. Returns whether chains are there already: then get them first.
+    fn enable_kicks(&mut self) -> bool;
+    /// The ring's position, as VHOST_USER_GET_VRING_BASE reports it (split: the next available index).
+    fn base(&self) -> u32;
+}
