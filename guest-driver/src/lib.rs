@@ -1,1 +1,32 @@
-//! x
+//! Drivers for the two ends of a window: virtio-net (front-end) and vhost-pci (back-end), over virtio-pci.
+//!
+//! `no_std`: the same code runs in the bare-metal guest and in a process; what differs between them is behind
+//! [`Platform`].
+//!
+//! # Layers
+//!
+//! * [`pci`] finds functions and capabilities, [`virtio_pci`] negotiates and sets up queues.
+//! * [`net::NetDevice`] and [`vhost_pci::VhostPci`] are the drivers: the control path.
+//! * [`net::NetPort`] and [`peer::PeerPort`] are the data paths: rings and buffers only, no device. Both are a [`Port`], so a workload
+//!   does not know which end it runs at; the upper bound of the benchmarks puts the two on both sides of one piece of memory.
+#![no_std]
+
+extern crate alloc;
+
+pub mod bulk;
+pub mod joined;
+pub mod mmio;
+pub mod net;
+pub mod pci;
+pub mod peer;
+pub mod platform;
+pub mod port;
+pub mod vhost_pci;
+pub mod vhost_user;
+pub mod virtio_pci;
+
+pub use platform::{Dma, Event, MsiMessage, Platform};
+pub use port::{Frame, Port, Slot};
+
+#[cfg(test)]
+mod tests;

@@ -1,1 +1,20 @@
-//! x
+//! The bare-metal guest, as far as it does not depend on the machine: frames, workloads, commands, records.
+//!
+//! The guest image (the `bare-metal` binary) runs this on a vCPU; the tool runs the same workloads on two host threads, which gives the
+//! upper bound of its measurements. docs/bare-metal.md specifies commands, records and frames.
+#![no_std]
+
+extern crate alloc;
+
+pub mod command;
+pub mod frame;
+pub mod histogram;
+pub mod record;
+pub mod workload;
+
+pub use command::{Command, Run, Work};
+pub use record::Outcome;
+pub use workload::{Link, execute};
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,531 @@
+//! The vhost-pci driver: plays the vhost-user back-end of a virtio-net front-end (docs/device.md, and the vhost-user
+//! specification).
+
+use alloc::vec;
+use alloc::vec::Vec;
+
+use virtqueue::linear::Linear;
+use virtqueue::net::{F_STATUS, features};
+use virtqueue::{Buffer, DriverRing, RingConfig, Used, split};
+
+use crate::pci::Function;
+use crate::peer::{PeerPort, Vring};
+use crate::port::Frame;
+use crate::vhost_user::{self as proto, MAX_MESSAGE, Message, request};
+use crate::virtio_pci::{Doorbell, Error, Notify, Transport};
+use crate::{Dma, Platform};
+
+/// Device type of vhost-pci.
+pub const DEVICE_TYPE: u16 = 61;
+
+const CONFIG_STATUS: usize = 0;
+const CONFIG_MAX_QUEUES: usize = 4;
+const STATUS_BACKEND_UP: u32 = 1 << 0;
+const STATUS_FRONTEND_UP: u32 = 1 << 1;
+
+const RXQ: u16 = 0;
+const TXQ: u16 = 1;
+const CONTROL_QUEUE_SIZE: u16 = 16;
+const REPLY_LEN: usize = proto::HEADER + 8;
+
+/// Vrings that this driver serves: rx and tx of one queue pair.
+const VRINGS: usize = 2;
+const VRINGS_32: u32 = 2;
+/// Most regions of a front-end's memory table.
+const MAX_REGIONS: usize = 32;
+
+/// What a front-end may negotiate with this back-end.
+const FEATURES: u64 =
+    features::VERSION_1 | features::EVENT_IDX | F_STATUS | proto::F_PROTOCOL_FEATURES;
+const PROTOCOL_FEATURES: u64 =
+    proto::PROTOCOL_F_MQ | proto::PROTOCOL_F_REPLY_ACK | proto::PROTOCOL_F_CONFIGURE_MEM_SLOTS;
+
+/// The data path that this driver makes.
+pub type VhostPciPort = PeerPort<split::Device<Linear>, Doorbell>;
+
+/// A region of the front-end's memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Region {
+    guest: u64,
+    size: u64,
+    user: u64,
+}
+
+impl Region {
+    const BYTES: usize = 32;
+
+    fn parse(message: &Message, offset: usize) -> Option<Self> {
+        let word = |i: usize| message.u64(offset + 8 * i);
+        Some(Self {
+            guest: word(0)?,
+            size: word(1)?,
+            user: word(2)?,
+        })
+    }
+}
+
+/// What the front-end has said of one of its rings.
+#[derive(Clone, Copy, Debug, Default)]
+struct VringState {
+    size: u32,
+    base: u32,
+    /// User addresses of the descriptor, used and available areas.
+    addr: Option<[u64; 3]>,
+    /// A kick message has come; and whether kicks interrupt.
+    started: Option<bool>,
+    enabled: bool,
+}
+
+/// What a look at the control path found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Link {
+    /// Nothing new.
+    Same,
+    /// The rings can be used: [`VhostPci::port`] is there.
+    Up,
+    /// The rings are gone.
+    Down,
+}
+
+/// Everything that belongs to one connection; a new one starts from nothing.
+#[derive(Debug, Default)]
+struct Connection {
+    regions: Vec<Region>,
+    vrings: [VringState; VRINGS],
+    features: u64,
+}
+
+/// The driver of a vhost-pci device.
+#[derive(Debug)]
+pub struct VhostPci {
+    transport: Transport,
+    window: Linear,
+    rxq: Control,
+    txq: Control,
+    /// For each vring, where its doorbells are: call and error.
+    doorbells: [[u16; 2]; VRINGS],
+    connection: Connection,
+    port: Option<VhostPciPort>,
+    message: Vec<u8>,
+}
+
+/// A control queue with its buffers, one for each descriptor.
+#[derive(Debug)]
+struct Control {
+    ring: split::Driver<Linear>,
+    pool: Dma,
+    memory: Linear,
+    stride: usize,
+    doorbell: Doorbell,
+    /// Which buffer a descriptor id stands for.
+    buffer_of: Vec<u16>,
+    free: Vec<u16>,
+}
+
+impl Control {
+    fn new<P: Platform>(
+        platform: &P,
+        transport: &Transport,
+        memory: Linear,
+        index: u16,
+        stride: usize,
+    ) -> Result<Self, Error> {
+        let config = transport.add_queue(platform, index, CONTROL_QUEUE_SIZE)?;
+        let size = config.size;
+        let pool = platform
+            .dma(usize::from(size) * stride, 64)
+            .ok_or(Error::Memory)?;
+        Ok(Self {
+            ring: split::Driver::new(memory, &config)?,
+            pool,
+            memory,
+            stride,
+            doorbell: transport.doorbell(index)?,
+            buffer_of: vec![0; usize::from(size)],
+            free: (0..size).collect(),
+        })
+    }
+
+    fn addr(&self, buffer: u16) -> u64 {
+        self.pool.addr + (usize::from(buffer) * self.stride) as u64
+    }
+
+    fn add(&mut self, buffer: u16, len: usize, device_writes: bool) {
+        let piece = Buffer {
+            addr: self.addr(buffer),
+            len: u32::try_from(len).unwrap_or(0),
+            device_writes,
+        };
+        match self
+            .ring
+            .add(&[piece])
+            .and_then(|id| self.buffer_of.get_mut(usize::from(id)))
+        {
+            Some(slot) => *slot = buffer,
+            None => self.free.push(buffer),
+        }
+    }
+
+    fn publish(&mut self) {
+        if self.ring.publish() {
+            self.doorbell.notify();
+        }
+    }
+
+    /// Takes one used buffer: its number and how much was written.
+    fn take(&mut self) -> Result<Option<(u16, usize)>, virtqueue::Error> {
+        let mut used = [Used::default()];
+        let n = self.ring.take(&mut used)?;
+        let buffer = self
+            .buffer_of
+            .get(usize::from(used[0].id))
+            .copied()
+            .unwrap_or(0);
+        Ok((n == 1).then_some((buffer, used[0].len as usize)))
+    }
+
+    /// Gives all free buffers to the device.
+    fn fill(&mut self) {
+        while let Some(buffer) = self.free.pop() {
+            self.add(buffer, self.stride, true);
+        }
+        self.publish();
+    }
+}
+
+impl VhostPci {
+    /// Sets the device up and starts it; from then on [`VhostPci::service`] has to be called when there are interrupts, or often.
+    ///
+    /// `memory` is how the driver reaches the memory that [`Platform::dma`] gives, by device address.
+    #[allow(unsafe_code)] // one block: the window becomes memory that rings can lie in
+    pub fn new<P: Platform>(
+        platform: &P,
+        function: Function,
+        memory: Linear,
+    ) -> Result<Self, Error> {
+        let transport = Transport::new(platform, function)?;
+        transport.negotiate(|offered| {
+            (offered & features::VERSION_1 != 0).then_some(features::VERSION_1)
+        })?;
+        let bar = transport
+            .shared_memory()
+            .ok_or(Error::Structure("window"))?;
+        let base = platform
+            .map(bar.addr, bar.size)
+            .ok_or(Error::Structure("window"))?;
+        // SAFETY: the platform mapped the whole window, for ever; it holds nothing of Rust's.
+        let window = unsafe { Linear::new(base.as_ptr(), 0, bar.size) };
+        let mut rxq = Control::new(platform, &transport, memory, RXQ, MAX_MESSAGE)?;
+        let txq = Control::new(
+            platform,
+            &transport,
+            memory,
+            TXQ,
+            REPLY_LEN.next_multiple_of(64),
+        )?;
+        if transport.device().read_u32(CONFIG_MAX_QUEUES) < VRINGS_32 {
+            return Err(Error::Structure("second vhost queue"));
+        }
+        let mut doorbells = [[0; 2]; VRINGS];
+        for (index, doorbell) in (0u16..).zip(&mut doorbells) {
+            *doorbell = [2 + 2 * index, 3 + 2 * index];
+            transport.connect_vector(2 + 2 * index)?;
+        }
+        transport.start();
+        rxq.fill();
+        let device = Self {
+            transport,
+            window,
+            rxq,
+            txq,
+            doorbells,
+            connection: Connection::default(),
+            port: None,
+            message: vec![0; MAX_MESSAGE],
+        };
+        device.invite();
+        Ok(device)
+    }
+
+    /// The data path, while the front-end's rings can be used.
+    pub fn port(&mut self) -> Option<&mut VhostPciPort> {
+        self.port.as_mut()
+    }
+
+    /// What the front-end's driver negotiated.
+    #[must_use]
+    pub fn features(&self) -> u64 {
+        self.connection.features
+    }
+
+    /// Deals with what has come. `config_changed`: a configuration interrupt came since the last call; without one, this costs
+    /// one look at a line of our own memory.
+    pub fn service(&mut self, config_changed: bool) -> Result<Link, Error> {
+        let before = self.port.is_some();
+        let mut dropped = false;
+        if config_changed {
+            if self.transport.needs_reset() {
+                return Err(Error::Reset);
+            }
+            let status = self.transport.device().read_u32(CONFIG_STATUS);
+            if status & (STATUS_BACKEND_UP | STATUS_FRONTEND_UP) == 0 {
+                self.forget()?;
+                dropped = true;
+            }
+        }
+        let mut handled = false;
+        // Not more than a ringful at a time, however fast the front-end talks.
+        for _ in 0..CONTROL_QUEUE_SIZE {
+            let Some((buffer, len)) = self.rxq.take()? else {
+                break;
+            };
+            self.handle(buffer, len)?;
+            self.rxq.add(buffer, MAX_MESSAGE, true);
+            handled = true;
+        }
+        if handled {
+            self.rxq.publish();
+        }
+        Ok(match (before, self.port.is_some()) {
+            (false, true) => Link::Up,
+            (true, false) => Link::Down,
+            (true, true) if dropped => Link::Up,
+            _ => Link::Same,
+        })
+    }
+
+    /// Takes the rings out of use because the front-end broke a rule, and tells it (VHOST_USER_SET_VRING_ERR).
+    pub fn give_up(&mut self) {
+        self.stop();
+        for [_, error] in self.doorbells {
+            if let Ok(doorbell) = self.transport.doorbell(error) {
+                doorbell.notify();
+            }
+        }
+    }
+
+    /// Lets the device connect to a front-end.
+    fn invite(&self) {
+        self.transport
+            .device()
+            .write_u32(CONFIG_STATUS, STATUS_BACKEND_UP);
+    }
+
+    /// The front-end is gone: its messages and rings with it. Ready for the next.
+    fn forget(&mut self) -> Result<(), Error> {
+        self.stop();
+        while let Some((buffer, _)) = self.rxq.take()? {
+            self.rxq.free.push(buffer);
+        }
+        self.rxq.fill();
+        self.connection = Connection::default();
+        self.invite();
+        Ok(())
+    }
+
+    /// Takes the rings out of use, remembering where they were.
+    fn stop(&mut self) {
+        if let Some(port) = self.port.take() {
+            for (vring, base) in self.connection.vrings.iter_mut().zip(port.bases()) {
+                vring.base = base;
+            }
+        }
+    }
+
+    /// Copies a message out of its buffer and does what it says.
+    fn handle(&mut self, buffer: u16, len: usize) -> Result<(), Error> {
+        let mut bytes = core::mem::take(&mut self.message);
+        let len = len.min(MAX_MESSAGE);
+        let copied = read(self.rxq.memory, self.rxq.addr(buffer), &mut bytes[..len]);
+        // What is no message cannot be answered: the device lets none through.
+        let reply = if copied {
+            Message::parse(&bytes[..len]).and_then(|message| self.answer(&message))
+        } else {
+            None
+        };
+        self.message = bytes;
+        match reply {
+            Some(reply) => self.send(&reply),
+            None => Ok(()),
+        }
+    }
+
+    /// Does what a message asks; the reply, where it gets one.
+    fn answer(&mut self, message: &Message) -> Option<[u8; REPLY_LEN]> {
+        let value = |value: u64| Some(proto::reply(message.request, &value.to_le_bytes()));
+        match message.request {
+            request::GET_FEATURES => value(FEATURES),
+            request::GET_PROTOCOL_FEATURES => value(PROTOCOL_FEATURES),
+            request::GET_QUEUE_NUM => value(u64::from(VRINGS_32)),
+            request::GET_VRING_BASE => {
+                self.stop();
+                let index = message.u32(0)?;
+                let base = self.vring(index).map_or(0, |vring| {
+                    vring.started = None;
+                    vring.base
+                });
+                Some(proto::reply(
+                    message.request,
+                    &(u64::from(base) << 32 | u64::from(index)).to_le_bytes(),
+                ))
+            }
+            _ => {
+                let done = self.apply(message).is_some();
+                self.try_start();
+                if message.wants_ack() {
+                    value(u64::from(!done))
+                } else {
+                    None
+                }
+            }
+        }
+    }
+
+    /// Does what a message without a reply of its own asks; `None` where it cannot be done.
+    fn apply(&mut self, message: &Message) -> Option<()> {
+        match message.request {
+            request::SET_FEATURES => self.connection.features = message.u64(0)?,
+            request::SET_OWNER
+            | request::SET_PROTOCOL_FEATURES
+            | request::SET_VRING_CALL
+            | request::SET_VRING_ERR => {}
+            request::SET_MEM_TABLE => {
+                let count = usize::try_from(message.u32(0)?)
+                    .ok()
+                    .filter(|&count| count <= MAX_REGIONS)?;
+                self.connection.regions = (0..count)
+                    .map(|i| Region::parse(message, 8 + i * Region::BYTES))
+                    .collect::<Option<_>>()?;
+            }
+            request::ADD_MEM_REG => {
+                let region = Region::parse(message, 8)?;
+                if self.connection.regions.len() == MAX_REGIONS {
+                    return None;
+                }
+                self.connection.regions.push(region);
+            }
+            request::REM_MEM_REG => {
+                let region = Region::parse(message, 8)?;
+                let at = self
+                    .connection
+                    .regions
+                    .iter()
+                    .position(|&known| known == region)?;
+                self.connection.regions.swap_remove(at);
+            }
+            request::SET_VRING_NUM => self.vring(message.u32(0)?)?.size = message.u32(4)?,
+            request::SET_VRING_BASE => {
+                self.stop();
+                self.vring(message.u32(0)?)?.base = message.u32(4)?;
+            }
+            request::SET_VRING_ADDR => {
+                self.stop();
+                let addr = [message.u64(8)?, message.u64(16)?, message.u64(24)?];
+                self.vring(message.u32(0)?)?.addr = Some(addr);
+            }
+            request::SET_VRING_KICK => {
+                let value = message.u64(0)?;
+                let index = u32::try_from(value & 0xff).ok()?;
+                self.vring(index)?.started = Some(value & proto::VRING_NO_FD == 0);
+            }
+            request::SET_VRING_ENABLE => {
+                let enabled = message.u32(4)? != 0;
+                if !enabled {
+                    self.stop();
+                }
+                self.vring(message.u32(0)?)?.enabled = enabled;
+            }
+            _ => return None,
+        }
+        Some(())
+    }
+
+    fn vring(&mut self, index: u32) -> Option<&mut VringState> {
+        self.connection.vrings.get_mut(usize::try_from(index).ok()?)
+    }
+
+    /// Makes the data path once both rings are complete.
+    fn try_start(&mut self) {
+        if self.port.is_none() {
+            self.port = self.make_port();
+        }
+    }
+
+    fn make_port(&self) -> Option<VhostPciPort> {
+        Some(PeerPort::new(
+            self.window,
+            self.make_vring(0)?,
+            self.make_vring(1)?,
+        ))
+    }
+
+    fn make_vring(&self, index: usize) -> Option<Vring<split::Device<Linear>, Doorbell>> {
+        let state = self.connection.vrings.get(index)?;
+        let negotiated = self.connection.features & proto::F_PROTOCOL_FEATURES != 0;
+        let kicks = state.started?;
+        if negotiated && !state.enabled {
+            return None;
+        }
+        let size = u16::try_from(state.size).ok()?;
+        let n = u64::from(size);
+        let [desc, used, avail] = state.addr?;
+        let config = RingConfig {
+            size,
+            desc: self.translate(desc, 16 * n)?,
+            driver: self.translate(avail, 6 + 2 * n)?,
+            device: self.translate(used, 6 + 8 * n)?,
+            event_idx: self.connection.features & features::EVENT_IDX != 0,
+            in_order: false,
+        };
+        let ring = split::Device::with_base(self.window, &config, state.base).ok()?;
+        let [call, _] = *self.doorbells.get(index)?;
+        Some(Vring {
+            ring,
+            call: self.transport.doorbell(call).ok()?,
+            kicks,
+        })
+    }
+
+    /// The window's offset for a range of the front-end's user addresses.
+    fn translate(&self, user: u64, len: u64) -> Option<u64> {
+        self.connection.regions.iter().find_map(|region| {
+            let offset = user.checked_sub(region.user)?;
+            (offset.checked_add(len)? <= region.size).then(|| region.guest.checked_add(offset))?
+        })
+    }
+
+    fn send(&mut self, reply: &[u8; REPLY_LEN]) -> Result<(), Error> {
+        while let Some((buffer, _)) = self.txq.take()? {
+            self.txq.free.push(buffer);
+        }
+        // No more replies are under way than the front-end has asked for: without a free buffer it has not read
+        // them, and the device will have closed the connection.
+        if let Some(buffer) = self.txq.free.pop()
+            && write(self.txq.memory, self.txq.addr(buffer), reply)
+        {
+            self.txq.add(buffer, REPLY_LEN, false);
+            self.txq.publish();
+        }
+        Ok(())
+    }
+}
+
+/// Copies out of a control buffer.
+#[allow(unsafe_code)] // one block: a range that `Linear` checked
+fn read(memory: Linear, addr: u64, to: &mut [u8]) -> bool {
+    let Some(from) = memory.ptr(addr, to.len()) else {
+        return false;
+    };
+    // SAFETY: `ptr` checked the range, which stays mapped.
+    unsafe { Frame::new(from, to.len()) }.read(0, to)
+}
+
+/// Copies into a control buffer.
+#[allow(unsafe_code)] // one block: a range that `Linear` checked
+fn write(memory: Linear, addr: u64, from: &[u8]) -> bool {
+    let Some(to) = memory.ptr(addr, from.len()) else {
+        return false;
+    };
+    // SAFETY: `ptr` checked the range, which stays mapped; the buffer is not with the device.
+    unsafe { crate::Slot::new(to, from.len()) }.write(0, from)
+}

@@ -1,0 +1,110 @@
+//! The vhost-user messages that a back-end driver answers (vhost-user specification, "Message specification").
+
+/// Bytes of a header: request, flags and payload size, each le32.
+pub const HEADER: usize = 12;
+/// Room for the longest message.
+pub const MAX_MESSAGE: usize = 4096;
+
+/// Version 1, in the flags of every message.
+pub const VERSION: u32 = 1;
+/// The message is a reply.
+pub const REPLY: u32 = 1 << 2;
+/// The sender wants a reply even where the request has none.
+pub const NEED_REPLY: u32 = 1 << 3;
+
+/// Feature bit 30: protocol features can be negotiated.
+pub const F_PROTOCOL_FEATURES: u64 = 1 << 30;
+/// Protocol feature: several queues.
+pub const PROTOCOL_F_MQ: u64 = 1 << 0;
+/// Protocol feature: NEED_REPLY.
+pub const PROTOCOL_F_REPLY_ACK: u64 = 1 << 3;
+/// Protocol feature: memory regions are added and removed one by one.
+pub const PROTOCOL_F_CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
+
+/// Bit 8 of the payload of SET_VRING_KICK and its like: no descriptor comes with it.
+pub const VRING_NO_FD: u64 = 1 << 8;
+
+/// Request numbers.
+pub mod request {
+    #![allow(missing_docs)] // their names are those of the specification
+    pub const GET_FEATURES: u32 = 1;
+    pub const SET_FEATURES: u32 = 2;
+    pub const SET_OWNER: u32 = 3;
+    pub const SET_MEM_TABLE: u32 = 5;
+    pub const SET_VRING_NUM: u32 = 8;
+    pub const SET_VRING_ADDR: u32 = 9;
+    pub const SET_VRING_BASE: u32 = 10;
+    pub const GET_VRING_BASE: u32 = 11;
+    pub const SET_VRING_KICK: u32 = 12;
+    pub const SET_VRING_CALL: u32 = 13;
+    pub const SET_VRING_ERR: u32 = 14;
+    pub const GET_PROTOCOL_FEATURES: u32 = 15;
+    pub const SET_PROTOCOL_FEATURES: u32 = 16;
+    pub const GET_QUEUE_NUM: u32 = 17;
+    pub const SET_VRING_ENABLE: u32 = 18;
+    pub const ADD_MEM_REG: u32 = 37;
+    pub const REM_MEM_REG: u32 = 38;
+}
+
+/// A message that was copied out of shared memory.
+#[derive(Clone, Copy, Debug)]
+pub struct Message<'a> {
+    /// Request number.
+    pub request: u32,
+    /// Flags.
+    pub flags: u32,
+    /// Payload.
+    pub payload: &'a [u8],
+}
+
+impl<'a> Message<'a> {
+    /// Parses a message; `None` where the length does not fit the header.
+    #[must_use]
+    pub fn parse(bytes: &'a [u8]) -> Option<Self> {
+        let (header, payload) = bytes.split_at_checked(HEADER)?;
+        let size = usize::try_from(u32_at(header, 8)?).ok()?;
+        let message = Self {
+            request: u32_at(header, 0)?,
+            flags: u32_at(header, 4)?,
+            payload: payload.get(..size)?,
+        };
+        (payload.len() == size).then_some(message)
+    }
+
+    /// Whether the sender waits for an acknowledgement that the request does not have by itself.
+    #[must_use]
+    pub fn wants_ack(&self) -> bool {
+        self.flags & NEED_REPLY != 0
+    }
+
+    /// The payload's le64 at a byte offset.
+    #[must_use]
+    pub fn u64(&self, offset: usize) -> Option<u64> {
+        Some(u64::from_le_bytes(
+            self.payload.get(offset..offset + 8)?.try_into().ok()?,
+        ))
+    }
+
+    /// The payload's le32 at a byte offset.
+    #[must_use]
+    pub fn u32(&self, offset: usize) -> Option<u32> {
+        u32_at(self.payload, offset)
+    }
+}
+
+/// A reply to `request`, in a buffer of its own.
+#[must_use]
+pub fn reply(request: u32, payload: &[u8; 8]) -> [u8; HEADER + 8] {
+    let mut bytes = [0; HEADER + 8];
+    bytes[..4].copy_from_slice(&request.to_le_bytes());
+    bytes[4..8].copy_from_slice(&(VERSION | REPLY).to_le_bytes());
+    bytes[8..12].copy_from_slice(&8u32.to_le_bytes());
+    bytes[12..].copy_from_slice(payload);
+    bytes
+}
+
+fn u32_at(bytes: &[u8], offset: usize) -> Option<u32> {
+    Some(u32::from_le_bytes(
+        bytes.get(offset..offset + 4)?.try_into().ok()?,
+    ))
+}

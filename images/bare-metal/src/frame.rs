@@ -1,0 +1,241 @@
+//! The frames that workloads exchange: Ethernet, IPv4, UDP, and a payload that can be checked (docs/bare-metal.md).
+
+use guest_driver::{Frame, Slot};
+
+/// Shortest frame that a workload sends.
+pub const MIN_FRAME: usize = 60;
+/// Longest.
+pub const MAX_FRAME: usize = guest_driver::port::MAX_FRAME;
+
+const HEADERS: usize = 42;
+const SEQUENCE: usize = 42;
+const TAG: usize = 50;
+const PATTERN: usize = 54;
+
+/// Positions in the pattern table repeat after this many.
+const PERIOD: usize = 4096;
+static TABLE: [u8; PERIOD + MAX_FRAME] = table();
+
+const fn table() -> [u8; PERIOD + MAX_FRAME] {
+    let mut table = [0; PERIOD + MAX_FRAME];
+    let mut state = 0x9e37_79b9_7f4a_7c15u64;
+    let mut i = 0;
+    while i < table.len() {
+        table[i] = if i < PERIOD {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state.to_le_bytes()[3]
+        } else {
+            table[i - PERIOD]
+        };
+        i += 1;
+    }
+    table
+}
+
+/// The bytes behind the fixed part of frame `sequence`.
+#[inline(always)]
+fn pattern(sequence: u64, len: usize) -> &'static [u8] {
+    let [low, high, ..] = sequence.to_le_bytes();
+    let start = usize::from(u16::from_le_bytes([low, high])) % PERIOD;
+    TABLE.get(start..start + len).unwrap_or(&[])
+}
+
+/// Which end a frame comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// The VM with virtio-net.
+    FrontEnd,
+    /// The VM with vhost-pci.
+    BackEnd,
+}
+
+impl End {
+    /// The other end.
+    #[must_use]
+    pub fn peer(self) -> Self {
+        match self {
+            Self::FrontEnd => Self::BackEnd,
+            Self::BackEnd => Self::FrontEnd,
+        }
+    }
+
+    const fn number(self) -> u8 {
+        match self {
+            Self::FrontEnd => 1,
+            Self::BackEnd => 2,
+        }
+    }
+}
+
+/// What a frame is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// One of a sequence.
+    Data,
+    /// No more will come; its sequence number is how many there were.
+    End,
+}
+
+/// What a received frame turned out to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Seen {
+    /// A whole frame of this run.
+    Good(Kind, u64),
+    /// A frame of another run.
+    Stale,
+    /// Anything else: a byte is not what it should be.
+    Corrupt,
+}
+
+/// The parts of a run's frames that are the same in all of them.
+#[derive(Clone, Copy, Debug)]
+pub struct Format {
+    headers: [u8; HEADERS],
+    len: usize,
+    run: u16,
+}
+
+impl Format {
+    /// The frames of run `run` that `from` sends, `len` bytes long (taken to the nearest that is possible).
+    #[must_use]
+    pub fn new(from: End, len: usize, run: u16) -> Self {
+        let len = len.clamp(MIN_FRAME, MAX_FRAME);
+        let mut headers = [0; HEADERS];
+        let (source, target) = (from.number(), from.peer().number());
+        headers[..6].copy_from_slice(&[0x52, 0x54, 0, 0x70, 0, target]);
+        headers[6..12].copy_from_slice(&[0x52, 0x54, 0, 0x70, 0, source]);
+        headers[12..14].copy_from_slice(&0x0800u16.to_be_bytes());
+        let ip_len = u16::try_from(len - 14).unwrap_or(0);
+        let ip = &mut headers[14..34];
+        ip[0] = 0x45;
+        ip[2..4].copy_from_slice(&ip_len.to_be_bytes());
+        ip[6] = 0x40; // don't fragment
+        ip[8] = 64;
+        ip[9] = 17; // UDP
+        ip[12..16].copy_from_slice(&[10, 0, 0, source]);
+        ip[16..20].copy_from_slice(&[10, 0, 0, target]);
+        let checksum = checksum(ip);
+        ip[10..12].copy_from_slice(&checksum.to_be_bytes());
+        let udp = &mut headers[34..];
+        udp[0..2].copy_from_slice(&9u16.to_be_bytes());
+        udp[2..4].copy_from_slice(&9u16.to_be_bytes());
+        udp[4..6].copy_from_slice(&(ip_len - 20).to_be_bytes());
+        Self { headers, len, run }
+    }
+
+    /// Length of the frames in bytes.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Always false: a frame has at least its headers.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        false
+    }
+
+    #[inline(always)]
+    fn tag(&self, kind: Kind) -> u32 {
+        let kind = match kind {
+            Kind::Data => 0,
+            Kind::End => 1 << 16,
+        };
+        u32::from(self.run) | kind
+    }
+
+    /// Writes a frame into a slot of [`Format::len`] bytes.
+    #[inline(always)]
+    pub fn build(&self, slot: &mut Slot, kind: Kind, sequence: u64) {
+        slot.write(0, &self.headers);
+        slot.put_u64(SEQUENCE, sequence);
+        slot.put_u32(TAG, self.tag(kind));
+        slot.write(PATTERN, pattern(sequence, self.len - PATTERN));
+    }
+
+    /// Gives a frame that was copied into a slot this format's headers.
+    #[inline(always)]
+    pub fn readdress(&self, slot: &mut Slot) {
+        slot.write(0, &self.headers);
+    }
+
+    /// Checks every byte of a received frame.
+    #[inline(always)]
+    #[must_use]
+    pub fn check(&self, frame: &Frame) -> Seen {
+        let (Some(sequence), Some(tag)) = (frame.u64(SEQUENCE), frame.u32(TAG)) else {
+            return Seen::Corrupt;
+        };
+        let kind = if tag == self.tag(Kind::Data) {
+            Kind::Data
+        } else if tag == self.tag(Kind::End) {
+            Kind::End
+        } else {
+            return if tag & 0xffff == u32::from(self.run) {
+                Seen::Corrupt
+            } else {
+                Seen::Stale
+            };
+        };
+        let whole = frame.len() == self.len
+            && frame.matches(0, &self.headers)
+            && frame.matches(PATTERN, pattern(sequence, self.len - PATTERN));
+        if whole {
+            Seen::Good(kind, sequence)
+        } else {
+            Seen::Corrupt
+        }
+    }
+}
+
+/// The Internet checksum (RFC 1071) of an even number of bytes.
+fn checksum(bytes: &[u8]) -> u16 {
+    let mut sum: u32 = bytes
+        .chunks_exact(2)
+        .map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]])))
+        .sum();
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    !u16::try_from(sum).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_ip_header_sums_to_zero_and_lengths_agree() {
+        for len in [60, 64, 1518] {
+            let format = Format::new(End::FrontEnd, len, 1);
+            assert_eq!(checksum(&format.headers[14..34]), 0);
+            assert_eq!(
+                usize::from(u16::from_be_bytes([format.headers[16], format.headers[17]])),
+                len - 14
+            );
+            assert_eq!(
+                usize::from(u16::from_be_bytes([format.headers[38], format.headers[39]])),
+                len - 34
+            );
+        }
+    }
+
+    #[test]
+    fn the_two_ends_address_each_other() {
+        let (a, b) = (
+            Format::new(End::FrontEnd, 64, 1),
+            Format::new(End::BackEnd, 64, 1),
+        );
+        assert_eq!(a.headers[..6], b.headers[6..12]);
+        assert_eq!(a.headers[26..30], b.headers[30..34]);
+    }
+
+    #[test]
+    fn the_pattern_differs_between_neighbouring_frames() {
+        for sequence in 0..PERIOD as u64 {
+            assert_ne!(pattern(sequence, 6), pattern(sequence + 1, 6));
+        }
+    }
+}

@@ -1,0 +1,173 @@
+//! The two ends as workloads see them.
+
+use bare_metal::Link;
+use bare_metal::frame::End;
+use bare_metal::workload::Stopped;
+use guest_driver::net::{NetDevice, NetPort};
+use guest_driver::vhost_pci::{Link as Change, VhostPci, VhostPciPort};
+use guest_driver::virtio_pci::Doorbell;
+use virtqueue::linear::Linear;
+use virtqueue::split;
+
+use crate::arch::{self, event};
+use crate::error;
+
+/// What the main loop needs beside what a workload needs.
+pub trait Connection: Link {
+    /// Whether there is a connection that can carry frames.
+    fn is_up(&self) -> bool;
+    /// What was negotiated.
+    fn features(&self) -> u64;
+    /// Its name in records.
+    fn role(&self) -> &'static str {
+        match self.end() {
+            End::FrontEnd => "front-end",
+            End::BackEnd => "back-end",
+        }
+    }
+    /// A workload could not go on.
+    fn stopped(&mut self, why: Stopped);
+}
+
+/// Sleeps until an interrupt or a time. Events are cleared afterwards, never before: one that came since the caller
+/// looked at its rings must end the sleep.
+fn sleep(until: u64) {
+    arch::arm_timer(until);
+    arch::sleep();
+    arch::take_events(event::QUEUE | event::TIMER);
+}
+
+/// The virtio-net driver's end.
+pub struct FrontEnd {
+    device: NetDevice,
+    up: bool,
+    tsc_khz: u64,
+}
+
+impl FrontEnd {
+    /// A device that was started.
+    pub fn new(device: NetDevice, tsc_khz: u64) -> Self {
+        let up = device.link_up();
+        Self {
+            device,
+            up,
+            tsc_khz,
+        }
+    }
+}
+
+impl Link for FrontEnd {
+    type Port = NetPort<split::Driver<Linear>, Doorbell>;
+
+    fn end(&self) -> End {
+        End::FrontEnd
+    }
+
+    fn port(&mut self) -> Option<&mut Self::Port> {
+        self.up.then_some(&mut self.device.port)
+    }
+
+    fn service(&mut self) {
+        if arch::take_events(event::CONFIG) != 0 {
+            self.up = self.device.link_up();
+        }
+    }
+
+    fn sleep(&mut self, until: u64) {
+        sleep(until);
+    }
+
+    fn now(&self) -> u64 {
+        arch::now()
+    }
+
+    fn ticks_per_ms(&self) -> u64 {
+        self.tsc_khz
+    }
+}
+
+impl Connection for FrontEnd {
+    fn is_up(&self) -> bool {
+        self.up
+    }
+
+    fn features(&self) -> u64 {
+        self.device.features()
+    }
+
+    fn stopped(&mut self, why: Stopped) {
+        // A broken ring stays broken until the device is set up anew.
+        self.up &= !matches!(why, Stopped::Ring(_));
+    }
+}
+
+/// The vhost-pci driver's end.
+pub struct BackEnd {
+    device: VhostPci,
+    up: bool,
+    tsc_khz: u64,
+}
+
+impl BackEnd {
+    /// A device that was started.
+    pub fn new(device: VhostPci, tsc_khz: u64) -> Self {
+        Self {
+            device,
+            up: false,
+            tsc_khz,
+        }
+    }
+}
+
+impl Link for BackEnd {
+    type Port = VhostPciPort;
+
+    fn end(&self) -> End {
+        End::BackEnd
+    }
+
+    fn port(&mut self) -> Option<&mut Self::Port> {
+        self.device.port()
+    }
+
+    fn service(&mut self) {
+        match self.device.service(arch::take_events(event::CONFIG) != 0) {
+            Ok(Change::Same) => {}
+            Ok(Change::Up) => self.up = true,
+            Ok(Change::Down) => self.up = false,
+            Err(why) => {
+                error(format_args!("vhost-pci: {why}"));
+                self.up = false;
+            }
+        }
+    }
+
+    fn sleep(&mut self, until: u64) {
+        sleep(until);
+    }
+
+    fn now(&self) -> u64 {
+        arch::now()
+    }
+
+    fn ticks_per_ms(&self) -> u64 {
+        self.tsc_khz
+    }
+}
+
+impl Connection for BackEnd {
+    fn is_up(&self) -> bool {
+        self.up
+    }
+
+    fn features(&self) -> u64 {
+        self.device.features()
+    }
+
+    fn stopped(&mut self, why: Stopped) {
+        if let Stopped::Ring(_) = why {
+            self.device.give_up();
+        }
+        self.up = false;
+    }
+}

@@ -1,0 +1,214 @@
+//! The image: boots, finds its device, runs workloads (docs/bare-metal.md).
+#![no_std]
+#![no_main]
+
+extern crate alloc;
+
+mod arch;
+mod console;
+mod links;
+mod machine;
+
+use core::fmt;
+
+use bare_metal::command::{BadWord, Boot};
+use bare_metal::record::ResultRecord;
+use bare_metal::{Command, Outcome, Run};
+use guest_driver::net::{self, NetDevice};
+use guest_driver::pci;
+use guest_driver::vhost_pci::{self, VhostPci};
+use guest_driver::virtio_pci::{DEVICE_BASE, VENDOR};
+
+use arch::event;
+use links::{BackEnd, Connection, FrontEnd};
+use machine::{BootParameters, Machine};
+
+/// A byte written here ends the VM with that exit code.
+const EXIT_PORT: u16 = 0xf4;
+/// The workload lost frames, or timed out.
+const EXIT_NOT_CLEAN: u8 = 1;
+/// The guest cannot go on.
+const EXIT_FAILED: u8 = 101;
+/// Largest rings that the drivers ask for.
+const QUEUE_SIZE: u16 = 1024;
+
+/// Prints a line for people.
+#[macro_export]
+macro_rules! print {
+    ($($arg:tt)*) => { $crate::console::print(format_args!($($arg)*)) };
+}
+
+fn exit(code: u8) -> ! {
+    loop {
+        arch::out8(EXIT_PORT, code);
+    }
+}
+
+/// Says why the guest cannot go on, to people and as a record, and powers off.
+fn fail(what: fmt::Arguments) -> ! {
+    print!("guest: {what}");
+    console::record(format_args!("{{\"record\":\"error\",\"what\":\"{what}\"}}"));
+    exit(EXIT_FAILED)
+}
+
+/// Where CPL 3 begins; called by boot.s.
+#[unsafe(no_mangle)]
+#[allow(unsafe_code)] // an entry point has a fixed name, and trusts what the boot protocol says of rdi
+extern "C" fn user_main(zero_page: *const u8) -> ! {
+    arch::init_interrupts();
+    guest_driver::bulk::detect();
+    // SAFETY: boot.s passes on what it got from the boot protocol.
+    let parameters = unsafe { BootParameters::new(zero_page) };
+    let boot = Boot::parse(parameters.command_line(), |word| {
+        print!("guest: unknown word on the command line: {word}")
+    });
+    if boot.tsc_khz == 0 || boot.ecam == 0 {
+        fail(format_args!("the command line lacks tsc_khz= or ecam="));
+    }
+    let Some(machine) = Machine::new(parameters, boot.ecam) else {
+        fail(format_args!(
+            "no memory behind the image, or no PCI configuration space"
+        ));
+    };
+    for function in pci::functions(&machine).filter(|function| function.vendor == VENDOR) {
+        match function.device.wrapping_sub(DEVICE_BASE) {
+            net::DEVICE_TYPE => {
+                print!("guest: virtio-net at {function}: front-end");
+                match NetDevice::new(&machine, function, machine.memory(), QUEUE_SIZE) {
+                    Ok(device) => serve(&machine, FrontEnd::new(device, boot.tsc_khz), &boot),
+                    Err(error) => fail(format_args!("{function}: {error}")),
+                }
+            }
+            vhost_pci::DEVICE_TYPE => {
+                print!("guest: vhost-pci at {function}: back-end");
+                match VhostPci::new(&machine, function, machine.memory()) {
+                    Ok(device) => serve(&machine, BackEnd::new(device, boot.tsc_khz), &boot),
+                    Err(error) => fail(format_args!("{function}: {error}")),
+                }
+            }
+            _ => print!("guest: {function}: no driver"),
+        }
+    }
+    fail(format_args!(
+        "there is no virtio-net and no vhost-pci device: start with --net or --vhost-pci"
+    ));
+}
+
+/// Runs the workload of the command line, or those that the control channel asks for.
+fn serve<C: Connection>(machine: &Machine, mut link: C, boot: &Boot) -> ! {
+    machine.connect_control();
+    let mut input = console::Input::new();
+    link.service();
+    let mut up = false;
+    let mut first = true;
+    loop {
+        if up != link.is_up() {
+            up = !up;
+            announce(&link, up, boot.tsc_khz);
+        }
+        if let Some(run) = boot.run.filter(|_| up) {
+            match run_workload(&mut link, &run) {
+                Some(outcome) => exit(if outcome.is_clean() {
+                    0
+                } else {
+                    EXIT_NOT_CLEAN
+                }),
+                None => continue,
+            }
+        }
+        // What came before the interrupt was turned on is there without one.
+        if arch::take_events(event::CONTROL) != 0 || first {
+            first = false;
+            input.lines(|line| match Command::parse(line) {
+                Ok(None) => {}
+                Ok(Some(Command::Run(run))) => {
+                    run_workload(&mut link, &run);
+                }
+                Ok(Some(Command::Exit(code))) => exit(code),
+                Err(BadWord(word)) => error(format_args!("not understood: {word}")),
+            });
+            link.service();
+            continue;
+        }
+        arch::sleep();
+        arch::take_events(event::QUEUE | event::TIMER);
+        link.service();
+    }
+}
+
+fn announce<C: Connection>(link: &C, up: bool, tsc_khz: u64) {
+    if up {
+        let (role, features) = (link.role(), link.features());
+        print!("guest: connected");
+        console::record(format_args!(
+            "{{\"record\":\"ready\",\"role\":\"{role}\",\"tsc_khz\":{tsc_khz},\"features\":{features}}}"
+        ));
+    } else {
+        print!("guest: the peer is gone");
+        console::record(format_args!("{{\"record\":\"down\"}}"));
+    }
+}
+
+/// Runs a workload and reports it; `None` where it could not be finished.
+fn run_workload<C: Connection>(link: &mut C, run: &Run) -> Option<Outcome> {
+    match bare_metal::execute(link, run) {
+        Ok(outcome) => {
+            console::record(format_args!("{}", ResultRecord(run, &outcome)));
+            summary(run, &outcome);
+            Some(outcome)
+        }
+        Err(stopped) => {
+            error(format_args!(
+                "run {} ({}): {stopped}",
+                run.id,
+                run.work.name()
+            ));
+            link.stopped(stopped);
+            None
+        }
+    }
+}
+
+fn error(what: fmt::Arguments) {
+    print!("guest: {what}");
+    console::record(format_args!("{{\"record\":\"error\",\"what\":\"{what}\"}}"));
+}
+
+/// Says how a run of the command line went.
+fn summary(run: &Run, outcome: &Outcome) {
+    let name = run.work.name();
+    if let Some(sent) = outcome.sent {
+        print!(
+            "guest: {name}: sent {} frames of {} bytes",
+            sent.frames, run.size
+        );
+    }
+    if let Some(received) = outcome.received {
+        print!(
+            "guest: {name}: received {} frames, every byte checked: {} lost, {} duplicated, {} reordered, {} corrupted",
+            received.verified,
+            received.lost,
+            received.duplicated,
+            received.reordered,
+            received.corrupted
+        );
+    }
+    if outcome.timeout {
+        print!("guest: {name}: nothing came for {} ms", run.timeout_ms);
+    }
+}
+
+/// Where a fault ends up; called by boot.s.
+#[unsafe(no_mangle)]
+#[allow(unsafe_code)] // an entry point has a fixed name
+extern "C" fn user_fault() -> ! {
+    let [vector, code, rip, cr2] = arch::fault();
+    fail(format_args!(
+        "fault {vector}, code {code:#x}, at {rip:#x}, address {cr2:#x}"
+    ));
+}
+
+#[panic_handler]
+fn panic(info: &core::panic::PanicInfo) -> ! {
+    fail(format_args!("panic: {}", info.message()));
+}

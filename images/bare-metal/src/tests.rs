@@ -1,0 +1,303 @@
+//! Workloads on two threads over a joined pair, whole and with faults put in between.
+
+extern crate std;
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+use std::vec;
+use std::vec::Vec;
+use std::{format, thread};
+
+use guest_driver::joined::{self, JoinedBackEnd, JoinedFrontEnd};
+use guest_driver::{Frame, Port, Slot};
+use virtqueue::linear::Linear;
+
+use crate::frame::End;
+use crate::record::ResultRecord;
+use crate::{Link, Outcome, Run, Work, execute};
+
+struct Thread<P> {
+    end: End,
+    port: P,
+    start: Instant,
+}
+
+impl<P: Port> Link for Thread<P> {
+    type Port = P;
+
+    fn end(&self) -> End {
+        self.end
+    }
+
+    fn port(&mut self) -> Option<&mut P> {
+        Some(&mut self.port)
+    }
+
+    fn service(&mut self) {
+        thread::yield_now(); // two threads may share one core here
+    }
+
+    fn sleep(&mut self, _until: u64) {
+        thread::yield_now();
+    }
+
+    fn now(&self) -> u64 {
+        u64::try_from(self.start.elapsed().as_micros()).unwrap()
+    }
+
+    fn ticks_per_ms(&self) -> u64 {
+        1000
+    }
+}
+
+const SIZE: u16 = 64;
+
+struct Bed {
+    _words: Vec<[u64; 512]>,
+    memory: Linear,
+}
+
+fn bed() -> Bed {
+    let pages = usize::try_from(joined::memory_needed(SIZE)).unwrap() / 4096 + 1;
+    let mut words = vec![[0u64; 512]; pages];
+    let base = words.as_mut_ptr().cast::<u8>();
+    let skip = base.align_offset(4096);
+    #[allow(unsafe_code)]
+    // SAFETY: the vector outlives the test's threads and is not touched otherwise.
+    let memory = unsafe { Linear::new(base.add(skip), 0, joined::memory_needed(SIZE)) };
+    Bed {
+        _words: words,
+        memory,
+    }
+}
+
+/// Runs one workload at each end; `meddle` gets the front-end's port in its place.
+fn run_with<P: Port + Send>(
+    front: Run,
+    back: Run,
+    meddle: impl FnOnce(JoinedFrontEnd) -> P,
+) -> (Outcome, Outcome) {
+    let bed = bed();
+    let (front_port, back_port): (_, JoinedBackEnd) =
+        joined::join(bed.memory, 0, SIZE, false).unwrap();
+    let start = Instant::now();
+    let mut front_end = Thread {
+        end: End::FrontEnd,
+        port: meddle(front_port),
+        start,
+    };
+    let mut back_end = Thread {
+        end: End::BackEnd,
+        port: back_port,
+        start,
+    };
+    thread::scope(|scope| {
+        let front = scope.spawn(move || execute(&mut front_end, &front).unwrap());
+        let back = scope.spawn(move || execute(&mut back_end, &back).unwrap());
+        (front.join().unwrap(), back.join().unwrap())
+    })
+}
+
+fn run(work: Work) -> Run {
+    Run {
+        work,
+        id: 3,
+        count: 20_000,
+        timeout_ms: 5000,
+        ..Run::default()
+    }
+}
+
+#[test]
+fn everything_that_is_sent_arrives_in_each_direction_polling_and_sleeping() {
+    for interrupts in [false, true] {
+        for size in [60, 64, 65, 1518] {
+            let with = |work| Run {
+                size,
+                interrupts,
+                ..run(work)
+            };
+            let (front, back) = run_with(with(Work::Sink), with(Work::Source), |port| port);
+            assert!(front.is_clean() && back.is_clean());
+            assert_eq!(front.received.unwrap().verified, 20_000);
+            assert_eq!(back.sent.unwrap().frames, 20_000);
+            let (front, back) = run_with(with(Work::Source), with(Work::Sink), |port| port);
+            assert!(front.is_clean() && back.is_clean());
+            assert_eq!(back.received.unwrap().verified, 20_000);
+        }
+    }
+}
+
+#[test]
+fn both_directions_at_once_lose_nothing() {
+    let (front, back) = run_with(run(Work::Both), run(Work::Both), |port| port);
+    assert!(front.is_clean() && back.is_clean());
+    assert_eq!(front.received.unwrap().verified, 20_000);
+    assert_eq!(back.received.unwrap().verified, 20_000);
+}
+
+#[test]
+fn a_timed_run_stops_by_itself_and_counts_what_it_timed() {
+    let timed = |work| Run {
+        count: 0,
+        ms: 50,
+        warmup_ms: 10,
+        ..run(work)
+    };
+    let (front, back) = run_with(timed(Work::Sink), timed(Work::Source), |port| port);
+    let received = front.received.unwrap();
+    assert!(front.is_clean() && back.is_clean());
+    assert!(received.frames > 0 && received.frames < received.verified);
+    assert!(
+        (20_000..500_000).contains(&received.ticks),
+        "{} us",
+        received.ticks
+    );
+}
+
+#[test]
+fn a_round_trip_times_every_frame_it_got_back() {
+    let few = |work| Run {
+        count: 2000,
+        ..run(work)
+    };
+    for (front, back) in [(Work::Echo, Work::RoundTrip), (Work::RoundTrip, Work::Echo)] {
+        let (front, back) = run_with(few(front), few(back), |port| port);
+        assert!(front.is_clean() && back.is_clean());
+        let times = front.round_trips.or(back.round_trips).unwrap();
+        assert_eq!(times.count(), 2000);
+        assert!(times.quantile(500) <= times.quantile(990));
+    }
+}
+
+#[test]
+fn a_sink_that_hears_nothing_gives_up() {
+    let (front, _) = run_with(
+        Run {
+            timeout_ms: 20,
+            ..run(Work::Sink)
+        },
+        Run {
+            count: 0,
+            ms: 0,
+            work: Work::Source,
+            id: 9,
+            ..Run::default()
+        },
+        |port| port,
+    );
+    assert!(front.timeout && !front.is_clean());
+}
+
+/// What happens to data frames on their way into the front-end.
+#[derive(Clone, Copy)]
+enum Fault {
+    Drop,
+    Duplicate,
+    Swap,
+    Corrupt(usize),
+    Truncate,
+}
+
+/// Does one fault to the 100th frame that arrives.
+struct Meddler {
+    inner: JoinedFrontEnd,
+    fault: Fault,
+    seen: AtomicU64,
+    held: Vec<u8>,
+}
+
+impl Port for Meddler {
+    fn tx_burst(
+        &mut self,
+        count: usize,
+        len: usize,
+        build: impl FnMut(usize, &mut Slot),
+    ) -> Result<usize, virtqueue::Error> {
+        self.inner.tx_burst(count, len, build)
+    }
+
+    fn rx_burst(
+        &mut self,
+        count: usize,
+        mut receive: impl FnMut(&Frame),
+    ) -> Result<usize, virtqueue::Error> {
+        let (fault, seen, held) = (self.fault, &self.seen, &mut self.held);
+        self.inner.rx_burst(count, |frame| {
+            if !held.is_empty() {
+                receive(frame);
+                receive(&Frame::of(held));
+                held.clear();
+                return;
+            }
+            if seen.fetch_add(1, Ordering::Relaxed) != 100 {
+                return receive(frame);
+            }
+            let mut bytes = vec![0; frame.len()];
+            assert!(frame.read(0, &mut bytes));
+            match fault {
+                Fault::Drop => {}
+                Fault::Duplicate => {
+                    receive(frame);
+                    receive(frame);
+                }
+                Fault::Swap => *held = bytes,
+                Fault::Corrupt(at) => {
+                    bytes[at] ^= 1;
+                    receive(&Frame::of(&bytes));
+                }
+                Fault::Truncate => receive(&Frame::of(&bytes[..bytes.len() - 1])),
+            }
+        })
+    }
+
+    fn drained(&mut self) -> Result<bool, virtqueue::Error> {
+        self.inner.drained()
+    }
+
+    fn arm(&mut self, rx: bool, tx: bool) -> bool {
+        self.inner.arm(rx, tx)
+    }
+
+    fn disarm(&mut self) {
+        self.inner.disarm();
+    }
+}
+
+#[test]
+fn every_fault_is_counted_as_what_it_is() {
+    let meddle = |fault| {
+        let (front, _) = run_with(run(Work::Sink), run(Work::Source), |inner| Meddler {
+            inner,
+            fault,
+            seen: AtomicU64::new(0),
+            held: Vec::new(),
+        });
+        let got = front.received.unwrap();
+        assert!(!front.is_clean());
+        (got.lost, got.duplicated, got.reordered, got.corrupted)
+    };
+    assert_eq!(meddle(Fault::Drop), (1, 0, 0, 0));
+    assert_eq!(meddle(Fault::Duplicate), (0, 1, 0, 0));
+    assert_eq!(meddle(Fault::Swap), (0, 0, 1, 0));
+    assert_eq!(meddle(Fault::Truncate), (1, 0, 0, 1));
+    for at in [0, 11, 20, 41, 54, 63] {
+        assert_eq!(meddle(Fault::Corrupt(at)), (1, 0, 0, 1), "byte {at}");
+    }
+}
+
+#[test]
+fn a_result_record_is_one_line_with_what_applies() {
+    let (front, back) = run_with(run(Work::Sink), run(Work::Source), |port| port);
+    let line = format!("{}", ResultRecord(&run(Work::Sink), &front));
+    assert!(line.starts_with("{\"record\":\"result\",\"id\":3,\"work\":\"sink\",\"rx_frames\":"));
+    assert!(
+        line.contains("\"verified\":20000,\"lost\":0")
+            && !line.contains("tx_frames")
+            && !line.contains('\n')
+    );
+    let line = format!("{}", ResultRecord(&run(Work::Source), &back));
+    assert!(
+        line.contains("\"tx_frames\":20000,\"tx_bytes\":1280000") && !line.contains("rx_frames")
+    );
+}

@@ -1,0 +1,569 @@
+//! The workloads: source, sink, both, echo, round trip.
+
+use alloc::boxed::Box;
+use alloc::vec;
+use alloc::vec::Vec;
+use core::fmt;
+
+use guest_driver::port::MAX_BURST;
+use guest_driver::{Frame, Port};
+
+use crate::frame::{End, Format, Kind, MAX_FRAME, Seen};
+use crate::histogram::Histogram;
+use crate::record::{Outcome, Received, Sent};
+use crate::{Run, Work};
+
+/// What a workload runs on: a port, and the things that go on beside it.
+pub trait Link {
+    /// The data path.
+    type Port: Port;
+
+    /// Which end this is.
+    fn end(&self) -> End;
+
+    /// The port, while there is a connection.
+    fn port(&mut self) -> Option<&mut Self::Port>;
+
+    /// Deals with whatever else wants attention; called every few bursts. Afterwards the port may be gone.
+    fn service(&mut self);
+
+    /// Sleeps until an interrupt, or until the clock shows `until`.
+    fn sleep(&mut self, until: u64);
+
+    /// The time-stamp counter.
+    fn now(&self) -> u64;
+
+    /// How many ticks it makes in a millisecond.
+    fn ticks_per_ms(&self) -> u64;
+}
+
+/// Why a workload could not go on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stopped {
+    /// The connection went away.
+    Down,
+    /// The peer broke a ring rule.
+    Ring(virtqueue::Error),
+}
+
+impl fmt::Display for Stopped {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Down => f.write_str("the peer is gone"),
+            Self::Ring(error) => write!(f, "ring: {error}"),
+        }
+    }
+}
+
+impl core::error::Error for Stopped {}
+
+/// Bursts between two looks at the clock.
+const CLOCK_EVERY: u32 = 16;
+/// Bursts between two looks at the control path.
+const SERVICE_EVERY: u32 = 256;
+
+/// Runs a workload to its end.
+pub fn execute<L: Link>(link: &mut L, run: &Run) -> Result<Outcome, Stopped> {
+    let mut outcome = match run.work {
+        Work::Source => traffic(link, run, true, false),
+        Work::Sink => traffic(link, run, false, true),
+        Work::Both => traffic(link, run, true, true),
+        Work::Echo => echo(link, run),
+        Work::RoundTrip => round_trip(link, run),
+    }?;
+    if let Some(received) = &mut outcome.received {
+        received.ticks = received.ticks.max(1);
+    }
+    Ok(outcome)
+}
+
+/// Runs `burst` on the port of a link.
+#[inline(always)]
+fn with_port<L: Link, R>(
+    link: &mut L,
+    burst: impl FnOnce(&mut L::Port) -> Result<R, virtqueue::Error>,
+) -> Result<R, Stopped> {
+    burst(link.port().ok_or(Stopped::Down)?).map_err(Stopped::Ring)
+}
+
+/// When a run's parts begin and end, in ticks.
+struct Schedule {
+    warm: u64,
+    end: u64,
+}
+
+impl Schedule {
+    fn from<L: Link>(link: &L, run: &Run, start: u64) -> Self {
+        let warm = start + run.warmup_ms * link.ticks_per_ms();
+        Self {
+            warm,
+            end: warm + run.ms * link.ticks_per_ms(),
+        }
+    }
+}
+
+/// The sending half of a run.
+struct Sender {
+    format: Format,
+    next: u64,
+    limit: u64,
+    schedule: Schedule,
+    /// When the timed part began, and the frame that was next then.
+    timed_from: Option<(u64, u64)>,
+    stats: Sent,
+    /// Only the end frame is left to send; it has been sent; the peer has taken it.
+    ending: bool,
+    ended: bool,
+    done: bool,
+}
+
+impl Sender {
+    fn new<L: Link>(link: &L, run: &Run) -> Self {
+        Self {
+            format: Format::new(link.end(), run.size, run.id),
+            next: 0,
+            limit: if run.count == 0 { u64::MAX } else { run.count },
+            schedule: Schedule::from(link, run, link.now()),
+            // A counted run is timed as a whole.
+            timed_from: (run.count != 0).then(|| (link.now(), 0)),
+            stats: Sent::default(),
+            ending: false,
+            ended: false,
+            done: false,
+        }
+    }
+
+    /// Looks at the clock: when to begin timing, when to stop.
+    fn tick(&mut self, now: u64, run: &Run) {
+        if self.timed_from.is_none() && now >= self.schedule.warm {
+            self.timed_from = Some((now, self.next));
+        }
+        let over = if run.count == 0 {
+            now >= self.schedule.end
+        } else {
+            self.next >= self.limit
+        };
+        if over && !self.ending {
+            let (from, first) = self.timed_from.unwrap_or((now, self.next));
+            self.stats.ticks = (now - from).max(1);
+            self.stats.frames = self.next - first;
+            self.ending = true;
+        }
+    }
+
+    /// Sends a burst; returns how many frames went.
+    #[inline(always)]
+    fn burst<P: Port>(&mut self, port: &mut P, batch: usize) -> Result<usize, virtqueue::Error> {
+        let (format, next) = (&self.format, self.next);
+        if self.ended {
+            self.done = port.drained()?;
+            return Ok(0);
+        }
+        if self.ending {
+            let sent = port.tx_burst(1, format.len(), |_, slot| {
+                format.build(slot, Kind::End, next)
+            })?;
+            self.ended = sent == 1;
+            return Ok(sent);
+        }
+        let room = self.limit - next;
+        let batch = usize::try_from(room).map_or(batch, |room| room.min(batch));
+        let sent = port.tx_burst(batch, format.len(), |i, slot| {
+            format.build(slot, Kind::Data, next + i as u64)
+        })?;
+        self.next += sent as u64;
+        self.stats.full += u64::from(sent < batch);
+        Ok(sent)
+    }
+}
+
+/// A hole in a sequence: first number that is missing, and the one behind the last.
+type Gap = (u64, u64);
+/// Most holes that are remembered; frames of a forgotten hole that come late count as reordered.
+const MAX_GAPS: usize = 1024;
+
+/// The receiving half of a run.
+struct Receiver {
+    format: Format,
+    next: u64,
+    gaps: Vec<Gap>,
+    /// When the first frame came, and when the timed part began, with what had been verified then.
+    first: Option<u64>,
+    timed_from: Option<(u64, u64)>,
+    warmup: u64,
+    /// How many frames the peer says it sent.
+    ended: Option<u64>,
+    stats: Received,
+}
+
+impl Receiver {
+    fn new<L: Link>(link: &L, run: &Run) -> Self {
+        Self {
+            format: Format::new(link.end().peer(), run.size, run.id),
+            next: 0,
+            gaps: Vec::with_capacity(MAX_GAPS),
+            first: None,
+            timed_from: None,
+            warmup: if run.count == 0 {
+                run.warmup_ms * link.ticks_per_ms()
+            } else {
+                0
+            },
+            ended: None,
+            stats: Received::default(),
+        }
+    }
+
+    /// Takes a frame that arrived.
+    #[inline(always)]
+    fn take(&mut self, frame: &Frame) {
+        match self.format.check(frame) {
+            Seen::Good(Kind::Data, sequence) => {
+                self.stats.verified += 1;
+                if sequence == self.next {
+                    self.next += 1;
+                } else {
+                    self.out_of_order(sequence);
+                }
+            }
+            Seen::Good(Kind::End, count) => self.ended = Some(count),
+            Seen::Corrupt => self.stats.corrupted += 1,
+            Seen::Stale => {}
+        }
+    }
+
+    #[cold]
+    fn out_of_order(&mut self, sequence: u64) {
+        if sequence > self.next {
+            if self.gaps.len() < MAX_GAPS {
+                self.gaps.push((self.next, sequence));
+            }
+            self.next = sequence + 1;
+            return;
+        }
+        let gap = self
+            .gaps
+            .iter()
+            .position(|&(from, to)| (from..to).contains(&sequence));
+        match gap {
+            Some(at) => {
+                let (from, to) = self.gaps.swap_remove(at);
+                let parts = [(from, sequence), (sequence + 1, to)];
+                self.gaps
+                    .extend(parts.into_iter().filter(|(from, to)| from < to));
+                self.stats.reordered += 1;
+            }
+            None if self.gaps.len() == MAX_GAPS => self.stats.reordered += 1,
+            None => self.stats.duplicated += 1,
+        }
+    }
+
+    /// Looks at the clock: when to begin timing.
+    fn tick(&mut self, now: u64) {
+        if self.stats.verified > 0 {
+            let first = *self.first.get_or_insert(now);
+            if self.timed_from.is_none() && now - first >= self.warmup {
+                self.timed_from = Some((now, self.stats.verified));
+            }
+        }
+    }
+
+    fn finish(&mut self, now: u64) -> Received {
+        let (from, before) = self.timed_from.unwrap_or((now, self.stats.verified));
+        self.stats.frames = self.stats.verified - before;
+        self.stats.ticks = now - from;
+        // Without an end frame nobody knows how many there were: what is missing in between is lost at least.
+        let distinct = self.stats.verified - self.stats.duplicated;
+        self.stats.lost = self.ended.unwrap_or(self.next).saturating_sub(distinct);
+        self.stats
+    }
+}
+
+/// Source, sink, and both.
+#[inline(never)]
+fn traffic<L: Link>(
+    link: &mut L,
+    run: &Run,
+    send: bool,
+    receive: bool,
+) -> Result<Outcome, Stopped> {
+    let mut sender = send.then(|| Sender::new(link, run));
+    let mut receiver = receive.then(|| Receiver::new(link, run));
+    let timeout = run.timeout_ms * link.ticks_per_ms();
+    let mut deadline = link.now() + timeout;
+    let mut stopped_at = deadline;
+    let mut outcome = Outcome::default();
+    let mut turn = 0u32;
+    loop {
+        let mut idle = true;
+        if let Some(sender) = sender.as_mut().filter(|sender| !sender.done) {
+            idle &= with_port(link, |port| sender.burst(port, run.batch))? == 0;
+        }
+        if let Some(receiver) = receiver
+            .as_mut()
+            .filter(|receiver| receiver.ended.is_none())
+        {
+            idle &= with_port(link, |port| {
+                port.rx_burst(run.batch, |frame| receiver.take(frame))
+            })? == 0;
+            if receiver.ended.is_some() {
+                stopped_at = link.now();
+            }
+        }
+        let sent = sender.as_ref().is_none_or(|sender| sender.done);
+        let received = receiver
+            .as_ref()
+            .is_none_or(|receiver| receiver.ended.is_some());
+        if sent && received {
+            break;
+        }
+        turn = turn.wrapping_add(1);
+        if turn.is_multiple_of(CLOCK_EVERY) || idle {
+            let now = link.now();
+            if let Some(sender) = &mut sender {
+                sender.tick(now, run);
+            }
+            if let Some(receiver) = &mut receiver {
+                receiver.tick(now);
+            }
+            if !idle {
+                deadline = now + timeout;
+            } else if now >= deadline {
+                outcome.timeout = true;
+                break;
+            }
+        }
+        if turn.is_multiple_of(SERVICE_EVERY) {
+            link.service();
+        }
+        if idle && run.interrupts {
+            wait(link, !received, !sent, deadline)?;
+        }
+    }
+    if outcome.timeout {
+        stopped_at = link.now();
+    }
+    outcome.sent = sender.map(|sender| sender.stats);
+    outcome.received = receiver.map(|mut receiver| receiver.finish(stopped_at));
+    Ok(outcome)
+}
+
+/// Sleeps until frames arrive (`rx`) or there is room to send (`tx`).
+fn wait<L: Link>(link: &mut L, rx: bool, tx: bool, deadline: u64) -> Result<(), Stopped> {
+    let ready = with_port(link, |port| Ok(port.arm(rx, tx)))?;
+    if !ready {
+        link.sleep(deadline);
+        link.service();
+    }
+    with_port(link, |port| {
+        port.disarm();
+        Ok(())
+    })
+}
+
+/// Frames between receiving and sending them back.
+struct Bounce {
+    frames: Vec<[u8; MAX_FRAME]>,
+    held: usize,
+}
+
+/// Sends back what arrives, with this end's addresses, until the end frame has gone back.
+#[inline(never)]
+fn echo<L: Link>(link: &mut L, run: &Run) -> Result<Outcome, Stopped> {
+    let (there, back) = (
+        Format::new(link.end().peer(), run.size, run.id),
+        Format::new(link.end(), run.size, run.id),
+    );
+    let mut bounce = Bounce {
+        frames: vec![[0; MAX_FRAME]; run.batch.min(MAX_BURST)],
+        held: 0,
+    };
+    let mut receiver = Receiver::new(link, run);
+    let timeout = run.timeout_ms * link.ticks_per_ms();
+    let mut deadline = link.now() + timeout;
+    let mut sent_total = 0;
+    let mut turn = 0u32;
+    loop {
+        let n = with_port(link, |port| {
+            port.rx_burst(run.batch, |frame| {
+                receiver.take(frame);
+                if let Some(room) = bounce.frames.get_mut(bounce.held)
+                    && matches!(there.check(frame), Seen::Good(..))
+                    && frame.read(0, &mut room[..there.len()])
+                {
+                    bounce.held += 1;
+                }
+            })
+        })?;
+        let mut sent = 0;
+        while sent < bounce.held {
+            let more = with_port(link, |port| {
+                port.tx_burst(bounce.held - sent, back.len(), |i, slot| {
+                    if let Some(frame) = bounce.frames.get(sent + i) {
+                        slot.write(0, &frame[..back.len()]);
+                        back.readdress(slot);
+                    }
+                })
+            })?;
+            sent += more;
+            if more == 0 {
+                if link.now() >= deadline {
+                    return Ok(Outcome {
+                        timeout: true,
+                        ..finish_echo(link, receiver, sent_total)
+                    });
+                }
+                if run.interrupts {
+                    wait(link, false, true, deadline)?;
+                }
+            }
+        }
+        sent_total += sent as u64;
+        bounce.held = 0;
+        if receiver.ended.is_some() {
+            return drain(link, deadline).map(|()| finish_echo(link, receiver, sent_total - 1));
+        }
+        turn = turn.wrapping_add(1);
+        if n > 0 {
+            if turn.is_multiple_of(CLOCK_EVERY) {
+                let now = link.now();
+                receiver.tick(now);
+                deadline = now + timeout;
+            }
+        } else if turn.is_multiple_of(CLOCK_EVERY) || run.interrupts {
+            if link.now() >= deadline {
+                return Ok(Outcome {
+                    timeout: true,
+                    ..finish_echo(link, receiver, sent_total)
+                });
+            }
+            if run.interrupts {
+                wait(link, true, false, deadline)?;
+                deadline = link.now() + timeout;
+            }
+        }
+        if turn.is_multiple_of(SERVICE_EVERY) {
+            link.service();
+        }
+    }
+}
+
+/// Waits until the peer has taken what was sent.
+fn drain<L: Link>(link: &mut L, deadline: u64) -> Result<(), Stopped> {
+    while !with_port(link, Port::drained)? && link.now() < deadline {
+        link.service();
+    }
+    Ok(())
+}
+
+fn finish_echo<L: Link>(link: &L, mut receiver: Receiver, sent: u64) -> Outcome {
+    let received = receiver.finish(link.now());
+    let sent = Sent {
+        frames: sent,
+        ticks: received.ticks,
+        full: 0,
+    };
+    Outcome {
+        sent: Some(sent),
+        received: Some(received),
+        ..Outcome::default()
+    }
+}
+
+/// Sends one frame at a time and times its way to an echo and back.
+#[inline(never)]
+fn round_trip<L: Link>(link: &mut L, run: &Run) -> Result<Outcome, Stopped> {
+    let format = Format::new(link.end(), run.size, run.id);
+    let mut receiver = Receiver::new(link, run);
+    let mut times = Box::new(Histogram::default());
+    let schedule = Schedule::from(link, run, link.now());
+    let timeout = run.timeout_ms * link.ticks_per_ms();
+    let mut outcome = Outcome::default();
+    let mut sequence = 0;
+    let mut sent_at = link.now();
+    loop {
+        let over = if run.count == 0 {
+            sent_at >= schedule.end
+        } else {
+            sequence >= run.count
+        };
+        let kind = if over { Kind::End } else { Kind::Data };
+        let deadline = sent_at + timeout;
+        while with_port(link, |port| {
+            port.tx_burst(1, format.len(), |_, slot| {
+                format.build(slot, kind, sequence)
+            })
+        })? == 0
+        {
+            if link.now() >= deadline {
+                outcome.timeout = true;
+                return Ok(finish_round_trip(
+                    outcome,
+                    receiver,
+                    times,
+                    sequence,
+                    link.now(),
+                ));
+            }
+        }
+        let seen = receiver.stats.verified;
+        let mut turn = 0u32;
+        while receiver.stats.verified == seen && receiver.ended.is_none() {
+            let n = with_port(link, |port| port.rx_burst(1, |frame| receiver.take(frame)))?;
+            turn = turn.wrapping_add(1);
+            if n == 0 && (turn.is_multiple_of(CLOCK_EVERY) || run.interrupts) {
+                if link.now() >= deadline {
+                    outcome.timeout = true;
+                    return Ok(finish_round_trip(
+                        outcome,
+                        receiver,
+                        times,
+                        sequence,
+                        link.now(),
+                    ));
+                }
+                if run.interrupts {
+                    wait(link, true, false, deadline)?;
+                }
+            }
+            if turn.is_multiple_of(SERVICE_EVERY) {
+                link.service();
+            }
+        }
+        if receiver.ended.is_some() {
+            drain(link, deadline)?;
+            return Ok(finish_round_trip(
+                outcome,
+                receiver,
+                times,
+                sequence,
+                link.now(),
+            ));
+        }
+        let now = link.now();
+        receiver.tick(now);
+        if now >= schedule.warm || run.count != 0 {
+            times.add(now - sent_at);
+        }
+        sequence += 1;
+        sent_at = now;
+    }
+}
+
+fn finish_round_trip(
+    mut outcome: Outcome,
+    mut receiver: Receiver,
+    times: Box<Histogram>,
+    sent: u64,
+    now: u64,
+) -> Outcome {
+    let received = receiver.finish(now);
+    outcome.sent = Some(Sent {
+        frames: sent,
+        ticks: received.ticks,
+        full: 0,
+    });
+    outcome.received = Some(received);
+    outcome.round_trips = Some(times);
+    outcome
+}
