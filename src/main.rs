@@ -1,2 +1,64 @@
-//! x
-fn main() {}
+//! `vhost-pci`: boots VMs whose guests reach straight into each other's virtqueues, and measures them.
+
+mod bench;
+mod child;
+mod cli;
+mod doctor;
+mod exit;
+mod host;
+mod image;
+mod logger;
+mod pair;
+mod run;
+mod sys;
+mod tempdir;
+
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use clap::Parser;
+use clap::error::ErrorKind;
+
+use cli::{Cli, Command};
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return ExitCode::from(refuse(&error)),
+    };
+    logger::start(cli.verbose);
+    let result = match cli.command {
+        Command::Run(args) => run::run(&args),
+        Command::Pair(args) => pair::run(&args),
+        Command::Bench(args) => bench::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
+    };
+    ExitCode::from(result.unwrap_or_else(|error| {
+        complain(&exit::explain(&error));
+        exit::of_error(&error)
+    }))
+}
+
+/// One line on stderr.
+fn complain(text: &str) {
+    let text: Vec<&str> = text.split_whitespace().collect();
+    // Nothing can be done about a stderr that is closed.
+    let _ = writeln!(io::stderr(), "vhost-pci: {}", text.join(" "));
+}
+
+fn refuse(error: &clap::Error) -> u8 {
+    match error.kind() {
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
+            let _ = error.print();
+            exit::OK
+        }
+        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+            let _ = error.print();
+            exit::USAGE
+        }
+        _ => {
+            complain(&format!("{} (see --help)", cli::one_line(error)));
+            exit::USAGE
+        }
+    }
+}

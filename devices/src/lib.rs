@@ -4,4 +4,11 @@
 //! Nothing here names KVM. A device reaches the machine that it is plugged into through the
 //! traits of [`host`], so the same models run under the VMM and under a test's fake host.
 
+#[cfg(test)]
+pub(crate) mod fake;
 pub mod host;
+pub mod pci;
+pub mod vhost_pci;
+pub mod vhost_user;
+pub mod virtio;
+pub mod virtio_net;

@@ -22,9 +22,12 @@ const AVX512: u8 = 6;
 /// Up to here the 16-byte moves that every x86-64 has are as good, and are inlined.
 const SHORT: usize = 128;
 
-/// Finds out how wide the processor's vectors are (and the operating system, or its absence, lets them be). Without this call, 16 bytes.
-pub fn detect() {
-    WIDTH.store(widest(), Ordering::Relaxed);
+/// Finds out how wide the processor's vectors are (and the operating system, or its absence, lets them be). Without this call, 16 bytes. Returns
+/// the width in bytes.
+pub fn detect() -> usize {
+    let width = widest();
+    WIDTH.store(width, Ordering::Relaxed);
+    1 << width
 }
 
 fn widest() -> u8 {

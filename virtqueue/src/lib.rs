@@ -2,7 +2,7 @@
 //!
 //! # Layers
 //!
-//! * [`Memory`] and [`Region`]: how a ring reaches shared memory. [`Linear`] is one stretch of it that is mapped
+//! * [`Memory`] and [`Region`]: how a ring reaches shared memory. [`linear::Linear`] is one stretch of it that is mapped
 //!   (a guest's RAM, a window of a BAR, a file shared between two host threads).
 //! * [`DriverRing`] and [`DeviceRing`]: what a user of a ring is generic over; [`split`] implements them.
 //! * [`net`]: the virtio-net header.
@@ -12,8 +12,19 @@
 //! Each side treats the other as hostile. What the other side wrote is read once, checked, and used from the copy;
 //! no loop is bounded by it; a violation is an [`Error`], reported once, and the queue stays broken.
 //!
-//! The crate copies no payload and allocates nothing while running: it hands out checked ranges ([`Buffer`]).
+//! The crate copies no payload and allocates nothing while running (a driver allocates once, when it is made): it hands out
+//! checked ranges ([`Buffer`]).
 #![no_std]
+
+extern crate alloc;
+#[cfg(test)]
+extern crate std;
+
+pub mod linear;
+pub mod net;
+pub mod split;
+#[cfg(test)]
+mod test_memory;
 
 use core::fmt;
 use core::sync::atomic::Ordering;
@@ -163,7 +174,15 @@ pub trait DeviceRing {
     /// Puts back the last `n` chains that [`DeviceRing::get`] returned, as if they had not been taken.
     fn unget(&mut self, n: usize);
     /// Marks a chain used with `written` bytes. The driver does not see it before [`DeviceRing::publish`].
+    /// An id that was not taken is the caller's mistake: the driver gets to see it, nothing else happens.
     fn put(&mut self, id: u16, written: u32);
+    /// Marks chains used that held nothing for the device to write, in the order in which they were taken; the same as
+    /// [`DeviceRing::put`] of each with 0 bytes. With VIRTIO_F_IN_ORDER it costs one store for all of them.
+    fn put_read(&mut self, chains: &[Chain]) {
+        for chain in chains {
+            self.put(chain.id, 0);
+        }
+    }
     /// Makes everything put visible to the driver with one shared store. Returns whether the driver wants a call.
     fn publish(&mut self) -> bool;
     /// Asks for no kicks (a hint: one may still come).

@@ -1,1 +1,160 @@
-//! x
+//! One virtual machine on KVM: memory, processors, interrupts, boot, and the devices of [`devices`] plugged into it.
+//!
+//! [`run`] boots a VM and returns when it has ended; there is one VM a process. The threads are the caller's (it waits), one for
+//! the devices (blocked in epoll while nothing happens), and one a vCPU.
+
+mod boot;
+mod bus;
+mod console;
+mod control;
+mod doorbells;
+mod host;
+mod interrupts;
+mod layout;
+mod memory;
+mod run;
+mod serial;
+mod signals;
+mod slots;
+mod stats;
+mod stop;
+mod sys;
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
+mod vcpu;
+mod windows;
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+
+use devices::vhost_pci::VhostPciConfig;
+use devices::virtio_net::NetConfig;
+
+pub use boot::{Error as BootError, Kernel};
+pub use bus::POWER_OFF_PORT;
+pub use host::Error as MachineError;
+pub use memory::{Error as MemoryError, HugePages, MemoryConfig};
+pub use run::run;
+pub use vcpu::{Fault, MAX_VCPUS};
+
+/// A VM, as the user wants it.
+#[derive(Debug)]
+pub struct VmConfig {
+    /// Its RAM.
+    pub memory: MemoryConfig,
+    /// What it boots. [`Kernel::Image`] gets ` tsc_khz=… ecam=…` appended to its command line.
+    pub kernel: Kernel,
+    /// Its initial RAM disk.
+    pub initrd: Option<PathBuf>,
+    /// The kernel's command line.
+    pub cmdline: String,
+    /// The host core of each vCPU; empty: not pinned.
+    pub affinity: Vec<usize>,
+    /// How many vCPUs it has: 1 to [`MAX_VCPUS`].
+    pub vcpus: u8,
+    /// Its network devices.
+    pub net: Vec<NetConfig>,
+    /// Its vhost-pci devices.
+    pub vhost_pci: Vec<VhostPciConfig>,
+    /// What COM1 is.
+    pub console: Console,
+    /// One end of a stream socket that is COM2: the control channel. The VMM answers the lines that begin with `vmm`.
+    pub control: Option<OwnedFd>,
+}
+
+/// What the console (COM1) is connected to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Console {
+    /// Standard input and output. A terminal is in raw mode while the VM runs; Ctrl-A x ends the VM.
+    #[default]
+    Stdio,
+    /// Standard output only.
+    Output,
+}
+
+/// How a VM ended, where nothing went wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The guest powered off with this exit code (port 0xf4).
+    PowerOff {
+        /// What it wrote.
+        code: u8,
+    },
+    /// The guest reset the machine.
+    Reset,
+    /// This signal arrived (or the user typed Ctrl-A x: SIGINT).
+    Signal(i32),
+}
+
+/// Why a VM could not be run, or not to its end.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The configuration contradicts itself.
+    #[error("{0}")]
+    Config(String),
+    /// KVM cannot run a VM here.
+    #[error(transparent)]
+    Machine(#[from] host::Error),
+    /// There is no memory for it.
+    #[error(transparent)]
+    Memory(#[from] memory::Error),
+    /// Its kernel cannot be loaded.
+    #[error(transparent)]
+    Boot(#[from] boot::Error),
+    /// A vCPU cannot be pinned.
+    #[error(
+        "vCPU {vcpu} cannot be pinned to core {core}: {source} (see Cpus_allowed_list in /proc/self/status for the cores there are)"
+    )]
+    Affinity {
+        /// Which vCPU.
+        vcpu: usize,
+        /// The core.
+        core: usize,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// A network device cannot be made.
+    #[error("network device {}: {source}", .socket.display())]
+    Net {
+        /// Its socket.
+        socket: PathBuf,
+        /// Why.
+        source: devices::virtio_net::Error,
+    },
+    /// A vhost-pci device cannot be made.
+    #[error("vhost-pci device {}: {source}", .socket.display())]
+    VhostPci {
+        /// Its socket.
+        socket: PathBuf,
+        /// Why.
+        source: devices::vhost_pci::Error,
+    },
+    /// A device cannot be plugged in.
+    #[error("device {}: {source}", .socket.display())]
+    Virtio {
+        /// The socket of the device.
+        socket: PathBuf,
+        /// Why.
+        source: devices::virtio::Error,
+    },
+    /// The PCI bus cannot take what is plugged in.
+    #[error(transparent)]
+    Pci(#[from] devices::pci::Error),
+    /// A vCPU stopped.
+    #[error("vCPU {id}: {fault}")]
+    Vcpu {
+        /// Which.
+        id: usize,
+        /// Why.
+        fault: Fault,
+    },
+    /// The thread of the devices stopped.
+    #[error("the device thread stopped: {0}")]
+    DeviceThread(String),
+    /// A system call failed.
+    #[error("{0}")]
+    System(#[from] io::Error),
+}

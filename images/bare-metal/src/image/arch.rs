@@ -14,7 +14,15 @@ unsafe extern "C" {
     static pending_events: AtomicU32;
     static fault_info: [AtomicU64; 5];
     static image_end: u8;
+    static pdpt: [AtomicU64; 512];
 }
+
+/// Bytes that one entry of the page directory pointer table maps.
+pub const GIB: u64 = 1 << 30;
+/// Memory that boot.s has mapped.
+pub const MAPPED_AT_BOOT: u64 = 4 * GIB;
+/// What one page directory pointer table can map.
+pub const MAPPABLE: u64 = 512 * GIB;
 
 /// What interrupts have noted.
 pub mod event {
@@ -61,6 +69,28 @@ pub fn take_events(mask: u32) -> u32 {
 pub fn fault() -> [u64; 4] {
     // SAFETY: boot.s defines it.
     core::array::from_fn(|i| unsafe { fault_info[i].load(Ordering::Relaxed) })
+}
+
+/// Maps the GiB that `addr` lies in, writable, to itself, with the page directory that `directory` gives (a zeroed page whose
+/// address is also its physical one) if it is not mapped yet. `None` where it cannot be mapped.
+pub fn map_gib(addr: u64, directory: impl FnOnce() -> Option<*mut u64>) -> Option<()> {
+    const PRESENT_WRITABLE_USER: u64 = 0x7;
+    const LARGE: u64 = 0x80;
+    // SAFETY: boot.s defines it.
+    let entry = unsafe { pdpt.get(usize::try_from(addr / GIB).ok()?)? };
+    if entry.load(Ordering::Relaxed) == 0 {
+        let pages = directory()?;
+        for i in 0..512usize {
+            let page = (addr & !(GIB - 1)) + (i as u64) * (2 << 20);
+            // SAFETY: a page has 512 entries, and this one is new.
+            unsafe { pages.add(i).write(page | LARGE | PRESENT_WRITABLE_USER) };
+        }
+        entry.store(
+            pages.addr() as u64 | PRESENT_WRITABLE_USER,
+            Ordering::SeqCst,
+        );
+    }
+    Some(())
 }
 
 /// The first address behind the image.

@@ -196,22 +196,19 @@ fault_\number:
 
 .section .tables, "aw"
 .balign 4096
-# Identity mapping of 512 GiB for CPL 3: the first 2 MiB by 4 KiB pages with holes (page 0, and the one below the stack), the rest of the
-# first GiB by 2 MiB pages, then by GiB. (The virtual address of a device register is its physical one.)
+# Identity mapping of 4 GiB for CPL 3: the first 2 MiB by 4 KiB pages with holes (page 0, and the one below the stack), the rest by
+# 2 MiB pages (not every hypervisor has larger ones). What lies above is added when it is wanted.
+.global pdpt
 pml4:
     .quad pdpt + 7
     .fill 511, 8, 0
 pdpt:
-    .quad pd + 7
-    .set n, 1
-    .rept 511
-    .quad (n << 30) | 0x87
-    .set n, n + 1
-    .endr
+    .quad pd + 7, pd + 0x1007, pd + 0x2007, pd + 0x3007
+    .fill 508, 8, 0
 pd:
     .quad pt + 7
     .set n, 1
-    .rept 511
+    .rept 2047
     .quad (n << 21) | 0x87
     .set n, n + 1
     .endr

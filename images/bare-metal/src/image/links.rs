@@ -25,9 +25,22 @@ pub trait Connection: Link {
             End::BackEnd => "back-end",
         }
     }
+    /// The real reason why a workload could not go on: the window of a peer that is gone reads as a broken ring, a moment before
+    /// the device says that it is gone.
+    fn explain(&mut self, why: Stopped) -> Stopped {
+        let until = arch::now() + GRACE_MS * self.ticks_per_ms();
+        while self.is_up() && arch::now() < until {
+            sleep(until);
+            self.service();
+        }
+        if self.is_up() { why } else { Stopped::Down }
+    }
     /// A workload could not go on.
     fn stopped(&mut self, why: Stopped);
 }
+
+/// How long a device may take to say that its peer is gone.
+const GRACE_MS: u64 = 100;
 
 /// Sleeps until an interrupt or a time. Events are cleared afterwards, never before: one that came since the caller
 /// looked at its rings must end the sleep.

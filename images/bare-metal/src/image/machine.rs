@@ -19,7 +19,6 @@ const E820_TABLE: usize = 0x2d0;
 const E820_ENTRY: usize = 20;
 const E820_RAM: u32 = 1;
 const COMMAND_LINE: usize = 0x228;
-const COMMAND_LINE_SIZE: usize = 0x238;
 /// Longest command line that is looked at.
 const MAX_COMMAND_LINE: usize = 2048;
 
@@ -28,9 +27,6 @@ const IO_APIC: usize = 0xfec0_0000;
 /// COM2's line.
 const CONTROL_PIN: u32 = 3;
 const MSI_ADDRESS: u64 = 0xfee0_0000;
-
-/// The identity mapping of boot.s ends here.
-const MAPPED: u64 = 512 << 30;
 
 /// The heap: one processor, and interrupts allocate nothing, so nothing has to be locked.
 struct Allocator(UnsafeCell<Heap>);
@@ -80,15 +76,20 @@ impl BootParameters {
     /// The command line; empty where it is no text.
     pub fn command_line(self) -> &'static str {
         let start = self.read::<u32>(COMMAND_LINE) as usize;
-        let size = (self.read::<u32>(COMMAND_LINE_SIZE) as usize).min(MAX_COMMAND_LINE);
         if start == 0 {
             return "";
         }
         // SAFETY: the boot protocol has put the command line there; nobody writes it.
         let bytes = unsafe {
-            core::slice::from_raw_parts(core::ptr::with_exposed_provenance::<u8>(start), size)
+            core::slice::from_raw_parts(
+                core::ptr::with_exposed_provenance::<u8>(start),
+                MAX_COMMAND_LINE,
+            )
         };
-        let end = bytes.iter().position(|&byte| byte == 0).unwrap_or(size);
+        let end = bytes
+            .iter()
+            .position(|&byte| byte == 0)
+            .unwrap_or(MAX_COMMAND_LINE);
         core::str::from_utf8(&bytes[..end]).unwrap_or("")
     }
 
@@ -119,7 +120,7 @@ impl Machine {
     /// Makes the memory behind the image a heap, and finds configuration space.
     pub fn new(boot: BootParameters, ecam: u64) -> Option<Self> {
         let start = arch::end_of_image();
-        let end = boot.end_of_memory(start)?.min(MAPPED);
+        let end = boot.end_of_memory(start)?.min(arch::MAPPED_AT_BOOT);
         let len = end.checked_sub(start)?;
         let base = core::ptr::with_exposed_provenance_mut::<u8>(usize::try_from(start).ok()?);
         let ecam = NonNull::new(core::ptr::with_exposed_provenance_mut::<u8>(
@@ -170,8 +171,13 @@ impl Platform for Machine {
     }
 
     fn map(&self, addr: u64, len: u64) -> Option<NonNull<u8>> {
-        // Everything that can be mapped is, at its own address.
-        addr.checked_add(len).filter(|&end| end <= MAPPED)?;
+        // Everything is mapped at its own address.
+        let end = addr.checked_add(len).filter(|&end| end <= arch::MAPPABLE)?;
+        for gib in addr / arch::GIB..end.div_ceil(arch::GIB) {
+            arch::map_gib(gib * arch::GIB, || {
+                Some(self.dma(4096, 4096)?.ptr.as_ptr().cast())
+            })?;
+        }
         NonNull::new(core::ptr::with_exposed_provenance_mut(
             usize::try_from(addr).ok()?,
         ))

@@ -56,7 +56,7 @@ fn fail(what: fmt::Arguments) -> ! {
 #[allow(unsafe_code)] // an entry point has a fixed name, and trusts what the boot protocol says of rdi
 extern "C" fn user_main(zero_page: *const u8) -> ! {
     arch::init_interrupts();
-    guest_driver::bulk::detect();
+    let width = guest_driver::bulk::detect();
     // SAFETY: boot.s passes on what it got from the boot protocol.
     let parameters = unsafe { BootParameters::new(zero_page) };
     let boot = Boot::parse(parameters.command_line(), |word| {
@@ -70,6 +70,7 @@ extern "C" fn user_main(zero_page: *const u8) -> ! {
             "no memory behind the image, or no PCI configuration space"
         ));
     };
+    print!("guest: up; payload moves in pieces of {width} bytes");
     for function in pci::functions(&machine).filter(|function| function.vendor == VENDOR) {
         match function.device.wrapping_sub(DEVICE_BASE) {
             net::DEVICE_TYPE => {
@@ -158,6 +159,7 @@ fn run_workload<C: Connection>(link: &mut C, run: &Run) -> Option<Outcome> {
             Some(outcome)
         }
         Err(stopped) => {
+            let stopped = link.explain(stopped);
             error(format_args!(
                 "run {} ({}): {stopped}",
                 run.id,

@@ -1,0 +1,173 @@
+//! The control queues: messages to and from the guest's driver.
+
+use std::io::{Read, Write};
+use std::sync::Arc;
+
+use thiserror::Error;
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use vm_memory::{Address, GuestAddress, GuestMemory, GuestMemoryMmap, Permissions};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::QUEUE_SIZE;
+use crate::virtio::{Activation, QueueSetup, event};
+
+/// The longest message, header included; also what a receive buffer must hold.
+pub(super) const MAX_MESSAGE: usize = 4096;
+
+/// A fault of the guest. Only a reset mends it.
+#[derive(Debug, Error)]
+pub(super) enum Fault {
+    #[error("{0} is not enabled, not aligned, or not in memory")]
+    Setup(&'static str),
+    #[error("{0}: {1}")]
+    Ring(&'static str, #[source] virtio_queue::Error),
+    #[error("{0}: a buffer is not in memory")]
+    Buffer(&'static str),
+    #[error("a receive buffer of {have} bytes is too small for a message of {need}")]
+    TooSmall { need: usize, have: usize },
+}
+
+/// What the driver sent.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Sent {
+    /// The bytes of one buffer.
+    Message(Vec<u8>),
+    /// A buffer that is longer than any message.
+    TooLong,
+}
+
+struct Ring {
+    name: &'static str,
+    queue: Queue,
+    kick: Arc<EventFd>,
+    call: Arc<EventFd>,
+}
+
+impl Ring {
+    fn new(
+        name: &'static str,
+        setup: &QueueSetup,
+        memory: &GuestMemoryMmap,
+    ) -> Result<Self, Fault> {
+        let fault = |_| Fault::Setup(name);
+        let mut queue = Queue::new(QUEUE_SIZE).map_err(fault)?;
+        queue.try_set_size(setup.size).map_err(fault)?;
+        queue
+            .try_set_desc_table_address(GuestAddress(setup.desc))
+            .map_err(fault)?;
+        queue
+            .try_set_avail_ring_address(GuestAddress(setup.driver))
+            .map_err(fault)?;
+        queue
+            .try_set_used_ring_address(GuestAddress(setup.device))
+            .map_err(fault)?;
+        queue.set_ready(true);
+        let size = usize::from(setup.size);
+        // Both rings end in a 16-bit event index.
+        let areas = [
+            (setup.desc, 16 * size, Permissions::Read),
+            (setup.driver, 6 + 2 * size, Permissions::Read),
+            (setup.device, 6 + 8 * size, Permissions::Write),
+        ];
+        let in_memory = areas.iter().all(|&(start, len, access)| {
+            let start = GuestAddress(start);
+            start.checked_add(len as u64).is_some() && memory.check_range(start, len, access)
+        });
+        if !setup.enabled || !in_memory {
+            return Err(Fault::Setup(name));
+        }
+        Ok(Self {
+            name,
+            queue,
+            kick: setup.kick.clone(),
+            call: setup.call.clone(),
+        })
+    }
+
+    fn next<'m>(
+        &mut self,
+        memory: &'m GuestMemoryMmap,
+    ) -> Result<Option<DescriptorChain<&'m GuestMemoryMmap>>, Fault> {
+        match self.queue.iter(memory) {
+            Ok(mut chains) => Ok(chains.next()),
+            Err(error) => Err(Fault::Ring(self.name, error)),
+        }
+    }
+
+    fn put(&mut self, memory: &GuestMemoryMmap, head: u16, written: u32) -> Result<(), Fault> {
+        let ring = |error| Fault::Ring(self.name, error);
+        self.queue.add_used(memory, head, written).map_err(ring)?;
+        if self.queue.needs_notification(memory).map_err(ring)? {
+            event::signal(&self.call);
+        }
+        Ok(())
+    }
+}
+
+/// `rxq` and `txq`.
+pub(super) struct ControlQueues {
+    rx: Ring,
+    tx: Ring,
+}
+
+impl ControlQueues {
+    pub(super) fn new(activation: &Activation, memory: &GuestMemoryMmap) -> Result<Self, Fault> {
+        let [rx, tx] = activation.queues.as_slice() else {
+            return Err(Fault::Setup("rxq"));
+        };
+        Ok(Self {
+            rx: Ring::new("rxq", rx, memory)?,
+            tx: Ring::new("txq", tx, memory)?,
+        })
+    }
+
+    /// The eventfds that the driver's notifications of `rxq` and `txq` signal.
+    pub(super) fn kicks(&self) -> [&Arc<EventFd>; 2] {
+        [&self.rx.kick, &self.tx.kick]
+    }
+
+    /// Puts a message in the next receive buffer; returns whether there was one.
+    pub(super) fn deliver(
+        &mut self,
+        memory: &GuestMemoryMmap,
+        message: &[u8],
+    ) -> Result<bool, Fault> {
+        let Some(chain) = self.rx.next(memory)? else {
+            return Ok(false);
+        };
+        let head = chain.head_index();
+        let mut writer = chain.writer(memory).map_err(|_| Fault::Buffer("rxq"))?;
+        let (need, have) = (message.len(), writer.available_bytes());
+        if have < need {
+            return Err(Fault::TooSmall { need, have });
+        }
+        writer
+            .write_all(message)
+            .map_err(|_| Fault::Buffer("rxq"))?;
+        // A message is at most `MAX_MESSAGE` long.
+        self.rx
+            .put(memory, head, u32::try_from(need).unwrap_or(0))?;
+        Ok(true)
+    }
+
+    /// Takes the next message of the driver.
+    pub(super) fn take(&mut self, memory: &GuestMemoryMmap) -> Result<Option<Sent>, Fault> {
+        let Some(chain) = self.tx.next(memory)? else {
+            return Ok(None);
+        };
+        let head = chain.head_index();
+        let mut reader = chain.reader(memory).map_err(|_| Fault::Buffer("txq"))?;
+        let len = reader.available_bytes();
+        let sent = if len > MAX_MESSAGE {
+            Sent::TooLong
+        } else {
+            let mut bytes = vec![0; len];
+            reader
+                .read_exact(&mut bytes)
+                .map_err(|_| Fault::Buffer("txq"))?;
+            Sent::Message(bytes)
+        };
+        self.tx.put(memory, head, 0)?;
+        Ok(Some(sent))
+    }
+}

@@ -1,0 +1,546 @@
+//! The front-end's side of the protocol: a state machine over a [`Connection`] that never waits.
+//!
+//! Requests are sent ahead and a queue remembers which replies are owed, in the order in which they were asked for (the
+//! protocol answers in order). Each reply is checked against the head of that queue; one that does not fit is a
+//! [`Violation`] and the connection is to be dropped. How long a peer may take is the caller's decision:
+//! [`Frontend::waits`] says whether something is owed.
+//!
+//! # Addresses
+//!
+//! The protocol gives ring addresses in "user addresses" of the front-end. Those that are sent here are **guest physical
+//! addresses**, in the memory table and for the rings alike: a back-end needs no more than a consistent space, and the VMM's
+//! own virtual addresses are none of its business.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::sync::Arc;
+
+use thiserror::Error;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::connection::{self, Connection};
+use super::wire::{
+    DecodeError, MemoryRegion, MemoryTable, Message, Payload, SingleMemoryRegion, U64, VringAddr,
+    VringFd, VringState, protocol_features, requests,
+};
+use super::{VHOST_USER_F_PROTOCOL_FEATURES, sys};
+use crate::host;
+
+/// The protocol features that this front-end makes use of.
+const PROTOCOL_FEATURES: u64 =
+    protocol_features::MQ | protocol_features::REPLY_ACK | protocol_features::CONFIGURE_MEM_SLOTS;
+
+/// How many regions SET_MEM_TABLE may have ("Multiple memory regions description").
+const MAX_TABLE_REGIONS: u64 = 8;
+
+/// What the back-end did that the protocol does not allow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub enum Violation {
+    /// A message came while none was owed.
+    #[error("{} came unasked", requests::name(*.0))]
+    Unasked(u32),
+    /// A message came that is no reply to the oldest request, or no reply at all.
+    #[error("{} (flags {flags:#x}) came where the reply to {} was owed", requests::name(*.got), requests::name(*.owed))]
+    WrongReply {
+        /// The request that waits longest.
+        owed: u32,
+        /// The request that the message names.
+        got: u32,
+        /// The flags of the message.
+        flags: u32,
+    },
+    /// A reply came with file descriptors.
+    #[error("file descriptors came with the reply to {}", requests::name(*.0))]
+    Fds(u32),
+    /// A reply has the wrong length.
+    #[error("the reply to {}: {error}", requests::name(*.request))]
+    Payload {
+        /// What was asked.
+        request: u32,
+        /// What is wrong.
+        error: DecodeError,
+    },
+    /// A value in a reply makes no sense.
+    #[error("{} answers {value:#x}", requests::name(*.request))]
+    Value {
+        /// What was asked.
+        request: u32,
+        /// What it says.
+        value: u64,
+    },
+    /// The back-end acknowledges with a failure.
+    #[error("it refuses {} ({value:#x})", requests::name(*.request))]
+    Refused {
+        /// What was asked.
+        request: u32,
+        /// The acknowledgement, not zero.
+        value: u64,
+    },
+}
+
+/// Why the conversation ended, or could not go on.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// The connection failed.
+    #[error(transparent)]
+    Connection(#[from] connection::Error),
+    /// The back-end broke the protocol.
+    #[error("the back-end broke the protocol: {0}")]
+    Violation(#[from] Violation),
+    /// The back-end cannot take all of the memory.
+    #[error("the back-end takes at most {limit} memory regions, this machine has {count}")]
+    TooManyRegions {
+        /// What the back-end takes.
+        limit: u64,
+        /// What there is.
+        count: usize,
+    },
+    /// A call that does not fit the state: a fault of the caller.
+    #[error("{0} is not possible now")]
+    State(&'static str),
+    /// The host failed.
+    #[error("cannot share a file descriptor: {0}")]
+    Duplicate(#[source] io::Error),
+}
+
+impl Error {
+    /// Whether the peer went away, as opposed to a fault of the peer or of the host.
+    #[must_use]
+    pub fn is_disconnect(&self) -> bool {
+        matches!(self, Self::Connection(error) if error.is_disconnect())
+    }
+}
+
+/// What the handshake found out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Offer {
+    /// The back-end's feature bits, without VHOST_USER_F_PROTOCOL_FEATURES.
+    pub features: u64,
+    /// How many queues it serves as GET_QUEUE_NUM says (back-ends for a network device count pairs); 1 where it was
+    /// not asked.
+    pub queues: u64,
+}
+
+/// A vring to start. Addresses are guest physical, and checked to lie in the memory that is shared.
+#[derive(Clone, Debug)]
+pub struct Vring {
+    /// Its index.
+    pub index: u8,
+    /// Number of descriptors.
+    pub size: u16,
+    /// Descriptor area.
+    pub desc: u64,
+    /// Driver area.
+    pub driver: u64,
+    /// Device area.
+    pub device: u64,
+    /// Where the back-end starts: split layout, the next entry of the available ring.
+    pub base: u16,
+    /// Signalled by the driver.
+    pub kick: Arc<EventFd>,
+    /// Signalled by the back-end.
+    pub call: Arc<EventFd>,
+}
+
+/// What [`Frontend::process`] reports.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// The handshake is done: [`Frontend::start`] is possible.
+    Ready(Offer),
+    /// The back-end has taken everything that [`Frontend::start`] sent.
+    Started,
+    /// The back-end has stopped; for each vring its index and the base from which it would go on.
+    Stopped(Vec<(u8, u16)>),
+}
+
+/// A reply that is owed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Owed {
+    Features,
+    ProtocolFeatures,
+    QueueNum,
+    MaxMemSlots,
+    /// An acknowledgement of this request.
+    Ack(u32),
+    /// GET_FEATURES for the sake of its place in the order.
+    Barrier,
+    /// The base of this vring.
+    Base(u8),
+}
+
+impl Owed {
+    fn request(self) -> u32 {
+        match self {
+            Self::Features | Self::Barrier => requests::GET_FEATURES,
+            Self::ProtocolFeatures => requests::GET_PROTOCOL_FEATURES,
+            Self::QueueNum => requests::GET_QUEUE_NUM,
+            Self::MaxMemSlots => requests::GET_MAX_MEM_SLOTS,
+            Self::Ack(request) => request,
+            Self::Base(_) => requests::GET_VRING_BASE,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Handshake,
+    Ready,
+    Starting,
+    Running,
+    Stopping,
+}
+
+/// The front-end's end of a connection. Dropping it closes the connection.
+#[derive(Debug)]
+pub struct Frontend {
+    connection: Connection,
+    state: State,
+    owed: VecDeque<Owed>,
+    offer: Offer,
+    /// VHOST_USER_F_PROTOCOL_FEATURES was offered.
+    has_protocol_features: bool,
+    /// The protocol features in use.
+    protocol_features: u64,
+    max_mem_slots: u64,
+    memory_sent: bool,
+    /// The vrings that were started.
+    vrings: Vec<u8>,
+    bases: Vec<(u8, u16)>,
+}
+
+impl AsRawFd for Frontend {
+    fn as_raw_fd(&self) -> RawFd {
+        self.connection.as_raw_fd()
+    }
+}
+
+impl Frontend {
+    /// Begins the handshake on a new connection.
+    pub fn new(connection: Connection) -> Result<Self, Error> {
+        let mut frontend = Self {
+            connection,
+            state: State::Handshake,
+            owed: VecDeque::new(),
+            offer: Offer {
+                features: 0,
+                queues: 1,
+            },
+            has_protocol_features: false,
+            protocol_features: 0,
+            max_mem_slots: 0,
+            memory_sent: false,
+            vrings: Vec::new(),
+            bases: Vec::new(),
+        };
+        frontend.ask(&Message::bare(requests::GET_FEATURES), Owed::Features)?;
+        Ok(frontend)
+    }
+
+    /// What the back-end offers; `None` before [`Event::Ready`].
+    #[must_use]
+    pub fn offer(&self) -> Option<Offer> {
+        (self.state != State::Handshake).then_some(self.offer)
+    }
+
+    /// Whether vrings are started, or about to be.
+    #[must_use]
+    pub fn is_started(&self) -> bool {
+        matches!(self.state, State::Starting | State::Running)
+    }
+
+    /// Whether the back-end owes a reply.
+    #[must_use]
+    pub fn waits(&self) -> bool {
+        !self.owed.is_empty()
+    }
+
+    /// Whether [`Frontend::process`] is to be called when the socket becomes writable, too.
+    #[must_use]
+    pub fn wants_write(&self) -> bool {
+        self.connection.wants_write()
+    }
+
+    /// Starts vrings. `features` are the driver's, `memory` is all of the guest's memory, which must not change as long as
+    /// the connection lasts: it is sent once.
+    ///
+    /// Where REPLY_ACK was negotiated every step is acknowledged and a refusal is a [`Violation::Refused`]; elsewhere a
+    /// GET_FEATURES at the end tells that the back-end got that far.
+    pub fn start(
+        &mut self,
+        features: u64,
+        memory: &[host::MemoryRegion],
+        vrings: &[Vring],
+    ) -> Result<(), Error> {
+        if self.state != State::Ready {
+            return Err(Error::State("starting vrings"));
+        }
+        self.state = State::Starting;
+        let mut features = features & self.offer.features;
+        if self.has_protocol_features {
+            features |= VHOST_USER_F_PROTOCOL_FEATURES;
+        }
+        self.step(Message::request(requests::SET_FEATURES, &U64(features)))?;
+        if !self.memory_sent {
+            self.send_memory(memory)?;
+            self.memory_sent = true;
+        }
+        self.vrings = vrings.iter().map(|vring| vring.index).collect();
+        for vring in vrings {
+            self.start_vring(vring)?;
+        }
+        if !self.acks() {
+            self.ask(&Message::bare(requests::GET_FEATURES), Owed::Barrier)?;
+        }
+        Ok(())
+    }
+
+    /// Stops the vrings; [`Event::Stopped`] follows when the back-end has answered.
+    pub fn stop(&mut self) -> Result<(), Error> {
+        if !self.is_started() {
+            return Err(Error::State("stopping vrings"));
+        }
+        self.state = State::Stopping;
+        let vrings = std::mem::take(&mut self.vrings);
+        if self.has_protocol_features {
+            for &index in &vrings {
+                self.connection.send(&enable(index, false))?;
+            }
+        }
+        for &index in &vrings {
+            let state = VringState {
+                index: index.into(),
+                num: 0,
+            };
+            self.ask(
+                &Message::request(requests::GET_VRING_BASE, &state),
+                Owed::Base(index),
+            )?;
+        }
+        Ok(())
+    }
+
+    /// Sends and receives what is possible now. To be called again until it returns `None`.
+    ///
+    /// Any error but [`Error::State`] ends the conversation. The number of messages taken from the back-end is bounded by
+    /// what it was asked.
+    pub fn process(&mut self) -> Result<Option<Event>, Error> {
+        self.connection.flush()?;
+        loop {
+            if let Some(event) = self.advance() {
+                return Ok(Some(event));
+            }
+            match self.connection.receive()? {
+                Some(message) => self.reply(&message)?,
+                None => return Ok(None),
+            }
+        }
+    }
+
+    /// The state change that is due when nothing is owed any more.
+    fn advance(&mut self) -> Option<Event> {
+        if self.waits() {
+            return None;
+        }
+        match self.state {
+            State::Handshake => {
+                self.state = State::Ready;
+                Some(Event::Ready(self.offer))
+            }
+            State::Starting => {
+                self.state = State::Running;
+                Some(Event::Started)
+            }
+            State::Stopping => {
+                self.state = State::Ready;
+                Some(Event::Stopped(std::mem::take(&mut self.bases)))
+            }
+            State::Ready | State::Running => None,
+        }
+    }
+
+    /// Takes a message of the back-end, which must be the reply that is owed.
+    fn reply(&mut self, message: &Message) -> Result<(), Error> {
+        let request = message.request;
+        let owed = self.owed.pop_front().ok_or(Violation::Unasked(request))?;
+        if request != owed.request() || !message.is_reply() {
+            return Err(Violation::WrongReply {
+                owed: owed.request(),
+                got: request,
+                flags: message.flags,
+            }
+            .into());
+        }
+        if !message.fds.is_empty() {
+            return Err(Violation::Fds(request).into());
+        }
+        match owed {
+            Owed::Features => self.got_features(decode::<U64>(message)?.0)?,
+            Owed::ProtocolFeatures => self.got_protocol_features(decode::<U64>(message)?.0)?,
+            Owed::QueueNum => match decode::<U64>(message)?.0 {
+                0 => return Err(Violation::Value { request, value: 0 }.into()),
+                queues => self.offer.queues = queues,
+            },
+            Owed::MaxMemSlots => self.max_mem_slots = decode::<U64>(message)?.0,
+            Owed::Ack(_) => match decode::<U64>(message)?.0 {
+                0 => {}
+                value => return Err(Violation::Refused { request, value }.into()),
+            },
+            Owed::Barrier => {
+                decode::<U64>(message)?;
+            }
+            Owed::Base(index) => {
+                let state = decode::<VringState>(message)?;
+                let value = u64::from(state.index) << 32 | u64::from(state.num);
+                match u16::try_from(state.num) {
+                    Ok(base) if state.index == u32::from(index) => self.bases.push((index, base)),
+                    _ => return Err(Violation::Value { request, value }.into()),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn got_features(&mut self, features: u64) -> Result<(), Error> {
+        self.offer.features = features & !VHOST_USER_F_PROTOCOL_FEATURES;
+        self.has_protocol_features = features & VHOST_USER_F_PROTOCOL_FEATURES != 0;
+        if self.has_protocol_features {
+            let message = Message::bare(requests::GET_PROTOCOL_FEATURES);
+            self.ask(&message, Owed::ProtocolFeatures)
+        } else {
+            Ok(self.connection.send(&Message::bare(requests::SET_OWNER))?)
+        }
+    }
+
+    fn got_protocol_features(&mut self, offered: u64) -> Result<(), Error> {
+        self.protocol_features = offered & PROTOCOL_FEATURES;
+        let features = U64(self.protocol_features);
+        let message = Message::request(requests::SET_PROTOCOL_FEATURES, &features);
+        self.connection.send(&message)?;
+        if self.uses(protocol_features::MQ) {
+            self.ask(&Message::bare(requests::GET_QUEUE_NUM), Owed::QueueNum)?;
+        }
+        if self.uses(protocol_features::CONFIGURE_MEM_SLOTS) {
+            let message = Message::bare(requests::GET_MAX_MEM_SLOTS);
+            self.ask(&message, Owed::MaxMemSlots)?;
+        }
+        Ok(self.connection.send(&Message::bare(requests::SET_OWNER))?)
+    }
+
+    fn send_memory(&mut self, memory: &[host::MemoryRegion]) -> Result<(), Error> {
+        let one_by_one = self.uses(protocol_features::CONFIGURE_MEM_SLOTS);
+        let limit = if one_by_one {
+            self.max_mem_slots
+        } else {
+            MAX_TABLE_REGIONS
+        };
+        let count = memory.len();
+        if count as u64 > limit {
+            return Err(Error::TooManyRegions { limit, count });
+        }
+        if one_by_one {
+            for region in memory {
+                let payload = SingleMemoryRegion(wire_region(region));
+                let fds = vec![duplicate(&*region.shared.file)?];
+                self.step(Message::request(requests::ADD_MEM_REG, &payload).with_fds(fds))?;
+            }
+            Ok(())
+        } else {
+            let table = MemoryTable(memory.iter().map(wire_region).collect());
+            let fds = memory.iter().map(|region| duplicate(&*region.shared.file));
+            let fds = fds.collect::<Result<_, _>>()?;
+            self.step(Message::request(requests::SET_MEM_TABLE, &table).with_fds(fds))
+        }
+    }
+
+    fn start_vring(&mut self, vring: &Vring) -> Result<(), Error> {
+        let index = u32::from(vring.index);
+        let state = |num: u16| VringState {
+            index,
+            num: num.into(),
+        };
+        let fd = VringFd {
+            index: vring.index,
+            no_fd: false,
+        };
+        let addr = VringAddr {
+            index,
+            flags: 0,
+            desc: vring.desc,
+            used: vring.device,
+            avail: vring.driver,
+            log: 0,
+        };
+        let kick = vec![duplicate(&*vring.kick)?];
+        let call = vec![duplicate(&*vring.call)?];
+        self.step(Message::request(
+            requests::SET_VRING_NUM,
+            &state(vring.size),
+        ))?;
+        self.step(Message::request(
+            requests::SET_VRING_BASE,
+            &state(vring.base),
+        ))?;
+        self.step(Message::request(requests::SET_VRING_ADDR, &addr))?;
+        // The call comes first: a back-end starts a ring with its kick and may have to call at once.
+        self.step(Message::request(requests::SET_VRING_CALL, &fd).with_fds(call))?;
+        self.step(Message::request(requests::SET_VRING_KICK, &fd).with_fds(kick))?;
+        if self.has_protocol_features {
+            self.step(enable(vring.index, true))?;
+        }
+        Ok(())
+    }
+
+    fn uses(&self, protocol_feature: u64) -> bool {
+        self.protocol_features & protocol_feature != 0
+    }
+
+    fn acks(&self) -> bool {
+        self.uses(protocol_features::REPLY_ACK)
+    }
+
+    /// Sends a request that has no reply of its own, with an acknowledgement where there can be one.
+    fn step(&mut self, message: Message) -> Result<(), Error> {
+        let acks = self.acks();
+        let message = message.with_need_reply(acks);
+        if acks {
+            self.owed.push_back(Owed::Ack(message.request));
+        }
+        Ok(self.connection.send(&message)?)
+    }
+
+    /// Sends a request that has a reply.
+    fn ask(&mut self, message: &Message, owed: Owed) -> Result<(), Error> {
+        self.owed.push_back(owed);
+        Ok(self.connection.send(message)?)
+    }
+}
+
+fn enable(index: u8, enabled: bool) -> Message {
+    let state = VringState {
+        index: index.into(),
+        num: enabled.into(),
+    };
+    Message::request(requests::SET_VRING_ENABLE, &state)
+}
+
+fn wire_region(region: &host::MemoryRegion) -> MemoryRegion {
+    MemoryRegion {
+        guest_address: region.gpa,
+        size: region.shared.len,
+        user_address: region.gpa,
+        mmap_offset: region.shared.file_offset,
+    }
+}
+
+fn duplicate(source: &impl AsRawFd) -> Result<OwnedFd, Error> {
+    sys::duplicate(source).map_err(Error::Duplicate)
+}
+
+/// The payload of a reply.
+fn decode<T: Payload>(message: &Message) -> Result<T, Violation> {
+    T::decode(&message.payload).map_err(|error| Violation::Payload {
+        request: message.request,
+        error,
+    })
+}

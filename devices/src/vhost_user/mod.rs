@@ -1,0 +1,30 @@
+//! The vhost-user protocol ("Vhost-user Protocol" in QEMU's interoperability documents), for both roles.
+//!
+//! * [`wire`]: what the messages look like: request numbers, flags and payloads.
+//! * [`Connection`]: messages with their file descriptors over a non-blocking stream socket.
+//! * [`Socket`]: where the peer is found: a path that is listened on or connected to.
+//! * [`frontend`]: the front-end's side of the conversation as a state machine.
+//!
+//! Every peer is taken to be hostile: sizes are checked before memory is committed, file descriptors close with the
+//! message that is thrown away, and nothing waits for a peer.
+
+mod connection;
+pub mod frontend;
+mod limit;
+mod socket;
+mod sys;
+#[cfg(test)]
+mod tests;
+pub mod wire;
+
+pub use connection::{Connection, Error, Violation};
+pub use limit::RateLimit;
+pub use socket::{Error as SocketError, Socket, SocketRole};
+pub use wire::{
+    DecodeError, MAX_FDS, MAX_PAYLOAD, MemoryRegion, MemoryTable, Message, Payload,
+    SingleMemoryRegion, U64, VringAddr, VringFd, VringState, backend_requests, flags,
+    protocol_features, requests,
+};
+
+/// VHOST_USER_F_PROTOCOL_FEATURES: the feature bit that says that protocol features can be negotiated.
+pub const VHOST_USER_F_PROTOCOL_FEATURES: u64 = 1 << 30;

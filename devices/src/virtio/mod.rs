@@ -1,0 +1,148 @@
+//! What a virtio device is to its transport, and the transport to a device.
+//!
+//! A device implements [`VirtioDevice`]; [`VirtioPci`] makes a PCI function of it. Calls into the device come
+//! from vCPU threads and must not block; calls into the [`Transport`] may come from any thread, also from inside
+//! a call into the device.
+
+mod common;
+pub mod event;
+#[cfg(test)]
+pub(crate) mod harness;
+mod pci;
+#[cfg(test)]
+mod tests;
+mod wiring;
+
+use std::io;
+use std::sync::{Arc, Weak};
+
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::host::Window;
+
+pub use pci::{Error, VirtioPci};
+
+/// VIRTIO_F_VERSION_1: every device offers it and every driver has to accept it.
+pub const F_VERSION_1: u64 = 1 << 32;
+/// VIRTIO_F_RING_PACKED.
+pub const F_RING_PACKED: u64 = 1 << 34;
+
+/// Bits of `device_status` (VIRTIO 1.3, section 2.1).
+pub mod status {
+    /// The guest has seen the device.
+    pub const ACKNOWLEDGE: u8 = 1;
+    /// The guest has a driver for it.
+    pub const DRIVER: u8 = 2;
+    /// The driver is ready: the device is live.
+    pub const DRIVER_OK: u8 = 4;
+    /// The features are agreed.
+    pub const FEATURES_OK: u8 = 8;
+    /// The device has met an error that only a reset mends.
+    pub const NEEDS_RESET: u8 = 64;
+    /// The driver has given up.
+    pub const FAILED: u8 = 128;
+}
+
+/// One virtqueue as its driver set it up (VIRTIO 1.3, section 4.1.4.3).
+#[derive(Clone, Debug)]
+pub struct QueueSetup {
+    /// Number of descriptors, at most what [`VirtioDevice::queue_sizes`] says.
+    pub size: u16,
+    /// Guest physical address of the descriptor area.
+    pub desc: u64,
+    /// Guest physical address of the driver area.
+    pub driver: u64,
+    /// Guest physical address of the device area.
+    pub device: u64,
+    /// Whether the driver enabled the queue; the other fields mean nothing where it did not.
+    pub enabled: bool,
+    /// Signalled by the driver's notification; the transport registers it.
+    pub kick: Arc<EventFd>,
+    /// Raises the queue's MSI-X vector when signalled; it follows the vector when the driver moves it.
+    pub call: Arc<EventFd>,
+}
+
+/// What the driver and the device agreed on when DRIVER_OK was written.
+#[derive(Clone, Debug)]
+pub struct Activation {
+    /// The accepted feature bits; a subset of [`VirtioDevice::features`] and VERSION_1.
+    pub features: u64,
+    /// One entry for each of [`VirtioDevice::queue_sizes`].
+    pub queues: Vec<QueueSetup>,
+}
+
+/// Queue indices behind the virtqueues that exist as notification addresses and as `queue_select` values,
+/// but have no ring (vhost-pci: doorbells and kicks).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SpecialQueues {
+    /// How many indices there are; the first is `queue_sizes().len()`.
+    pub indices: u16,
+    /// How many MSI-X vectors to offer for them, beyond one for each virtqueue and one for the configuration.
+    pub vectors: u16,
+}
+
+/// What the transport lets a device do to it, from any thread.
+pub trait Transport: Send + Sync {
+    /// The device configuration has changed: bumps `config_generation`, sets the ISR bit, raises the
+    /// configuration vector.
+    fn config_changed(&self);
+    /// Sets DEVICE_NEEDS_RESET, and raises the configuration vector if DRIVER_OK is set.
+    fn set_needs_reset(&self);
+    /// The reset that [`VirtioDevice::reset`] asked for is complete: `device_status` reads 0.
+    fn reset_done(&self);
+    /// A guest write to the notify address of special index `index` signals `event`; `None` takes that back.
+    /// A signal that was on its way when the eventfd was replaced goes to the new one.
+    ///
+    /// Fails for an index that is not special, and where the host refuses the eventfd (then nothing is registered).
+    fn set_doorbell(&self, index: u16, event: Option<Arc<EventFd>>) -> io::Result<()> {
+        let _ = (index, event);
+        Err(io::ErrorKind::Unsupported.into())
+    }
+    /// `event` raises the MSI-X vector that the driver chose for special index `index`, now or later; `None` takes
+    /// that back. What is signalled while no vector is chosen stays in the eventfd.
+    ///
+    /// Fails for an index that is not special, and where the host refuses the eventfd (then nothing is attached).
+    fn set_kick(&self, index: u16, event: Option<Arc<EventFd>>) -> io::Result<()> {
+        let _ = (index, event);
+        Err(io::ErrorKind::Unsupported.into())
+    }
+}
+
+/// A virtio device without its transport.
+pub trait VirtioDevice: Send + Sync {
+    /// The virtio device type (VIRTIO 1.3, section 5).
+    fn device_type(&self) -> u16;
+    /// The PCI class code: 24 bits, for example 0x020000.
+    fn pci_class(&self) -> u32;
+    /// The maximum size of each queue.
+    fn queue_sizes(&self) -> Vec<u16>;
+    /// The feature bits that are offered; the transport adds VERSION_1.
+    fn features(&self) -> u64;
+    /// Reads the device configuration. Bytes beyond it are left as they are (zero).
+    fn read_config(&self, offset: u64, data: &mut [u8]);
+    /// Writes the device configuration. Bytes that cannot be written are ignored.
+    fn write_config(&self, offset: u64, data: &[u8]);
+    /// Gives the device its transport: once, when the transport is constructed.
+    fn bind(&self, transport: Weak<dyn Transport>);
+    /// DRIVER_OK was written (vCPU thread): record it and wake the device thread; must not block.
+    fn activate(&self, activation: Activation);
+    /// 0 was written to `device_status` (vCPU thread): the device thread stops everything, then calls
+    /// [`Transport::reset_done`]. Must not block.
+    fn reset(&self);
+    /// The queue indices beyond the virtqueues.
+    fn special_queues(&self) -> SpecialQueues {
+        SpecialQueues::default()
+    }
+    /// BAR 2 of the device if it has one: its size (a power of two) and the window to place there.
+    fn window(&self) -> Option<(u64, Arc<dyn Window>)> {
+        None
+    }
+    /// The guest read from BAR 2 where the window shows nothing. `data` is all-ones already.
+    fn window_read(&self, offset: u64, data: &mut [u8]) {
+        let _ = (offset, data);
+    }
+    /// The guest wrote to BAR 2 where the window shows nothing.
+    fn window_write(&self, offset: u64, data: &[u8]) {
+        let _ = (offset, data);
+    }
+}

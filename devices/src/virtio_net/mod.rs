@@ -1,0 +1,242 @@
+//! The network device of the front-end VM (VIRTIO 1.3, section 5.1), with its data path in another process.
+//!
+//! [`VirtioNet`] is what the guest sees; its packets are moved by a vhost-user back-end, which gets the guest's memory, the
+//! addresses of the rings and two eventfds a ring. From then on the VMM is not in the way.
+//!
+//! * What the guest does arrives on vCPU threads, is noted, and wakes the device thread.
+//! * Everything else happens on the device thread, in `worker.rs`: connecting, the protocol, losing a back-end and starting
+//!   over with the next.
+//!
+//! A back-end that was cut off keeps what it was given: plain vhost-user cannot take shared memory back from a process.
+
+mod rings;
+#[cfg(test)]
+mod tests;
+mod worker;
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+
+use event_manager::MutEventSubscriber;
+use thiserror::Error;
+use vmm_sys_util::errno;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::host::Host;
+use crate::vhost_user::{Socket, SocketError, SocketRole};
+use crate::virtio::{Activation, F_VERSION_1, Transport, VirtioDevice, event};
+use worker::Worker;
+
+/// VIRTIO_NET_F_MAC: the configuration has the address.
+const F_MAC: u64 = 1 << 5;
+/// VIRTIO_NET_F_MRG_RXBUF.
+const F_MRG_RXBUF: u64 = 1 << 15;
+/// VIRTIO_NET_F_STATUS: the configuration has the link status.
+const F_STATUS: u64 = 1 << 16;
+/// VIRTIO_F_INDIRECT_DESC.
+const F_INDIRECT_DESC: u64 = 1 << 28;
+/// VIRTIO_F_EVENT_IDX.
+const F_EVENT_IDX: u64 = 1 << 29;
+/// VIRTIO_F_IN_ORDER.
+const F_IN_ORDER: u64 = 1 << 35;
+
+/// What this device answers for itself, whatever the back-end offers.
+const OWN_FEATURES: u64 = F_MAC | F_STATUS;
+/// What is offered where the back-end offers it.
+const PASSED_FEATURES: u64 = F_VERSION_1 | F_EVENT_IDX | F_INDIRECT_DESC | F_IN_ORDER | F_MRG_RXBUF;
+
+/// VIRTIO_NET_S_LINK_UP.
+const LINK_UP: u16 = 1;
+/// Length of the device configuration: mac, status, max_virtqueue_pairs.
+const CONFIG_SIZE: usize = 10;
+/// The longest split ring (VIRTIO 1.3, section 2.7).
+const MAX_QUEUE_SIZE: u16 = 32768;
+
+/// What the user decides.
+#[derive(Clone, Debug)]
+pub struct NetConfig {
+    /// Where the back-end is met.
+    pub socket: PathBuf,
+    /// Who makes the connection.
+    pub role: SocketRole,
+    /// Number of rx/tx queue pairs; 1 is the only number there is so far.
+    pub queue_pairs: u16,
+    /// Maximum size of each queue: a power of two.
+    pub queue_size: u16,
+    /// The device's Ethernet address.
+    pub mac: [u8; 6],
+}
+
+/// Why there is no device. All of it is the host's or its user's doing.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// The socket cannot be used.
+    #[error(transparent)]
+    Socket(#[from] SocketError),
+    /// Multiqueue is not there yet.
+    #[error("{0} queue pairs: a network device has one")]
+    QueuePairs(u16),
+    /// A size that no ring can have.
+    #[error("queue size {0}: a power of two from 2 to {MAX_QUEUE_SIZE} is needed")]
+    QueueSize(u16),
+    /// The host gives no eventfd.
+    #[error("cannot make an eventfd: {0}")]
+    EventFd(#[source] io::Error),
+    /// The host gives no timer.
+    #[error("cannot make a timer: {0}")]
+    Timer(#[source] errno::Error),
+}
+
+/// What vCPU threads want of the device thread.
+#[derive(Default)]
+struct Mailbox {
+    /// Stop everything; what was activated before is void.
+    reset: bool,
+    /// Start with this, after the reset where there is one.
+    activation: Option<Activation>,
+}
+
+/// What both sides of the device, vCPU threads and the device thread, have in common.
+struct Shared {
+    features: AtomicU64,
+    link_up: AtomicBool,
+    mailbox: Mutex<Mailbox>,
+    wake: EventFd,
+    ready: EventFd,
+    transport: OnceLock<Weak<dyn Transport>>,
+}
+
+impl Shared {
+    fn mailbox(&self) -> MutexGuard<'_, Mailbox> {
+        self.mailbox.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn transport(&self) -> Option<Arc<dyn Transport>> {
+        self.transport.get().and_then(Weak::upgrade)
+    }
+
+    fn wake(&self) {
+        // Fails only where the counter is full; then the thread is as awake as it can be.
+        let _ = self.wake.write(1);
+    }
+}
+
+/// A virtio network device whose data path is a vhost-user back-end.
+pub struct VirtioNet {
+    shared: Arc<Shared>,
+    worker: Arc<Mutex<Worker>>,
+    queue_size: u16,
+    mac: [u8; 6],
+}
+
+impl VirtioNet {
+    /// Makes the device and, for [`SocketRole::Listen`], its socket. Nothing happens on it before the device thread has the
+    /// [`VirtioNet::subscriber`].
+    pub fn new(config: NetConfig, host: Arc<dyn Host>) -> Result<Arc<Self>, Error> {
+        if config.queue_pairs != 1 {
+            return Err(Error::QueuePairs(config.queue_pairs));
+        }
+        let size = config.queue_size;
+        if !size.is_power_of_two() || size < 2 {
+            return Err(Error::QueueSize(size));
+        }
+        let shared = Arc::new(Shared {
+            features: AtomicU64::new(offered(0)),
+            link_up: AtomicBool::new(false),
+            mailbox: Mutex::default(),
+            wake: event::new().map_err(Error::EventFd)?,
+            ready: event::new().map_err(Error::EventFd)?,
+            transport: OnceLock::new(),
+        });
+        let socket = Socket::new(config.socket, config.role)?;
+        let worker = Worker::new(shared.clone(), host, socket, size).map_err(Error::Timer)?;
+        Ok(Arc::new(Self {
+            shared,
+            worker: Arc::new(Mutex::new(worker)),
+            queue_size: size,
+            mac: config.mac,
+        }))
+    }
+
+    /// The device's part of the device thread, to be added to its event manager once.
+    #[must_use]
+    pub fn subscriber(&self) -> Box<dyn MutEventSubscriber + Send> {
+        Box::new(self.worker.clone())
+    }
+
+    /// Signalled when a handshake with a back-end is done. The guest must not run before the first: its driver is to see what the
+    /// back-end offers.
+    #[must_use]
+    pub fn ready(&self) -> &EventFd {
+        &self.shared.ready
+    }
+
+    /// The device configuration as it is now (VIRTIO 1.3, section 5.1.4).
+    fn config(&self) -> [u8; CONFIG_SIZE] {
+        let status = if self.shared.link_up.load(Ordering::Acquire) {
+            LINK_UP
+        } else {
+            0
+        };
+        let mut config = [0; CONFIG_SIZE];
+        config[0..6].copy_from_slice(&self.mac);
+        config[6..8].copy_from_slice(&status.to_le_bytes());
+        config[8..10].copy_from_slice(&1u16.to_le_bytes());
+        config
+    }
+}
+
+impl VirtioDevice for VirtioNet {
+    fn device_type(&self) -> u16 {
+        1
+    }
+
+    fn pci_class(&self) -> u32 {
+        0x02_0000
+    }
+
+    fn queue_sizes(&self) -> Vec<u16> {
+        vec![self.queue_size; 2]
+    }
+
+    fn features(&self) -> u64 {
+        self.shared.features.load(Ordering::Acquire)
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let config = self.config();
+        let start = usize::try_from(offset).unwrap_or(usize::MAX);
+        let there = config.get(start..).unwrap_or_default();
+        for (to, from) in data.iter_mut().zip(there) {
+            *to = *from;
+        }
+    }
+
+    /// Nothing in the configuration can be written by a driver that accepted VERSION_1.
+    fn write_config(&self, _offset: u64, _data: &[u8]) {}
+
+    fn bind(&self, transport: Weak<dyn Transport>) {
+        // A device has one transport for life; the trait says that a second call does not come.
+        let _ = self.shared.transport.set(transport);
+    }
+
+    fn activate(&self, activation: Activation) {
+        self.shared.mailbox().activation = Some(activation);
+        self.shared.wake();
+    }
+
+    fn reset(&self) {
+        *self.shared.mailbox() = Mailbox {
+            reset: true,
+            activation: None,
+        };
+        self.shared.wake();
+    }
+}
+
+/// The features that a driver is offered with a back-end that offers `backend`.
+fn offered(backend: u64) -> u64 {
+    (backend & PASSED_FEATURES) | OWN_FEATURES | F_VERSION_1
+}

@@ -1,0 +1,142 @@
+//! Checks of the rings that a guest's driver set up, before a back-end gets to see them.
+
+use std::sync::atomic::Ordering;
+
+use thiserror::Error;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+use crate::host::MemoryRegion;
+use crate::virtio::QueueSetup;
+
+/// A ring that cannot be: a fault of the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub(super) enum RingError {
+    /// Not a power of two, or larger than the device allows.
+    #[error("a queue of {0} descriptors")]
+    Size(u16),
+    /// A part of the ring is not aligned as VIRTIO 1.3, section 2.7 wants it.
+    #[error("a ring at {0:#x}, which is not aligned")]
+    Alignment(u64),
+    /// A part of the ring is not in memory, or not in one piece of it.
+    #[error("a ring at {0:#x}, which is not in memory")]
+    Memory(u64),
+}
+
+/// Checks size, alignment and place of a split ring (VIRTIO 1.3, section 2.7).
+pub(super) fn check(
+    queue: &QueueSetup,
+    max_size: u16,
+    memory: &[MemoryRegion],
+) -> Result<(), RingError> {
+    if !queue.size.is_power_of_two() || queue.size > max_size {
+        return Err(RingError::Size(queue.size));
+    }
+    let size = u64::from(queue.size);
+    for (gpa, len, align) in [
+        (queue.desc, 16 * size, 16),
+        (queue.driver, 6 + 2 * size, 2),
+        (queue.device, 6 + 8 * size, 4),
+    ] {
+        if gpa % align != 0 {
+            return Err(RingError::Alignment(gpa));
+        }
+        // A back-end maps each region by itself, so that a ring across two of them is in pieces for it.
+        if !memory.iter().any(|region| contains(region, gpa, len)) {
+            return Err(RingError::Memory(gpa));
+        }
+    }
+    Ok(())
+}
+
+fn contains(region: &MemoryRegion, gpa: u64, len: u64) -> bool {
+    gpa.checked_sub(region.gpa)
+        .and_then(|offset| offset.checked_add(len))
+        .is_some_and(|end| end <= region.shared.len)
+}
+
+/// The index up to which a back-end has used the buffers of a split ring: the next one may go on there, and serves again
+/// what its predecessor had taken and not given back.
+pub(super) fn used_index(queue: &QueueSetup, memory: &GuestMemoryMmap) -> Result<u16, RingError> {
+    let outside = RingError::Memory(queue.device);
+    let gpa = queue.device.checked_add(2).ok_or(outside)?;
+    memory
+        .load::<u16>(GuestAddress(gpa), Ordering::Acquire)
+        .map(u16::from_le)
+        .map_err(|_| outside)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::host::SharedRegion;
+    use crate::virtio::event;
+
+    fn memory() -> Vec<MemoryRegion> {
+        let file = Arc::new(File::open("/dev/null").unwrap());
+        let region = |gpa, len| MemoryRegion {
+            gpa,
+            shared: SharedRegion {
+                file: file.clone(),
+                file_offset: 0,
+                len,
+            },
+        };
+        vec![region(0x1_0000, 0x1_0000), region(0x2_0000, 0x1_0000)]
+    }
+
+    fn queue(size: u16, desc: u64, driver: u64, device: u64) -> QueueSetup {
+        QueueSetup {
+            size,
+            desc,
+            driver,
+            device,
+            enabled: true,
+            kick: Arc::new(event::new().unwrap()),
+            call: Arc::new(event::new().unwrap()),
+        }
+    }
+
+    #[test]
+    fn a_ring_up_to_the_last_byte_of_a_region_passes_and_one_byte_further_does_not() {
+        let end = 0x2_0000;
+        let memory = &memory()[..1];
+        let fits = queue(256, end - 4096, 0x1_0000, 0x1_1000);
+        assert_eq!(check(&fits, 256, memory), Ok(()));
+        let fits = queue(256, 0x1_0000, end - 518, 0x1_1000);
+        assert_eq!(check(&fits, 256, memory), Ok(()));
+        for (desc, driver, device) in [
+            (end - 4080, 0x1_1000, 0x1_2000),
+            (0x1_0000, end - 516, 0x1_2000),
+            (0x1_0000, 0x1_1000, end - 2052),
+            (0x0_fff0, 0x1_1000, 0x1_2000),
+            (u64::MAX - 15, 0x1_1000, 0x1_2000),
+        ] {
+            let result = check(&queue(256, desc, driver, device), 256, memory);
+            assert!(matches!(result, Err(RingError::Memory(_))), "{result:?}");
+        }
+    }
+
+    #[test]
+    fn a_ring_across_two_regions_is_refused() {
+        let across = queue(256, 0x2_0000 - 2048, 0x1_0000, 0x1_1000);
+        let result = check(&across, 256, &memory());
+        assert_eq!(result, Err(RingError::Memory(0x2_0000 - 2048)));
+    }
+
+    #[test]
+    fn sizes_and_alignments_that_split_rings_cannot_have_are_refused() {
+        let memory = memory();
+        for size in [0, 3, 255, 512] {
+            let result = check(&queue(size, 0x1_0000, 0x1_1000, 0x1_2000), 256, &memory);
+            assert_eq!(result, Err(RingError::Size(size)));
+        }
+        for (desc, driver, device) in [(8, 0, 0), (0, 1, 0), (0, 0, 2)] {
+            let ring = queue(16, 0x1_0000 + desc, 0x1_1000 + driver, 0x1_2000 + device);
+            let result = check(&ring, 256, &memory);
+            assert!(matches!(result, Err(RingError::Alignment(_))), "{result:?}");
+        }
+    }
+}

@@ -1,0 +1,330 @@
+//! Sampling: the guests and the upper bound in turn, with the distance of the cores before, between and after.
+
+use std::collections::BTreeMap;
+
+use anyhow::Result;
+
+use super::plan::Case;
+use super::probe::Distance;
+use super::record::{Faults, SampleResult};
+use super::stats::median;
+
+/// A thread that had less than this of its core was disturbed.
+const LEAST_SHARE: f64 = 0.92;
+/// Probes that differ by more than this factor mean that the cores moved.
+const MOST_CHANGE: f64 = 1.4;
+/// How often a sample is tried at most, on average.
+const TRIES: usize = 3;
+
+/// What the sampling needs; the session has it, and so have the tests.
+pub trait Lab {
+    /// A round trip of one cache line between the two cores, in ns.
+    fn probe(&mut self) -> Result<f64>;
+    /// One sample of the guests.
+    fn guests(&mut self, case: &Case) -> Result<VmSample>;
+    /// One sample of the same ring between two threads of this process.
+    fn bound(&mut self, case: &Case) -> Result<BoundSample>;
+}
+
+/// One sample of the guests.
+#[derive(Clone, Debug, Default)]
+pub struct VmSample {
+    /// What was measured.
+    pub result: SampleResult,
+    /// How much of its core each virtual CPU had, back-end first; absent where the guests sleep.
+    pub shares: Option<[f64; 2]>,
+    /// What all other threads of each VM process used, in percent of a core, back-end first.
+    pub others_percent: [f64; 2],
+    /// Returns of KVM_RUN to the VMM by reason, both VMs together.
+    pub exits: BTreeMap<String, u64>,
+    /// The kernel's exit counters, both VMs together.
+    pub kvm_exits: BTreeMap<String, u64>,
+}
+
+/// One sample of the upper bound.
+#[derive(Clone, Debug, Default)]
+pub struct BoundSample {
+    /// What was measured.
+    pub result: SampleResult,
+    /// How much of its core each thread had, back-end first; absent where the threads sleep.
+    pub shares: Option<[f64; 2]>,
+}
+
+/// A sample of each that belong together.
+#[derive(Clone, Debug)]
+pub struct Pair {
+    /// The guests'.
+    pub vm: VmSample,
+    /// The upper bound's.
+    pub bound: BoundSample,
+    /// Median of the three probes, in ns.
+    pub probe_ns: f64,
+}
+
+impl Pair {
+    /// How far apart the cores were.
+    pub fn distance(&self) -> Distance {
+        Distance::of(self.probe_ns)
+    }
+
+    /// How near the guests came to the bound: 1 is as good. Rate by rate, or median round trip by median round trip.
+    pub fn ratio(&self) -> Option<f64> {
+        let (vm, bound) = (&self.vm.result, &self.bound.result);
+        let (over, under) = match (vm.latency, bound.latency) {
+            (Some(vm), Some(bound)) => (bound.p50, vm.p50),
+            _ => (vm.mpps, bound.mpps),
+        };
+        (under > 0.0).then(|| over / under)
+    }
+}
+
+/// Everything about one case.
+#[derive(Clone, Debug)]
+pub struct Measured {
+    /// Which.
+    pub case: Case,
+    /// The pairs that count.
+    pub pairs: Vec<Pair>,
+    /// Pairs in which the cores moved.
+    pub moved: usize,
+    /// Pairs in which a thread did not get its core, or so little that nothing was timed.
+    pub disturbed: usize,
+    /// What went wrong with frames between the guests, in dropped pairs too.
+    pub faults: Faults,
+    /// What went wrong in the upper bound: it runs the same code, so there must be nothing.
+    pub bound_faults: Faults,
+    /// Frames that the guests checked, in dropped pairs too.
+    pub verified: u64,
+}
+
+/// Samples a case until there are `samples` good pairs, or three times as many were tried, or `may_retry` says no.
+/// `progress` is called after each pair.
+pub fn measure(
+    lab: &mut dyn Lab,
+    case: Case,
+    samples: usize,
+    may_retry: &mut dyn FnMut() -> bool,
+    progress: &mut dyn FnMut(&Measured),
+) -> Result<Measured> {
+    let mut measured = Measured {
+        case,
+        pairs: Vec::new(),
+        moved: 0,
+        disturbed: 0,
+        faults: Faults::default(),
+        bound_faults: Faults::default(),
+        verified: 0,
+    };
+    for tried in 0..TRIES * samples {
+        if measured.pairs.len() == samples || (tried >= samples && !may_retry()) {
+            break;
+        }
+        let first = lab.probe()?;
+        let vm = lab.guests(&case)?;
+        let second = lab.probe()?;
+        let bound = lab.bound(&case)?;
+        let third = lab.probe()?;
+        measured.faults += vm.result.faults;
+        measured.bound_faults += bound.result.faults;
+        measured.verified += vm.result.verified;
+        let probes = [first, second, third];
+        let shares = [vm.shares, bound.shares];
+        let mut each = shares.into_iter().flatten().flatten();
+        let disturbed = each.any(|share| share < LEAST_SHARE);
+        log::info!("{case:?}: probes {probes:.0?} ns, shares of guests and bound {shares:.2?}");
+        if moved(&probes) {
+            measured.moved += 1;
+        } else if disturbed || !(vm.result.timed && bound.result.timed) {
+            measured.disturbed += 1;
+        } else {
+            measured.pairs.push(Pair {
+                vm,
+                bound,
+                probe_ns: median(&probes).unwrap_or_default(),
+            });
+        }
+        progress(&measured);
+    }
+    Ok(measured)
+}
+
+fn moved(probes: &[f64; 3]) -> bool {
+    let least = probes.iter().copied().fold(f64::INFINITY, f64::min);
+    let most = probes.iter().copied().fold(0.0, f64::max);
+    most > MOST_CHANGE * least
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bench::record::Latency;
+    use crate::cli::Direction;
+
+    const CASE: Case = Case {
+        direction: Direction::BeToFe,
+        size: 64,
+        batch: 32,
+    };
+
+    /// Plays back probes and shares; counts what it was asked for.
+    #[derive(Default)]
+    struct Fake {
+        probes: Vec<f64>,
+        vm_shares: Vec<f64>,
+        bound_shares: Vec<f64>,
+        faults: Faults,
+        idle: bool,
+        calls: String,
+    }
+
+    fn cycle(values: &[f64], turn: usize, default: f64) -> f64 {
+        if values.is_empty() {
+            return default;
+        }
+        values[turn % values.len()]
+    }
+
+    impl Fake {
+        fn count(&self, what: char) -> usize {
+            self.calls.chars().filter(|&c| c == what).count()
+        }
+    }
+
+    impl Lab for Fake {
+        fn probe(&mut self) -> Result<f64> {
+            let ns = cycle(&self.probes, self.count('p'), 100.0);
+            self.calls.push('p');
+            Ok(ns)
+        }
+
+        fn guests(&mut self, _: &Case) -> Result<VmSample> {
+            let share = cycle(&self.vm_shares, self.count('g'), 1.0);
+            self.calls.push('g');
+            Ok(VmSample {
+                result: SampleResult {
+                    mpps: 8.0,
+                    verified: 1000,
+                    faults: self.faults,
+                    timed: !self.idle,
+                    ..SampleResult::default()
+                },
+                shares: Some([1.0, share]),
+                ..VmSample::default()
+            })
+        }
+
+        fn bound(&mut self, _: &Case) -> Result<BoundSample> {
+            let share = cycle(&self.bound_shares, self.count('b'), 1.0);
+            self.calls.push('b');
+            Ok(BoundSample {
+                result: SampleResult {
+                    mpps: 10.0,
+                    timed: true,
+                    ..SampleResult::default()
+                },
+                shares: Some([share, 1.0]),
+            })
+        }
+    }
+
+    fn run(fake: &mut Fake, samples: usize) -> Measured {
+        measure(fake, CASE, samples, &mut || true, &mut |_| ()).unwrap()
+    }
+
+    #[test]
+    fn guests_and_bound_take_turns_with_a_probe_on_either_side() {
+        let mut fake = Fake::default();
+        let measured = run(&mut fake, 2);
+        assert_eq!(fake.calls, "pgpbppgpbp");
+        assert_eq!(measured.pairs.len(), 2);
+        assert_eq!(measured.pairs[0].ratio(), Some(0.8));
+        assert_eq!(measured.pairs[0].distance(), Distance::Near);
+    }
+
+    #[test]
+    fn a_pair_in_which_the_cores_moved_is_taken_again() {
+        let mut fake = Fake {
+            probes: vec![100.0, 100.0, 450.0, 450.0, 430.0, 460.0],
+            ..Fake::default()
+        };
+        let measured = run(&mut fake, 1);
+        assert_eq!((measured.pairs.len(), measured.moved), (1, 1));
+        assert_eq!(measured.pairs[0].distance(), Distance::Far);
+    }
+
+    #[test]
+    fn a_pair_in_which_a_thread_had_not_its_core_is_taken_again() {
+        let mut fake = Fake {
+            vm_shares: vec![0.91, 0.93, 1.0],
+            bound_shares: vec![1.0, 0.5, 1.0],
+            ..Fake::default()
+        };
+        let measured = run(&mut fake, 1);
+        assert_eq!((measured.pairs.len(), measured.disturbed), (1, 2));
+    }
+
+    #[test]
+    fn a_sample_in_which_nothing_was_timed_is_taken_again_and_never_a_zero() {
+        let mut fake = Fake {
+            idle: true,
+            ..Fake::default()
+        };
+        let measured = run(&mut fake, 1);
+        assert_eq!((measured.pairs.len(), measured.disturbed), (0, 3));
+    }
+
+    #[test]
+    fn a_busy_host_costs_three_times_the_samples_and_no_more() {
+        let mut fake = Fake {
+            vm_shares: vec![0.3],
+            ..Fake::default()
+        };
+        let measured = run(&mut fake, 4);
+        assert_eq!((measured.pairs.len(), measured.disturbed), (0, 12));
+        // And without time to retry, not even that.
+        let mut fake = Fake {
+            vm_shares: vec![0.3],
+            ..Fake::default()
+        };
+        let measured = measure(&mut fake, CASE, 4, &mut || false, &mut |_| ()).unwrap();
+        assert_eq!(measured.disturbed, 4);
+    }
+
+    #[test]
+    fn frames_lost_in_a_dropped_pair_are_not_forgotten() {
+        let mut fake = Fake {
+            vm_shares: vec![0.1],
+            faults: Faults {
+                lost: 1,
+                ..Faults::default()
+            },
+            ..Fake::default()
+        };
+        let measured = run(&mut fake, 1);
+        assert!(measured.pairs.is_empty());
+        assert_eq!((measured.faults.lost, measured.verified), (3, 3000));
+    }
+
+    #[test]
+    fn the_ratio_of_a_round_trip_is_bound_over_guest() {
+        let with = |p50| SampleResult {
+            latency: Some(Latency {
+                p50,
+                ..Latency::default()
+            }),
+            ..SampleResult::default()
+        };
+        let pair = Pair {
+            vm: VmSample {
+                result: with(200.0),
+                ..VmSample::default()
+            },
+            bound: BoundSample {
+                result: with(150.0),
+                shares: None,
+            },
+            probe_ns: 100.0,
+        };
+        assert_eq!(pair.ratio(), Some(0.75));
+    }
+}

@@ -1,0 +1,357 @@
+//! The JSON: a contract. Keys are added, never renamed; what does not apply is absent.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, ensure};
+use serde::Serialize;
+use vmm::HugePages;
+
+use super::Setup;
+use super::pairs::{Measured, Pair};
+use super::probe::Distance;
+use super::record::{Faults, Latency};
+use super::stats::{Spread, median, round};
+use crate::cli::{Direction, Mode};
+use crate::host::{self, HugePool};
+
+/// The whole file.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    schema_version: u32,
+    environment: Environment,
+    command: Vec<String>,
+    /// One entry a case and distance.
+    pub results: Vec<Entry>,
+}
+
+#[derive(Debug, Serialize)]
+struct Environment {
+    version: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    commit: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    kernel: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cpu_model: Option<String>,
+    cores: [usize; 2],
+    #[serde(skip_serializing_if = "Option::is_none")]
+    governor: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    isolated_cores: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    hugepages_2m: Option<HugePool>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    thp_shmem: Option<String>,
+    kvm_modules: Vec<String>,
+    tsc_khz: u64,
+    unix_time: u64,
+    memory: Memory,
+    queue_size: u16,
+    mode: Mode,
+    sample_ms: u64,
+}
+
+#[derive(Debug, Serialize)]
+struct Memory {
+    size: u64,
+    hugepages: &'static str,
+    prefault: bool,
+}
+
+/// One figure, with everything that belongs to it.
+#[derive(Clone, Debug, Serialize)]
+pub struct Entry {
+    pub direction: Direction,
+    path: &'static str,
+    ring: &'static str,
+    in_order: bool,
+    iommu: &'static str,
+    pub frame_size: u16,
+    pub batch: u16,
+    queue_pairs: u16,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub distance: Option<Distance>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    probe_ns: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mpps: Option<Spread>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gbps: Option<Spread>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bound_mpps: Option<Spread>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ratio: Option<f64>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    ratio_samples: Vec<f64>,
+    frames: u64,
+    verified: u64,
+    #[serde(flatten)]
+    pub faults: Faults,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub latency_ns: Option<Latency>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    latency_p50_ns: Option<Spread>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bound_latency_ns: Option<Latency>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bound_latency_p50_ns: Option<Spread>,
+    dropped_samples: Dropped,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    exits: Option<Exits>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cpu: Option<Cpu>,
+}
+
+#[derive(Clone, Copy, Debug, Serialize)]
+struct Dropped {
+    cores_moved: usize,
+    core_not_had: usize,
+}
+
+/// Of both VMs, from before each run's command to behind its result.
+#[derive(Clone, Debug, Serialize)]
+struct Exits {
+    #[serde(flatten)]
+    by_reason: BTreeMap<String, u64>,
+    per_frame: f64,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    kvm: BTreeMap<String, u64>,
+}
+
+/// Back-end first; medians.
+#[derive(Clone, Debug, Serialize)]
+struct Cpu {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    vcpu_share: Option<[f64; 2]>,
+    other_threads_percent: [f64; 2],
+}
+
+impl Report {
+    /// Puts together what was measured.
+    pub fn new(setup: &Setup, tsc_khz: u64, measured: &[Measured]) -> Self {
+        Self {
+            schema_version: 1,
+            environment: Environment::of(setup, tsc_khz),
+            command: std::env::args_os()
+                .map(|arg| arg.to_string_lossy().into_owned())
+                .collect(),
+            results: measured.iter().flat_map(entries).collect(),
+        }
+    }
+}
+
+impl Environment {
+    fn of(setup: &Setup, tsc_khz: u64) -> Self {
+        Self {
+            version: env!("CARGO_PKG_VERSION"),
+            commit: option_env!("VHOST_PCI_COMMIT").filter(|commit| !commit.is_empty()),
+            kernel: host::kernel(),
+            cpu_model: host::cpu_model(),
+            cores: setup.cores,
+            governor: host::governor(&setup.cores),
+            isolated_cores: host::isolated_cores().filter(|cores| !cores.is_empty()),
+            hugepages_2m: host::hugepages_2m(),
+            thp_shmem: host::thp_shmem(),
+            kvm_modules: host::kvm_modules(),
+            tsc_khz,
+            unix_time: SystemTime::now()
+                .duration_since(UNIX_EPOCH)
+                .map_or(0, |time| time.as_secs()),
+            memory: Memory {
+                size: setup.memory.size,
+                hugepages: match setup.memory.hugepages {
+                    HugePages::Off => "off",
+                    HugePages::Size2M => "2M",
+                    HugePages::Size1G => "1G",
+                },
+                prefault: setup.memory.prefault,
+            },
+            queue_size: setup.queue_size,
+            mode: setup.mode,
+            sample_ms: setup.ms,
+        }
+    }
+}
+
+/// An entry a distance: figures of near and of far cores have nothing to do with each other. What was counted over all samples
+/// (faults, checked frames, dropped pairs) stands in the first.
+fn entries(measured: &Measured) -> Vec<Entry> {
+    let mut entries: Vec<Entry> = [Distance::Near, Distance::Far]
+        .into_iter()
+        .filter_map(|distance| {
+            let pairs: Vec<&Pair> = measured
+                .pairs
+                .iter()
+                .filter(|pair| pair.distance() == distance)
+                .collect();
+            (!pairs.is_empty()).then(|| entry(measured, Some(distance), &pairs))
+        })
+        .collect();
+    if entries.is_empty() {
+        // No sample was fit to be reported, but what happened to the frames was.
+        entries.push(entry(measured, None, &[]));
+    }
+    if let Some(first) = entries.first_mut() {
+        first.faults = measured.faults;
+        first.verified = measured.verified;
+        first.dropped_samples = Dropped {
+            cores_moved: measured.moved,
+            core_not_had: measured.disturbed,
+        };
+    }
+    entries
+}
+
+fn entry(measured: &Measured, distance: Option<Distance>, pairs: &[&Pair]) -> Entry {
+    let case = measured.case;
+    let each = |value: &dyn Fn(&Pair) -> f64| -> Vec<f64> {
+        pairs.iter().map(|pair| value(pair)).collect()
+    };
+    let rates = case.direction != Direction::RoundTrip;
+    let spread = |value: &dyn Fn(&Pair) -> f64| Spread::of(each(value)).filter(|_| rates);
+    let vm_times: Vec<Latency> = pairs
+        .iter()
+        .filter_map(|pair| pair.vm.result.latency)
+        .collect();
+    let bound_times: Vec<Latency> = pairs
+        .iter()
+        .filter_map(|pair| pair.bound.result.latency)
+        .collect();
+    let ratios: Vec<f64> = pairs.iter().filter_map(|pair| pair.ratio()).collect();
+    let bits = f64::from(case.size) * 8.0;
+    Entry {
+        direction: case.direction,
+        path: "window",
+        ring: "split",
+        in_order: false,
+        iommu: "off",
+        frame_size: case.size,
+        batch: case.batch,
+        queue_pairs: 1,
+        distance,
+        probe_ns: median(&each(&|pair| pair.probe_ns)).map(round),
+        mpps: spread(&|pair| pair.vm.result.mpps),
+        gbps: spread(&|pair| pair.vm.result.mpps * bits / 1000.0),
+        bound_mpps: spread(&|pair| pair.bound.result.mpps),
+        ratio: median(&ratios).map(round),
+        ratio_samples: ratios.into_iter().map(round).collect(),
+        frames: pairs.iter().map(|pair| pair.vm.result.frames).sum(),
+        verified: 0,
+        faults: Faults::default(),
+        latency_ns: latency(&vm_times),
+        latency_p50_ns: Spread::of(vm_times.iter().map(|time| time.p50)),
+        bound_latency_ns: latency(&bound_times),
+        bound_latency_p50_ns: Spread::of(bound_times.iter().map(|time| time.p50)),
+        dropped_samples: Dropped {
+            cores_moved: 0,
+            core_not_had: 0,
+        },
+        exits: (!pairs.is_empty()).then(|| exits(pairs)),
+        cpu: cpu(pairs),
+    }
+}
+
+/// Medians of the samples' percentiles; the longest of all.
+fn latency(times: &[Latency]) -> Option<Latency> {
+    let middle = |value: fn(&Latency) -> f64| {
+        let values: Vec<f64> = times.iter().map(value).collect();
+        median(&values).map(round)
+    };
+    Some(Latency {
+        p50: middle(|time| time.p50)?,
+        p99: middle(|time| time.p99)?,
+        p999: middle(|time| time.p999)?,
+        max: round(times.iter().map(|time| time.max).fold(0.0, f64::max)),
+    })
+}
+
+fn exits(pairs: &[&Pair]) -> Exits {
+    let sum = |counters: &dyn Fn(&Pair) -> &BTreeMap<String, u64>| {
+        let mut sum = BTreeMap::<String, u64>::new();
+        for (name, count) in pairs.iter().flat_map(|pair| counters(pair)) {
+            *sum.entry(name.clone()).or_default() += count;
+        }
+        sum
+    };
+    let by_reason = sum(&|pair| &pair.vm.exits);
+    let all: u64 = by_reason.values().sum();
+    let frames: u64 = pairs.iter().map(|pair| pair.vm.result.frames).sum();
+    Exits {
+        // Not rounded: it is small, or something is wrong.
+        per_frame: all as f64 / frames.max(1) as f64,
+        by_reason,
+        kvm: sum(&|pair| &pair.vm.kvm_exits),
+    }
+}
+
+fn cpu(pairs: &[&Pair]) -> Option<Cpu> {
+    let middle = |value: &dyn Fn(&Pair, usize) -> Option<f64>| -> Option<[f64; 2]> {
+        let side = |side| {
+            let values: Vec<f64> = pairs.iter().filter_map(|pair| value(pair, side)).collect();
+            median(&values).map(round)
+        };
+        Some([side(0)?, side(1)?])
+    };
+    Some(Cpu {
+        vcpu_share: middle(&|pair, side| pair.vm.shares.map(|shares| shares[side])),
+        other_threads_percent: middle(&|pair, side| Some(pair.vm.others_percent[side]))?,
+    })
+}
+
+/// The file that `--json` names. It has its name only when it is complete.
+#[derive(Debug)]
+pub struct JsonFile {
+    path: PathBuf,
+    partial: PathBuf,
+    file: Option<File>,
+}
+
+impl JsonFile {
+    /// Makes sure, before anything is measured, that it can be written.
+    pub fn create(path: &Path) -> Result<Self> {
+        let mut partial = OsString::from(path);
+        partial.push(".tmp");
+        let partial = PathBuf::from(partial);
+        ensure!(
+            !path.is_dir(),
+            "--json {}: it is a directory",
+            path.display()
+        );
+        let file = File::create(&partial)
+            .with_context(|| format!("--json: cannot write {}", partial.display()))?;
+        Ok(Self {
+            path: path.to_owned(),
+            partial,
+            file: Some(file),
+        })
+    }
+
+    /// Writes it.
+    pub fn write(mut self, report: &Report) -> Result<()> {
+        let Some(file) = self.file.take() else {
+            return Ok(());
+        };
+        let mut out = BufWriter::new(file);
+        serde_json::to_writer_pretty(&mut out, report)
+            .map_err(std::io::Error::from)
+            .and_then(|()| out.write_all(b"\n"))
+            .and_then(|()| out.flush())
+            .and_then(|()| std::fs::rename(&self.partial, &self.path))
+            .with_context(|| format!("--json: cannot write {}", self.path.display()))
+    }
+}
+
+impl Drop for JsonFile {
+    fn drop(&mut self) {
+        // Gone already where it was renamed.
+        let _ = std::fs::remove_file(&self.partial);
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,202 @@
+use serde_json::Value;
+
+use super::*;
+use crate::bench::pairs::{BoundSample, VmSample};
+use crate::bench::plan::Case;
+use crate::bench::record::SampleResult;
+use crate::tempdir::TempDir;
+use vmm::MemoryConfig;
+
+fn pair(mpps: f64, bound: f64, probe_ns: f64) -> Pair {
+    let result = |mpps| SampleResult {
+        mpps,
+        frames: 1_000_000,
+        verified: 1_100_000,
+        ..SampleResult::default()
+    };
+    Pair {
+        vm: VmSample {
+            result: result(mpps),
+            shares: Some([0.99, 0.98]),
+            others_percent: [0.01, 0.02],
+            exits: [("io_out".to_owned(), 300)].into(),
+            kvm_exits: [("exits".to_owned(), 400)].into(),
+        },
+        bound: BoundSample {
+            result: result(bound),
+            shares: None,
+        },
+        probe_ns,
+    }
+}
+
+fn measured(direction: Direction, pairs: Vec<Pair>) -> Measured {
+    Measured {
+        case: Case {
+            direction,
+            size: 64,
+            batch: 32,
+        },
+        pairs,
+        moved: 2,
+        disturbed: 1,
+        faults: Faults::default(),
+        bound_faults: Faults::default(),
+        verified: 7,
+    }
+}
+
+fn setup() -> Setup {
+    Setup {
+        ms: 100,
+        warmup_ms: 5,
+        mode: Mode::Poll,
+        cores: [0, 1],
+        queue_size: 256,
+        memory: MemoryConfig {
+            size: 1 << 28,
+            hugepages: HugePages::Size2M,
+            prefault: true,
+        },
+    }
+}
+
+fn json(measured: &[Measured]) -> Value {
+    serde_json::to_value(Report::new(&setup(), 2_596_000, measured)).unwrap()
+}
+
+#[test]
+fn every_key_of_the_contract_is_there() {
+    let pairs = vec![
+        pair(10.0, 12.5, 100.0),
+        pair(8.0, 16.0, 110.0),
+        pair(9.0, 10.0, 120.0),
+    ];
+    let json = json(&[measured(Direction::BeToFe, pairs)]);
+    assert_eq!(json["schema_version"], 1);
+    assert!(json["command"].is_array());
+    let environment = &json["environment"];
+    assert_eq!(environment["tsc_khz"], 2_596_000);
+    assert_eq!(environment["memory"]["hugepages"], "2M");
+    let result = &json["results"][0];
+    let want = [
+        ("direction", "\"be-to-fe\""),
+        ("path", "\"window\""),
+        ("ring", "\"split\""),
+        ("in_order", "false"),
+        ("iommu", "\"off\""),
+        ("frame_size", "64"),
+        ("batch", "32"),
+        ("queue_pairs", "1"),
+        ("distance", "\"near\""),
+        ("probe_ns", "110.0"),
+        ("ratio", "0.8"),
+        ("frames", "3000000"),
+        ("verified", "7"),
+        ("lost", "0"),
+        ("duplicated", "0"),
+        ("reordered", "0"),
+        ("corrupted", "0"),
+    ];
+    for (key, value) in want {
+        assert_eq!(result[key].to_string(), value, "{key}");
+    }
+    for key in ["mpps", "gbps", "bound_mpps"] {
+        let spread = &result[key];
+        assert!(
+            spread["median"].is_number() && spread["min"].is_number() && spread["max"].is_number()
+        );
+        assert_eq!(spread["samples"].as_array().unwrap().len(), 3, "{key}");
+    }
+    assert_eq!(result["mpps"]["median"], 9.0);
+    assert_eq!(result["gbps"]["median"], 4.608);
+    assert_eq!(result["exits"]["io_out"], 900);
+    assert_eq!(result["exits"]["per_frame"], 0.0003);
+    assert_eq!(result["exits"]["kvm"]["exits"], 1200);
+    assert_eq!(result["cpu"]["vcpu_share"][1], 0.98);
+    assert_eq!(result["cpu"]["other_threads_percent"][0], 0.01);
+    assert_eq!(result["dropped_samples"]["cores_moved"], 2);
+    assert!(result.get("latency_ns").is_none());
+}
+
+#[test]
+fn a_round_trip_has_latencies_and_no_rates() {
+    let times = |p50| {
+        Some(Latency {
+            p50,
+            p99: 2.0 * p50,
+            p999: 3.0 * p50,
+            max: 9.0 * p50,
+        })
+    };
+    let pairs = [100.0, 300.0, 200.0].map(|p50| {
+        let mut pair = pair(0.0, 0.0, 100.0);
+        pair.vm.result.latency = times(p50);
+        pair.bound.result.latency = times(p50 / 2.0);
+        pair
+    });
+    let json = json(&[measured(Direction::RoundTrip, pairs.to_vec())]);
+    let result = &json["results"][0];
+    assert_eq!(result["latency_ns"]["p50"], 200.0);
+    assert_eq!(result["latency_ns"]["max"], 2700.0);
+    assert_eq!(result["bound_latency_ns"]["p999"], 300.0);
+    assert_eq!(result["ratio"], 0.5);
+    for key in ["mpps", "gbps", "bound_mpps"] {
+        assert!(result.get(key).is_none(), "{key}");
+    }
+}
+
+#[test]
+fn near_and_far_are_never_mixed() {
+    let pairs = vec![
+        pair(10.0, 10.0, 100.0),
+        pair(2.0, 4.0, 450.0),
+        pair(12.0, 12.0, 101.0),
+    ];
+    let mut all = measured(Direction::Both, pairs);
+    all.faults.lost = 5;
+    let json = json(&[all]);
+    let [near, far] = &json["results"].as_array().unwrap()[..] else {
+        panic!("two entries");
+    };
+    assert_eq!(
+        (near["distance"].as_str(), far["distance"].as_str()),
+        (Some("near"), Some("far"))
+    );
+    assert_eq!(near["mpps"]["median"], 11.0);
+    assert_eq!(far["ratio"], 0.5);
+    // What was counted over all of them is counted once.
+    let lost = |entry: &Value| entry["lost"].as_u64().unwrap();
+    assert_eq!(lost(near) + lost(far), 5);
+}
+
+#[test]
+fn a_case_without_a_good_sample_still_says_what_happened_to_the_frames() {
+    let mut none = measured(Direction::BeToFe, vec![]);
+    none.faults.corrupted = 3;
+    let json = json(&[none]);
+    let result = &json["results"][0];
+    assert_eq!(result["corrupted"], 3);
+    for key in ["mpps", "ratio", "distance", "probe_ns", "exits", "cpu"] {
+        assert!(result.get(key).is_none(), "{key}");
+    }
+}
+
+#[test]
+fn the_file_appears_complete_or_not_at_all() {
+    let directory = TempDir::new().unwrap();
+    let path = directory.path().join("out.json");
+    let file = JsonFile::create(&path).unwrap();
+    assert!(!path.exists());
+    drop(file);
+    assert_eq!(directory.path().read_dir().unwrap().count(), 0);
+
+    let report = Report::new(&setup(), 1, &[]);
+    JsonFile::create(&path).unwrap().write(&report).unwrap();
+    let text = std::fs::read_to_string(&path).unwrap();
+    let _: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(directory.path().read_dir().unwrap().count(), 1);
+
+    assert!(JsonFile::create(directory.path()).is_err());
+    assert!(JsonFile::create(&directory.path().join("no/such.json")).is_err());
+}

@@ -1,0 +1,436 @@
+//! Two VM processes and their control channels.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use virtqueue::net::features::EVENT_IDX;
+
+use super::Setup;
+use super::bound::Bound;
+use super::pairs::{BoundSample, Lab, VmSample};
+use super::plan::Case;
+use super::probe;
+use super::record::{Record, SampleResult, VmmStats, WorkResult};
+use crate::child::{Output, VmProcess};
+use crate::cli::{Direction, Mode};
+use crate::exit::{self, Failure};
+use crate::sys::{self, Signals};
+use crate::tempdir::TempDir;
+use crate::{host, pair};
+
+/// How long two VMs may take to boot and find each other.
+const BOOT: Duration = Duration::from_secs(10);
+/// How long an answer may take beyond what was asked for.
+const ANSWER: Duration = Duration::from_secs(5);
+/// How long a VM may take to power off, or to end after its control channel closed.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+/// A receiver in a guest gives up after so long without a frame.
+pub const RECEIVER_MS: u64 = 2000;
+/// No record is longer.
+const LINE_LIMIT: usize = 64 << 10;
+
+const NAMES: [&str; 2] = ["back-end", "front-end"];
+
+/// One VM, seen through its control channel.
+struct Side {
+    stream: UnixStream,
+    buffer: Vec<u8>,
+    /// Absent in tests, which play the guest themselves.
+    process: Option<VmProcess>,
+}
+
+/// The two VMs, back-end first.
+pub struct Session {
+    sides: [Side; 2],
+    waiting: VecDeque<(usize, Record)>,
+    signals: Option<Signals>,
+    setup: Setup,
+    tsc_khz: u64,
+    event_idx: bool,
+    bound: Option<Bound>,
+    id: u16,
+    // Declared last: the socket's directory goes when the VMs are gone.
+    _directory: Option<TempDir>,
+}
+
+impl Session {
+    /// Boots both VMs and waits until their connection is up.
+    pub fn start(setup: Setup, memory: &str, signals: Signals) -> Result<Self> {
+        let directory = TempDir::new().context("cannot make a directory for the socket")?;
+        let args = pair::vm_args(
+            directory.path(),
+            memory,
+            Some(setup.cores),
+            setup.queue_size,
+        );
+        let start = |side: usize| -> Result<Side> {
+            let (ours, theirs) = UnixStream::pair().context("socketpair")?;
+            // A guest that does not read its commands must not hold us up.
+            ours.set_write_timeout(Some(ANSWER)).context("setsockopt")?;
+            let mut args = args[side].clone();
+            args.push("--control-fd=0".into());
+            let stdin = Stdio::from(OwnedFd::from(theirs));
+            Ok(Side {
+                stream: ours,
+                buffer: Vec::new(),
+                process: Some(VmProcess::start(NAMES[side], &args, stdin, Output::Keep)?),
+            })
+        };
+        let mut session = Self {
+            sides: [start(0)?, start(1)?],
+            waiting: VecDeque::new(),
+            signals: Some(signals),
+            setup,
+            tsc_khz: 0,
+            event_idx: false,
+            bound: None,
+            id: 0,
+            _directory: Some(directory),
+        };
+        session.wait_until_ready(Instant::now() + BOOT)?;
+        Ok(session)
+    }
+
+    /// Frequency of the guests' clock.
+    pub fn tsc_khz(&self) -> u64 {
+        self.tsc_khz
+    }
+
+    fn wait_until_ready(&mut self, deadline: Instant) -> Result<()> {
+        let mut ready = [false; 2];
+        while ready != [true; 2] {
+            let missing = if ready[0] { "front-end" } else { "back-end" };
+            match self.next(deadline, &format!("the {missing} guest to be ready"))? {
+                (side, Record::Ready { tsc_khz, features }) => {
+                    ready[side] = true;
+                    self.tsc_khz = tsc_khz;
+                    self.event_idx = features & EVENT_IDX != 0;
+                }
+                // The connection may take more than one try while the other end boots.
+                (side, Record::Down) => ready[side] = false,
+                (side, record) => ignore(side, &record)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// The next record, which `awaited` describes.
+    fn next(&mut self, deadline: Instant, awaited: &str) -> Result<(usize, Record)> {
+        loop {
+            if let Some(record) = self.waiting.pop_front() {
+                return Ok(record);
+            }
+            if !self.gather(deadline)? {
+                bail!("waited in vain for {awaited}");
+            }
+        }
+    }
+
+    /// Sleeps until records have arrived (true) or the time has come (false). A signal and the end of a VM are errors.
+    fn gather(&mut self, deadline: Instant) -> Result<bool> {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let ready = {
+            let mut fds = vec![self.sides[0].stream.as_fd(), self.sides[1].stream.as_fd()];
+            fds.extend(self.signals.as_ref().map(AsFd::as_fd));
+            sys::poll(&fds, Some(left)).context("poll")?
+        };
+        if let Some(number) = self.signals.as_ref().and_then(Signals::caught) {
+            return Err(Failure::Signal(number).into());
+        }
+        for (side, _) in ready
+            .iter()
+            .take(2)
+            .enumerate()
+            .filter(|(_, ready)| **ready)
+        {
+            match self.sides[side].read()? {
+                Some(records) => self
+                    .waiting
+                    .extend(records.into_iter().map(|record| (side, record))),
+                None => return Err(self.died(side)),
+            }
+        }
+        Ok(!self.waiting.is_empty() || Instant::now() < deadline)
+    }
+
+    /// Sleeps until then. Records that come meanwhile are kept.
+    fn sleep_until(&mut self, then: Instant) -> Result<()> {
+        while Instant::now() < then {
+            self.gather(then)?;
+        }
+        Ok(())
+    }
+
+    /// Why the control channel of a VM closed.
+    fn died(&mut self, side: usize) -> anyhow::Error {
+        let name = NAMES[side];
+        let Some(process) = &mut self.sides[side].process else {
+            return anyhow!("the {name} VM closed its control channel");
+        };
+        // Whether it ends in time or not: what it said so far is reported.
+        let _ = sys::poll(&[process.as_fd()], Some(LAST_WORDS));
+        match process.ended() {
+            Ok(Some(status)) => {
+                let text = format!("the {name} VM ended ({status}): {}", process.last_words());
+                match exit::of_process(status) {
+                    exit::GUEST => Failure::Guest(text).into(),
+                    _ => anyhow!(text),
+                }
+            }
+            _ => anyhow!(
+                "the {name} VM closed its control channel: {}",
+                process.last_words()
+            ),
+        }
+    }
+
+    fn send(&mut self, side: usize, line: &str) -> Result<()> {
+        match self.sides[side]
+            .stream
+            .write_all(format!("{line}\n").as_bytes())
+        {
+            Ok(()) => Ok(()),
+            Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Err(self.died(side)),
+            Err(error) => Err(error)
+                .with_context(|| format!("cannot send a command to the {} guest", NAMES[side])),
+        }
+    }
+
+    fn stats(&mut self) -> Result<[VmmStats; 2]> {
+        self.send(0, "vmm stats")?;
+        self.send(1, "vmm stats")?;
+        let mut stats = [None, None];
+        let deadline = Instant::now() + ANSWER;
+        while stats.iter().any(Option::is_none) {
+            match self.next(deadline, "the counters of a VM")? {
+                (side, Record::Vmm(found)) => stats[side] = Some(found),
+                (side, record) => ignore(side, &record)?,
+            }
+        }
+        Ok(stats.map(Option::unwrap_or_default))
+    }
+
+    fn results(&mut self, deadline: Instant) -> Result<[WorkResult; 2]> {
+        let mut results = [None, None];
+        while let Some(missing) = results.iter().position(Option::is_none) {
+            let awaited = format!("the result of the {} guest", NAMES[missing]);
+            match self.next(deadline, &awaited)? {
+                (side, Record::Result(found)) if found.id == self.id => {
+                    results[side] = Some(found);
+                }
+                (side, record) => ignore(side, &record)?,
+            }
+        }
+        Ok(results.map(Option::unwrap_or_default))
+    }
+
+    fn command(&self, case: &Case, side: usize) -> String {
+        let Setup {
+            ms,
+            warmup_ms,
+            mode,
+            ..
+        } = self.setup;
+        let work = case.direction.work()[side];
+        format!(
+            "run id={} work={work} size={} batch={} ms={ms} warmup_ms={warmup_ms} mode={} timeout_ms={RECEIVER_MS}",
+            self.id,
+            case.size,
+            case.batch,
+            mode.name(),
+        )
+    }
+
+    /// What each VM process has used by now: in all, and by threads that are no vCPU.
+    fn cpu(&self, stats: &[VmmStats; 2]) -> Result<Cpu> {
+        let mut cpu = Cpu {
+            at: Instant::now(),
+            all: [0; 2],
+            others: [0; 2],
+        };
+        for (side, stats) in stats.iter().enumerate() {
+            let Some(process) = &self.sides[side].process else {
+                continue;
+            };
+            let vcpus: Vec<u32> = stats.vcpus.iter().map(|vcpu| vcpu.tid).collect();
+            cpu.all[side] = sys::process_cpu_ns(process.pid()).context("the CPU time of a VM")?;
+            cpu.others[side] = host::other_threads_ns(process.pid(), &vcpus);
+        }
+        Ok(cpu)
+    }
+
+    /// Lets both guests power off.
+    pub fn finish(mut self) -> Result<()> {
+        for side in 0..2 {
+            self.send(side, "exit code=0")?;
+        }
+        for side in &mut self.sides {
+            let Some(process) = &mut side.process else {
+                continue;
+            };
+            sys::poll(&[process.as_fd()], Some(LAST_WORDS)).context("poll")?;
+            match process.ended()? {
+                Some(status) if !status.success() => {
+                    log::warn!(
+                        "the {} VM ended ({status}): {}",
+                        process.name(),
+                        process.last_words()
+                    );
+                }
+                Some(_) => {}
+                None => log::warn!("the {} guest did not power off", process.name()),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What has been used up to an instant, in ns.
+struct Cpu {
+    at: Instant,
+    all: [u64; 2],
+    others: [u64; 2],
+}
+
+impl Cpu {
+    /// Between two looks, of each VM: the vCPU's share of a core, and the other threads' in percent.
+    fn between(&self, later: &Self) -> ([f64; 2], [f64; 2]) {
+        let wall = (later.at - self.at).as_nanos().max(1) as f64;
+        let all = [0, 1].map(|side| later.all[side].saturating_sub(self.all[side]) as f64);
+        let others = [0, 1].map(|side| later.others[side].saturating_sub(self.others[side]) as f64);
+        (
+            [0, 1].map(|side| ((all[side] - others[side]) / wall).max(0.0)),
+            [0, 1].map(|side| others[side] / wall * 100.0),
+        )
+    }
+}
+
+impl Lab for Session {
+    fn probe(&mut self) -> Result<f64> {
+        probe::probe(self.setup.cores)
+    }
+
+    fn guests(&mut self, case: &Case) -> Result<VmSample> {
+        let before = self.stats()?;
+        self.id = self.id.wrapping_add(1);
+        // The receiver first: then the sender does not start against a full ring.
+        let order = match case.direction {
+            Direction::BeToFe | Direction::RoundTrip => [1, 0],
+            Direction::FeToBe | Direction::Both => [0, 1],
+        };
+        for side in order {
+            let command = self.command(case, side);
+            self.send(side, &command)?;
+        }
+        // Two looks, well inside the time in which both work. This thread sleeps the rest of it.
+        let start = Instant::now() + Duration::from_millis(self.setup.warmup_ms);
+        let length = Duration::from_millis(self.setup.ms);
+        self.sleep_until(start + length.mul_f64(0.35))?;
+        let first = self.cpu(&before)?;
+        self.sleep_until(start + length.mul_f64(0.9))?;
+        let second = self.cpu(&before)?;
+        let patience = Duration::from_millis(RECEIVER_MS) + ANSWER;
+        let results = self.results(start + length + patience)?;
+        let after = self.stats()?;
+
+        let (shares, others_percent) = first.between(&second);
+        let known =
+            self.setup.mode == Mode::Poll && self.sides.iter().all(|side| side.process.is_some());
+        Ok(VmSample {
+            result: SampleResult::new(case.direction, &results, self.tsc_khz)?,
+            shares: known.then_some(shares),
+            others_percent,
+            exits: grown(&before, &after, |vcpu| &vcpu.exits, |_| true),
+            // The kernel counts much else, some of it no counter at all.
+            kvm_exits: grown(
+                &before,
+                &after,
+                |vcpu| &vcpu.kvm,
+                |name| name.ends_with("exits"),
+            ),
+        })
+    }
+
+    fn bound(&mut self, case: &Case) -> Result<BoundSample> {
+        let bound = match &mut self.bound {
+            Some(bound) => bound,
+            none => none.insert(Bound::new(&self.setup, self.tsc_khz, self.event_idx)?),
+        };
+        bound.sample(&self.setup, case)
+    }
+}
+
+/// By how much counters have grown, over both VMs and all vCPUs.
+fn grown(
+    before: &[VmmStats; 2],
+    after: &[VmmStats; 2],
+    counters: impl Fn(&super::record::VcpuStats) -> &BTreeMap<String, u64>,
+    wanted: impl Fn(&str) -> bool,
+) -> BTreeMap<String, u64> {
+    let sum = |stats: &[VmmStats; 2]| {
+        let mut sum = BTreeMap::<String, u64>::new();
+        for vcpu in stats.iter().flat_map(|stats| &stats.vcpus) {
+            for (name, count) in counters(vcpu).iter().filter(|(name, _)| wanted(name)) {
+                *sum.entry(name.clone()).or_default() += count;
+            }
+        }
+        sum
+    };
+    let before = sum(before);
+    let mut grown = sum(after);
+    for (name, count) in &mut grown {
+        *count = count.saturating_sub(before.get(name).copied().unwrap_or(0));
+    }
+    grown
+}
+
+/// Passes over a record that nobody waits for; those that report trouble are errors.
+fn ignore(side: usize, record: &Record) -> Result<()> {
+    let name = NAMES[side];
+    match record {
+        Record::Error { what } => bail!("the {name} guest: {what}"),
+        Record::Down => bail!("the {name} guest has lost its peer"),
+        Record::Result(result) => log::debug!("a late result of run {} of the {name}", result.id),
+        Record::Ready { .. } | Record::Vmm(_) | Record::Unknown => {}
+    }
+    Ok(())
+}
+
+impl Side {
+    /// What has arrived; `None` when the channel is closed.
+    fn read(&mut self) -> Result<Option<Vec<Record>>> {
+        let mut chunk = [0; 4096];
+        let got = match self.stream.read(&mut chunk) {
+            Ok(0) => return Ok(None),
+            Ok(got) => got,
+            Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => return Ok(None),
+            Err(error) => return Err(error).context("cannot read a control channel"),
+        };
+        self.buffer.extend(chunk.iter().take(got));
+        let mut records = Vec::new();
+        while let Some(end) = self.buffer.iter().position(|&byte| byte == b'\n') {
+            let line: Vec<u8> = self.buffer.drain(..=end).collect();
+            let line = line.trim_ascii();
+            if line.is_empty() {
+                continue;
+            }
+            let record = serde_json::from_slice(line).with_context(|| {
+                format!("a guest sent no record: {}", String::from_utf8_lossy(line))
+            })?;
+            records.push(record);
+        }
+        ensure!(
+            self.buffer.len() <= LINE_LIMIT,
+            "a guest sent a line of more than {LINE_LIMIT} bytes"
+        );
+        Ok(Some(records))
+    }
+}
+
+#[cfg(test)]
+mod tests;

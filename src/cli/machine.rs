@@ -1,0 +1,544 @@
+//! What a VM is made of: the flags of `run`, and those that `pair` and `bench` pass on to both VMs.
+
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+use devices::vhost_pci::VhostPciConfig;
+use devices::vhost_user::SocketRole;
+use devices::virtio_net::NetConfig;
+use vmm::{Console, HugePages, Kernel, MemoryConfig, VmConfig};
+
+use super::keys::{Key, KeyList, Missing, number, size, switch};
+use crate::exit::{Failure, usage};
+
+static MEMORY: KeyList = KeyList {
+    flag: "--memory",
+    keys: &[
+        Key {
+            name: "size",
+            form: "SIZE",
+            missing: Missing::Default("256M"),
+            help: "bytes; K, M, G may follow; a multiple of the page size",
+        },
+        Key {
+            name: "hugepages",
+            form: "off|2M|1G",
+            missing: Missing::Default("off"),
+            help: "take it from the host's pool of huge pages of that size",
+        },
+        Key {
+            name: "prefault",
+            form: "on|off",
+            missing: Missing::Default("off"),
+            help: "have all of it present before the guest starts",
+        },
+    ],
+};
+
+static CPUS: KeyList = KeyList {
+    flag: "--cpus",
+    keys: &[
+        Key {
+            name: "count",
+            form: "N",
+            missing: Missing::Default("1"),
+            help: "virtual CPUs, 1 to 8 (the built-in guest uses one)",
+        },
+        Key {
+            name: "affinity",
+            form: "CORE:CORE…",
+            missing: Missing::Unset("not pinned"),
+            help: "host core of each virtual CPU",
+        },
+    ],
+};
+
+static NET: KeyList = KeyList {
+    flag: "--net",
+    keys: &[
+        Key {
+            name: "socket",
+            form: "PATH",
+            missing: Missing::Required,
+            help: "Unix socket to the vhost-user back-end",
+        },
+        Key {
+            name: "listen",
+            form: "on|off",
+            missing: Missing::Default("off"),
+            help: "on: wait for the back-end here; off: connect to it, as soon as it is there",
+        },
+        Key {
+            name: "mac",
+            form: "ADDRESS",
+            missing: Missing::Unset("02:76:70:00:00:01, the next device :02, …"),
+            help: "its Ethernet address",
+        },
+        Key {
+            name: "queue-size",
+            form: "N",
+            missing: Missing::Default("256"),
+            help: "descriptors of each ring, a power of two up to 32768",
+        },
+    ],
+};
+
+static VHOST_PCI: KeyList = KeyList {
+    flag: "--vhost-pci",
+    keys: &[
+        Key {
+            name: "socket",
+            form: "PATH",
+            missing: Missing::Required,
+            help: "Unix socket to the vhost-user front-end",
+        },
+        Key {
+            name: "listen",
+            form: "on|off",
+            missing: Missing::Default("on"),
+            help: "on: wait for the front-end here; off: connect to it, as soon as it is there",
+        },
+        Key {
+            name: "window",
+            form: "SIZE",
+            missing: Missing::Default("64G"),
+            help: "how much of the front-end's address space BAR 2 can show, a power of two",
+        },
+        Key {
+            name: "queues",
+            form: "N",
+            missing: Missing::Default("32"),
+            help: "vhost-user queues that it can serve, 1 to 128",
+        },
+        Key {
+            name: "uuid",
+            form: "UUID",
+            missing: Missing::Unset("zero"),
+            help: "identifies the device to its guest",
+        },
+    ],
+};
+
+/// The longest ring that there is (VIRTIO 1.3, section 2.7).
+const MOST_DESCRIPTORS: u16 = 32768;
+/// The longest ring that the built-in guest makes.
+const MOST_OF_BUILTIN: u16 = 1024;
+
+/// What the console is connected to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ConsoleArg {
+    /// stdin and stdout; a terminal is put into raw mode
+    Stdio,
+    /// stdout only
+    Output,
+}
+
+/// `run`.
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    #[arg(long, value_name = "KEY=VALUE,…", default_value = "", hide_default_value = true,
+        help = MEMORY.help("The VM's memory"))]
+    pub memory: String,
+    #[arg(long, value_name = "KEY=VALUE,…", default_value = "", hide_default_value = true,
+        help = CPUS.help("Its virtual CPUs"))]
+    pub cpus: String,
+    /// What to boot: `builtin`, or the path of an ELF or bzImage file
+    #[arg(long, value_name = "builtin|PATH", default_value = "builtin")]
+    pub kernel: PathBuf,
+    /// Initial RAM disk for the kernel
+    #[arg(long, value_name = "PATH")]
+    pub initrd: Option<PathBuf>,
+    /// The kernel's command line. For the built-in guest: docs/bare-metal.md; with a device and no `work=` it exchanges
+    /// frames both ways (work=both ms=3000)
+    #[arg(
+        long,
+        value_name = "TEXT",
+        default_value = "",
+        hide_default_value = true
+    )]
+    pub cmdline: String,
+    #[arg(long, value_name = "KEY=VALUE,…",
+        help = NET.help("A virtio-net device whose rings another process serves (the front-end); can be given again"))]
+    pub net: Vec<String>,
+    #[arg(long, value_name = "KEY=VALUE,…",
+        help = VHOST_PCI.help("A vhost-pci device, which lets the guest serve another VM's rings (the back-end); can be given again"))]
+    pub vhost_pci: Vec<String>,
+    /// What the serial console is connected to
+    #[arg(long, value_enum, default_value = "stdio")]
+    pub console: ConsoleArg,
+    /// One end of a stream socket, inherited: the control channel
+    #[arg(long, value_name = "N", hide = true)]
+    pub control_fd: Option<i32>,
+    /// End when this process, the parent, ends
+    #[arg(long, value_name = "PID", hide = true)]
+    pub parent: Option<u32>,
+}
+
+/// What `pair` and `bench` let the user choose for both VMs.
+#[derive(Clone, Debug, Args)]
+pub struct BothArgs {
+    #[arg(long, value_name = "KEY=VALUE,…", default_value = "", hide_default_value = true,
+        help = MEMORY.help("The memory of each VM"))]
+    pub memory: String,
+    /// Host cores: the back-end's virtual CPU runs on A, the front-end's on B
+    #[arg(long, value_name = "A:B")]
+    pub cores: Option<String>,
+    /// Descriptors of each ring, a power of two up to 1024
+    #[arg(long, value_name = "N", default_value = "256")]
+    pub queue_size: String,
+}
+
+/// Reads `--memory`.
+pub fn memory(text: &str) -> Result<MemoryConfig, Failure> {
+    let values = MEMORY.parse(text)?;
+    let hugepages = values.need("hugepages", |text| match text {
+        "off" => Ok(HugePages::Off),
+        "2M" | "2m" => Ok(HugePages::Size2M),
+        "1G" | "1g" => Ok(HugePages::Size1G),
+        _ => Err("it is off, 2M or 1G".to_owned()),
+    })?;
+    let page = hugepages.page_size();
+    let size = values.need("size", |text| {
+        let bytes = size(text)?;
+        if bytes == 0 || bytes % page != 0 {
+            return Err(format!("it is a multiple of {page} bytes, and not zero"));
+        }
+        Ok(bytes)
+    })?;
+    Ok(MemoryConfig {
+        size,
+        hugepages,
+        prefault: values.need("prefault", switch)?,
+    })
+}
+
+fn cores(text: &str, allowed: &[usize]) -> Result<Vec<usize>, String> {
+    text.split(':')
+        .map(|core| match core.parse() {
+            Ok(core) if allowed.contains(&core) => Ok(core),
+            Ok(core) => Err(format!(
+                "this process may not run on core {core}; it may on {allowed:?}"
+            )),
+            Err(_) => Err("it is core numbers with ':' between them".to_owned()),
+        })
+        .collect()
+}
+
+/// Reads `--cpus`: how many, and where.
+fn cpus(text: &str, allowed: &[usize]) -> Result<(u8, Vec<usize>), Failure> {
+    let values = CPUS.parse(text)?;
+    let count = values.need("count", number(1..=8))?;
+    let affinity = values.get("affinity", |text| {
+        let cores = cores(text, allowed)?;
+        if cores.len() != usize::from(count) {
+            return Err(format!("it has to name {count} core(s), one a virtual CPU"));
+        }
+        Ok(cores)
+    })?;
+    Ok((count, affinity.unwrap_or_default()))
+}
+
+fn queue_size(most: u16) -> impl FnOnce(&str) -> Result<u16, String> {
+    move |text| match text.parse::<u16>() {
+        Ok(size) if (2..=most).contains(&size) && size.is_power_of_two() => Ok(size),
+        _ => Err(format!("it is a power of two from 2 to {most}")),
+    }
+}
+
+fn role(listen: bool) -> SocketRole {
+    if listen {
+        SocketRole::Listen
+    } else {
+        SocketRole::Connect
+    }
+}
+
+fn path(text: &str) -> Result<PathBuf, String> {
+    // sockaddr_un has 108 bytes, one of them for the end.
+    if text.len() > 107 {
+        return Err("a socket's path has at most 107 bytes".to_owned());
+    }
+    Ok(text.into())
+}
+
+fn mac(text: &str) -> Result<[u8; 6], String> {
+    let why = || "it is six bytes in hexadecimal, like 02:00:00:00:00:01".to_owned();
+    let mut address = [0; 6];
+    let mut parts = text.split(':');
+    for byte in &mut address {
+        let part = parts
+            .next()
+            .filter(|part| part.len() == 2)
+            .ok_or_else(why)?;
+        *byte = u8::from_str_radix(part, 16).map_err(|_| why())?;
+    }
+    if parts.next().is_some() {
+        return Err(why());
+    }
+    if address[0] & 1 != 0 {
+        return Err("it is a multicast address, which no device can have".to_owned());
+    }
+    Ok(address)
+}
+
+fn uuid(text: &str) -> Result<[u8; 16], String> {
+    let digits: String = text.chars().filter(|&c| c != '-').collect();
+    let value = (digits.len() == 32 && digits.bytes().all(|byte| byte.is_ascii_hexdigit()))
+        .then(|| u128::from_str_radix(&digits, 16).ok())
+        .flatten()
+        .ok_or_else(|| "it is 32 hexadecimal digits; '-' may stand between them".to_owned())?;
+    Ok(value.to_be_bytes())
+}
+
+/// Reads one `--net`; `index` counts them.
+fn net(text: &str, index: usize) -> Result<NetConfig, Failure> {
+    let values = NET.parse(text)?;
+    let number = u8::try_from(index + 1).map_err(|_| usage("--net: more than 255 devices"))?;
+    Ok(NetConfig {
+        socket: values.need("socket", path)?,
+        role: role(values.need("listen", switch)?),
+        queue_pairs: 1,
+        queue_size: values.need("queue-size", queue_size(MOST_DESCRIPTORS))?,
+        mac: values
+            .get("mac", mac)?
+            .unwrap_or([0x02, 0x76, 0x70, 0, 0, number]),
+    })
+}
+
+/// Reads one `--vhost-pci`.
+fn vhost_pci(text: &str) -> Result<VhostPciConfig, Failure> {
+    let values = VHOST_PCI.parse(text)?;
+    Ok(VhostPciConfig {
+        socket: values.need("socket", path)?,
+        role: role(values.need("listen", switch)?),
+        window: values.need("window", |text| {
+            let bytes = size(text)?;
+            if !bytes.is_power_of_two() || bytes < 4096 {
+                return Err("it is a power of two, 4K or more".to_owned());
+            }
+            Ok(bytes)
+        })?,
+        queues: values.need("queues", number(1..=128))?,
+        uuid: values.get("uuid", uuid)?.unwrap_or_default(),
+    })
+}
+
+/// The command line of a built-in guest that nobody told what to do.
+fn builtin_cmdline(given: &str, has_device: bool, has_control: bool) -> String {
+    let told = given
+        .split_whitespace()
+        .any(|word| word.starts_with("work="));
+    if told || has_control || !has_device {
+        return given.to_owned();
+    }
+    format!("work=both ms=3000 {given}").trim_end().to_owned()
+}
+
+impl RunArgs {
+    /// The VM that the flags describe, without its control channel. `allowed`: the cores that it may use.
+    pub fn config(&self, allowed: &[usize]) -> Result<VmConfig, Failure> {
+        let (vcpus, affinity) = cpus(&self.cpus, allowed)?;
+        let net = self
+            .net
+            .iter()
+            .enumerate()
+            .map(|(index, text)| net(text, index))
+            .collect::<Result<Vec<_>, _>>()?;
+        let vhost_pci = self
+            .vhost_pci
+            .iter()
+            .map(|text| vhost_pci(text))
+            .collect::<Result<Vec<_>, _>>()?;
+        let mut sockets: Vec<_> = net
+            .iter()
+            .map(|device| &device.socket)
+            .chain(vhost_pci.iter().map(|device| &device.socket))
+            .collect();
+        sockets.sort();
+        if let Some(pair) = sockets.windows(2).find(|pair| pair[0] == pair[1]) {
+            return Err(usage(format!(
+                "two devices of one VM cannot share the socket {}",
+                pair[0].display()
+            )));
+        }
+        let has_device = !(net.is_empty() && vhost_pci.is_empty());
+        let (kernel, cmdline) = if self.kernel.as_os_str() == "builtin" {
+            (
+                Kernel::Image(crate::image::builtin()),
+                builtin_cmdline(&self.cmdline, has_device, self.control_fd.is_some()),
+            )
+        } else {
+            (Kernel::Path(self.kernel.clone()), self.cmdline.clone())
+        };
+        Ok(VmConfig {
+            memory: memory(&self.memory)?,
+            kernel,
+            initrd: self.initrd.clone(),
+            cmdline,
+            affinity,
+            vcpus,
+            net,
+            vhost_pci,
+            console: match self.console {
+                ConsoleArg::Stdio => Console::Stdio,
+                ConsoleArg::Output => Console::Output,
+            },
+            control: None,
+        })
+    }
+}
+
+impl BothArgs {
+    /// Two different cores: as given, or the first two that the process may use.
+    pub fn cores(&self, allowed: &[usize]) -> Result<[usize; 2], Failure> {
+        let Some(text) = &self.cores else {
+            return match *allowed {
+                [a, b, ..] => Ok([a, b]),
+                _ => Err(usage(format!(
+                    "two cores are needed, and this process may run on {allowed:?} only (see taskset(1))"
+                ))),
+            };
+        };
+        let cores = cores(text, allowed).map_err(|why| usage(format!("--cores {text}: {why}")))?;
+        match cores[..] {
+            [a, b] if a != b => Ok([a, b]),
+            _ => Err(usage(format!(
+                "--cores {text}: it is two different cores, A:B"
+            ))),
+        }
+    }
+
+    /// Descriptors of each ring.
+    pub fn queue_size(&self) -> Result<u16, Failure> {
+        queue_size(MOST_OF_BUILTIN)(&self.queue_size)
+            .map_err(|why| usage(format!("--queue-size {}: {why}", self.queue_size)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::{Cli, Command};
+    use clap::Parser;
+
+    fn config(args: &[&str]) -> Result<VmConfig, String> {
+        let all = [&["vhost-pci", "run"], args].concat();
+        match Cli::try_parse_from(all).unwrap().command {
+            Command::Run(run) => run.config(&[0, 1, 5]).map_err(|error| error.to_string()),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn the_defaults_are_those_of_the_help() {
+        let config = config(&["--net", "socket=/n", "--vhost-pci", "socket=/v"]).unwrap();
+        assert_eq!(config.memory.size, 256 << 20);
+        assert!(!config.memory.prefault && matches!(config.memory.hugepages, HugePages::Off));
+        assert_eq!((config.vcpus, config.affinity.len()), (1, 0));
+        let net = &config.net[0];
+        assert!(matches!(net.role, SocketRole::Connect));
+        assert_eq!((net.queue_size, net.queue_pairs), (256, 1));
+        assert_eq!(net.mac, [2, 0x76, 0x70, 0, 0, 1]);
+        let device = &config.vhost_pci[0];
+        assert!(matches!(device.role, SocketRole::Listen));
+        assert_eq!((device.window, device.queues), (64 << 30, 32));
+        assert_eq!(device.uuid, [0; 16]);
+        assert_eq!(config.cmdline, "work=both ms=3000");
+    }
+
+    #[test]
+    fn every_key_is_taken() {
+        let config = config(&[
+            "--memory",
+            "size=1G,hugepages=2M,prefault=on",
+            "--cpus",
+            "count=2,affinity=5:0",
+            "--net",
+            "socket=/n,listen=on,mac=02:aa:bb:cc:dd:ee,queue-size=1024",
+            "--vhost-pci",
+            "socket=/v,listen=off,window=1T,queues=4,uuid=00112233-4455-6677-8899-aabbccddeeff",
+            "--console",
+            "output",
+            "--cmdline",
+            "work=sink verify=off",
+        ])
+        .unwrap();
+        assert_eq!(config.memory.size, 1 << 30);
+        assert!(config.memory.prefault && matches!(config.memory.hugepages, HugePages::Size2M));
+        assert_eq!(config.affinity, [5, 0]);
+        assert_eq!(config.net[0].mac, [2, 0xaa, 0xbb, 0xcc, 0xdd, 0xee]);
+        assert_eq!(config.net[0].queue_size, 1024);
+        assert!(matches!(config.net[0].role, SocketRole::Listen));
+        assert!(matches!(config.vhost_pci[0].role, SocketRole::Connect));
+        assert_eq!(config.vhost_pci[0].uuid[..4], [0x00, 0x11, 0x22, 0x33]);
+        assert_eq!(config.vhost_pci[0].window, 1 << 40);
+        assert_eq!(config.cmdline, "work=sink verify=off");
+        assert!(matches!(config.console, Console::Output));
+    }
+
+    #[test]
+    fn each_bad_value_is_named_with_its_flag_and_key() {
+        let cases: &[(&[&str], &str)] = &[
+            (&["--memory", "size=0"], "--memory: size=0: "),
+            (&["--memory", "size=4097"], "--memory: size=4097: "),
+            (&["--memory", "size=3M,hugepages=2M"], "--memory: size=3M: "),
+            (&["--memory", "hugepages=4M"], "--memory: hugepages=4M: "),
+            (&["--memory", "prefault=yes"], "--memory: prefault=yes: "),
+            (&["--cpus", "count=9"], "--cpus: count=9: "),
+            (&["--cpus", "count=2,affinity=0"], "--cpus: affinity=0: "),
+            (&["--cpus", "affinity=7"], "--cpus: affinity=7: "),
+            (&["--net", "socket=a,mac=1:2"], "--net: mac=1:2: "),
+            (&["--net", "socket=a,mac=03:00:00:00:00:00"], "--net: mac="),
+            (&["--net", "socket=a,queue-size=255"], "--net: queue-size="),
+            (
+                &["--vhost-pci", "listen=on"],
+                "--vhost-pci: the key 'socket'",
+            ),
+            (
+                &["--vhost-pci", "socket=a,window=3G"],
+                "--vhost-pci: window=",
+            ),
+            (
+                &["--vhost-pci", "socket=a,queues=0"],
+                "--vhost-pci: queues=",
+            ),
+            (&["--vhost-pci", "socket=a,uuid=+1"], "--vhost-pci: uuid="),
+            (
+                &["--net", "socket=a", "--vhost-pci", "socket=a"],
+                "two devices",
+            ),
+        ];
+        for (args, start) in cases {
+            let error = config(args).err().unwrap_or_default();
+            assert!(error.starts_with(start), "{args:?}: {error:?}");
+        }
+        let long = format!("socket=/{}", "x".repeat(107));
+        assert!(config(&["--net", &long]).is_err());
+    }
+
+    #[test]
+    fn a_guest_that_is_told_what_to_do_is_not_told_otherwise() {
+        assert_eq!(
+            builtin_cmdline("size=128", true, false),
+            "work=both ms=3000 size=128"
+        );
+        assert_eq!(builtin_cmdline("work=echo", true, false), "work=echo");
+        assert_eq!(builtin_cmdline("", true, true), "");
+        assert_eq!(builtin_cmdline("", false, false), "");
+    }
+
+    #[test]
+    fn two_different_cores_are_needed() {
+        let args = |cores: Option<&str>| BothArgs {
+            memory: String::new(),
+            cores: cores.map(str::to_owned),
+            queue_size: "256".to_owned(),
+        };
+        assert_eq!(args(None).cores(&[3, 4, 5]).unwrap(), [3, 4]);
+        assert_eq!(args(Some("5:3")).cores(&[3, 4, 5]).unwrap(), [5, 3]);
+        assert!(args(None).cores(&[3]).is_err());
+        for bad in ["3", "3:3", "3:4:5", "3:9", "a:b", ""] {
+            assert!(args(Some(bad)).cores(&[3, 4, 5]).is_err(), "{bad}");
+        }
+    }
+}

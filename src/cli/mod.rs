@@ -1,0 +1,179 @@
+//! The command line.
+
+pub mod bench;
+pub mod keys;
+pub mod machine;
+
+use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
+use serde::Serialize;
+
+use crate::exit;
+
+/// Two virtual machines, one ring.
+///
+/// Boots VMs under KVM. A vhost-pci device shows one VM's memory in another's BAR, so that the two exchange
+/// packets with no host switch between them.
+#[derive(Debug, Parser)]
+#[command(name = "vhost-pci", version, after_help = exit::HELP, max_term_width = 110)]
+pub struct Cli {
+    /// Log more to stderr: -v for what happens, -vv for details
+    #[arg(short, long, global = true, action = ArgAction::Count)]
+    pub verbose: u8,
+    /// What to do
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Boot one VM
+    #[command(after_help = exit::HELP)]
+    Run(Box<machine::RunArgs>),
+    /// Boot two connected VMs that exchange frames, and show their consoles
+    #[command(after_help = exit::HELP)]
+    Pair(PairArgs),
+    /// Measure throughput and latency from VM to VM, beside the upper bound of the same ring between two host threads
+    #[command(after_help = exit::HELP)]
+    Bench(bench::BenchArgs),
+    /// Say what this host is missing or what slows it down, and how to mend it
+    #[command(after_help = exit::HELP)]
+    Doctor(DoctorArgs),
+}
+
+/// Which way frames go between the two VMs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Direction {
+    /// The back-end VM sends into the front-end's rx buffers
+    BeToFe,
+    /// The back-end VM receives from the front-end's tx buffers
+    FeToBe,
+    /// Both at once
+    Both,
+    /// The back-end VM sends one frame at a time, the front-end sends it back
+    RoundTrip,
+}
+
+impl Direction {
+    /// As it is written on the command line and in the JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::BeToFe => "be-to-fe",
+            Self::FeToBe => "fe-to-be",
+            Self::Both => "both",
+            Self::RoundTrip => "round-trip",
+        }
+    }
+
+    /// The guests' workloads: the back-end's, the front-end's.
+    pub fn work(self) -> [&'static str; 2] {
+        match self {
+            Self::BeToFe => ["source", "sink"],
+            Self::FeToBe => ["sink", "source"],
+            Self::Both => ["both", "both"],
+            Self::RoundTrip => ["round-trip", "echo"],
+        }
+    }
+}
+
+/// How a guest waits for frames.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    /// It polls the rings
+    Poll,
+    /// It sleeps until an interrupt comes
+    Irq,
+}
+
+impl Mode {
+    /// As it is written on the command line and in the JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Poll => "poll",
+            Self::Irq => "irq",
+        }
+    }
+}
+
+/// `pair`.
+#[derive(Debug, Args)]
+pub struct PairArgs {
+    /// Which way the frames go
+    #[arg(long, value_enum, default_value = "both")]
+    pub direction: Direction,
+    /// Send this many frames in each direction, however long it takes
+    #[arg(long, value_name = "N", conflicts_with = "seconds", value_parser = clap::value_parser!(u64).range(1..))]
+    pub count: Option<u64>,
+    /// Send for so long
+    #[arg(long, value_name = "N", default_value = "3", value_parser = clap::value_parser!(u64).range(1..=86400))]
+    pub seconds: u64,
+    /// Bytes of a frame, without FCS
+    #[arg(long, value_name = "BYTES", default_value = "64", value_parser = clap::value_parser!(u16).range(60..=1518))]
+    pub size: u16,
+    /// Frames a burst
+    #[arg(long, value_name = "N", default_value = "32", value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub batch: u16,
+    /// How the guests wait for frames
+    #[arg(long, value_enum, default_value = "poll")]
+    pub mode: Mode,
+    #[command(flatten)]
+    pub both: machine::BothArgs,
+}
+
+/// `doctor`.
+#[derive(Debug, Args)]
+pub struct DoctorArgs {
+    /// Print JSON on stdout instead of lines
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// One line for what clap has to say about a wrong command line.
+pub fn one_line(error: &clap::Error) -> String {
+    let text = error.render().to_string();
+    let parts: Vec<&str> = text
+        .lines()
+        .map(str::trim)
+        .take_while(|line| !line.is_empty())
+        .collect();
+    let text = parts.join(" ");
+    text.strip_prefix("error: ").unwrap_or(&text).to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_definition_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn clap_says_what_is_wrong_in_one_line() {
+        for args in [
+            &["vhost-pci", "run", "--no-such-flag"][..],
+            &["vhost-pci", "bench", "--directions", "sideways"],
+            &["vhost-pci", "bench", "--batches", "0"],
+            &["vhost-pci", "pair", "--size", "59"],
+            &["vhost-pci", "fly"],
+        ] {
+            let line = one_line(&Cli::try_parse_from(args).unwrap_err());
+            let last = args.last().unwrap();
+            assert!(line.contains(last) && !line.contains('\n'), "{line}");
+        }
+    }
+
+    #[test]
+    fn names_are_what_the_command_line_takes() {
+        for direction in Direction::value_variants() {
+            let name = direction.to_possible_value().unwrap();
+            assert_eq!(name.get_name(), direction.name());
+            let json = serde_json::to_value(direction).unwrap();
+            assert_eq!(json, direction.name());
+        }
+    }
+}

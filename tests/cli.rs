@@ -1,0 +1,227 @@
+//! The command line: what it refuses, what it explains, and `doctor`. No VM is booted.
+
+mod common;
+
+use common::{Dir, run};
+
+#[test]
+fn each_wrong_argument_is_one_line_that_names_it_and_exit_code_3() {
+    let cases: &[(&[&str], &[&str])] = &[
+        (&["run", "--memory", "size=12Q"], &["--memory", "size=12Q"]),
+        (
+            &["run", "--memory", "sise=1G"],
+            &["--memory", "'sise'", "size, hugepages, prefault"],
+        ),
+        (
+            &["run", "--memory", "size=1G,size=2G"],
+            &["--memory", "'size'", "twice"],
+        ),
+        (&["run", "--memory", "size=0"], &["--memory", "size=0"]),
+        (
+            &["run", "--memory", "size"],
+            &["--memory", "'size'", "key=value"],
+        ),
+        (&["run", "--memory", "size="], &["--memory", "size="]),
+        (
+            &["run", "--memory", "hugepages=3M"],
+            &["--memory", "hugepages=3M", "off, 2M or 1G"],
+        ),
+        (
+            &["run", "--memory", "prefault=1"],
+            &["--memory", "prefault=1", "on or off"],
+        ),
+        (
+            &["run", "--cpus", "count=0"],
+            &["--cpus", "count=0", "1 to 8"],
+        ),
+        (
+            &["run", "--cpus", "affinity=99999"],
+            &["--cpus", "affinity=99999"],
+        ),
+        (&["run", "--net", "listen=on"], &["--net", "'socket'"]),
+        (&["run", "--net", "socket=x,mac=zz"], &["--net", "mac=zz"]),
+        (
+            &["run", "--net", "socket=x,queue-size=100"],
+            &["--net", "queue-size=100"],
+        ),
+        (
+            &["run", "--net", "socket=x,port=1"],
+            &["--net", "'port'", "socket, listen, mac, queue-size"],
+        ),
+        (
+            &["run", "--vhost-pci", "socket=x,window=7"],
+            &["--vhost-pci", "window=7"],
+        ),
+        (
+            &["run", "--vhost-pci", "socket=x,uuid=1"],
+            &["--vhost-pci", "uuid=1"],
+        ),
+        (
+            &["run", "--vhost-pci", "socket=x,quues=1"],
+            &[
+                "--vhost-pci",
+                "'quues'",
+                "socket, listen, window, queues, uuid",
+            ],
+        ),
+        (
+            &["run", "--net", "socket=x", "--vhost-pci", "socket=x"],
+            &["share the socket x"],
+        ),
+        (
+            &["run", "--console", "vga"],
+            &["--console", "vga", "stdio, output"],
+        ),
+        (&["run", "--kernl", "x"], &["--kernl"]),
+        (&["run", "--control-fd", "99"], &["--control-fd 99"]),
+        (&["pair", "--size", "59"], &["--size", "59", "60..=1518"]),
+        (
+            &["pair", "--direction", "up"],
+            &["--direction", "up", "be-to-fe, fe-to-be, both, round-trip"],
+        ),
+        (&["pair", "--cores", "0:0"], &["--cores", "0:0"]),
+        (&["pair", "--queue-size", "3"], &["--queue-size", "3"]),
+        (&["pair", "--count", "0"], &["--count", "0"]),
+        (&["bench", "--sizes", "64,9000"], &["--sizes", "9000"]),
+        (&["bench", "--batches", "257"], &["--batches", "257"]),
+        (
+            &["bench", "--directions", "sideways"],
+            &["--directions", "sideways"],
+        ),
+        (&["bench", "--samples", "0"], &["--samples", "0"]),
+        (
+            &["bench", "--ring", "packed"],
+            &["--ring packed", "not available"],
+        ),
+        (&["bench", "--memory", "sise=1"], &["--memory", "'sise'"]),
+        (&["launch"], &["launch"]),
+    ];
+    for (args, parts) in cases {
+        let ended = run(args);
+        ended.expect_code(3).expect_one_line(parts);
+        assert!(ended.stdout.is_empty(), "{ended:?}");
+    }
+}
+
+#[test]
+fn no_arguments_at_all_are_answered_with_the_help() {
+    let ended = run(&[]);
+    ended.expect_code(3);
+    assert!(ended.stderr.contains("Usage:"), "{ended:?}");
+}
+
+#[test]
+fn the_help_names_every_key_and_its_default() {
+    let help = run(&["run", "--help"]);
+    help.expect_code(0);
+    for key in [
+        "size=SIZE",
+        "[default: 256M]",
+        "hugepages=off|2M|1G",
+        "prefault=on|off",
+        "count=N",
+        "affinity=CORE:CORE",
+        "socket=PATH",
+        "listen=on|off",
+        "mac=ADDRESS",
+        "queue-size=N",
+        "[default: 256]",
+        "window=SIZE",
+        "[default: 64G]",
+        "queues=N",
+        "[default: 32]",
+        "uuid=UUID",
+        "--kernel",
+        "[default: builtin]",
+        "--initrd",
+        "--cmdline",
+        "--console",
+        "[default: stdio]",
+        "Exit status:",
+    ] {
+        assert!(help.stdout.contains(key), "no {key} in:\n{}", help.stdout);
+    }
+    assert!(!help.stdout.contains("control-fd"), "{}", help.stdout);
+}
+
+#[test]
+fn every_command_explains_its_flags_and_exit_codes() {
+    let cases: &[(&str, &[&str])] = &[
+        (
+            "pair",
+            &[
+                "--direction",
+                "--count",
+                "--seconds",
+                "--size",
+                "--batch",
+                "--mode",
+                "--cores",
+            ],
+        ),
+        (
+            "bench",
+            &[
+                "--quick",
+                "--sizes",
+                "--batches",
+                "--directions",
+                "--samples",
+                "--ms",
+                "--mode",
+                "--queue-size",
+                "--memory",
+                "--cores",
+                "--json",
+                "--ring",
+            ],
+        ),
+        ("doctor", &["--json"]),
+    ];
+    for (command, flags) in cases {
+        let help = run(&[command, "--help"]);
+        help.expect_code(0);
+        for text in flags.iter().chain(&["Exit status:", "128+n"]) {
+            assert!(help.stdout.contains(text), "no {text} in:\n{}", help.stdout);
+        }
+    }
+    run(&["--version"]).expect_code(0);
+}
+
+#[test]
+fn a_json_file_that_cannot_be_written_is_said_before_anything_is_measured() {
+    let dir = Dir::new();
+    let path = dir.file("no/such/out.json");
+    let ended = run(&["bench", "--json", &path]);
+    ended.expect_code(1).expect_one_line(&["--json", &path]);
+    let path = dir.path().to_str().unwrap();
+    let ended = run(&["bench", "--json", path]);
+    ended.expect_code(1).expect_one_line(&["--json", path]);
+}
+
+#[test]
+fn doctor_looks_at_everything_and_says_how_to_mend_what_is_wrong() {
+    let ended = run(&["doctor"]);
+    assert!([0, 1].contains(&ended.code()), "{ended:?}");
+    let mut missing = false;
+    for line in ended.stdout.lines() {
+        let state = line.split_whitespace().next().unwrap();
+        assert!(["ok", "slow", "missing"].contains(&state), "{line}");
+        assert_eq!(state != "ok", line.contains(" -> "), "{line}");
+        missing |= state == "missing";
+    }
+    assert_eq!(ended.code() == 1, missing, "{ended:?}");
+
+    let json = run(&["doctor", "--json"]);
+    let json: serde_json::Value = serde_json::from_str(&json.stdout).unwrap();
+    assert_eq!(json["schema_version"], 1);
+    let checks = json["checks"].as_array().unwrap();
+    assert_eq!(checks.len(), ended.stdout.lines().count());
+    let names: Vec<&str> = checks
+        .iter()
+        .filter_map(|check| check["name"].as_str())
+        .collect();
+    for name in ["kvm", "cores", "huge pages", "memfd sealing", "open files"] {
+        assert!(names.contains(&name), "no {name} in {names:?}");
+    }
+}

@@ -1,0 +1,493 @@
+//! Real VMs. These tests need /dev/kvm and two cores, and fail with a line that says so where there are none.
+
+mod common;
+
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use common::{Dir, PATIENCE, Running, processes_with, run, tool};
+use serde_json::Value;
+
+/// One test at a time: guests that poll want both cores.
+fn machine() -> MutexGuard<'static, ()> {
+    static ONE: Mutex<()> = Mutex::new(());
+    let guard = ONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let kvm = fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm");
+    if let Err(error) = kvm {
+        panic!("this test boots VMs and needs /dev/kvm: {error}");
+    }
+    guard
+}
+
+fn start(args: &[&str]) -> Running {
+    Running::start(tool(args))
+}
+
+/// One VM with a device on `socket`.
+fn vm(flag: &str, socket: &str, cmdline: &str) -> Running {
+    let device = format!("socket={socket}");
+    start(&[
+        "run",
+        "--console",
+        "output",
+        flag,
+        &device,
+        "--cmdline",
+        cmdline,
+    ])
+}
+
+/// Runs `pair` and expects that `count` frames arrived at each receiver, whole.
+#[track_caller]
+fn pair(args: &[&str], receivers: usize, count: u64) {
+    let count_text = count.to_string();
+    let mut all = vec!["pair", "--count", &count_text];
+    all.extend(args);
+    let ended = run(&all);
+    ended.expect_code(0);
+    let whole = format!(
+        "received {count} frames, every byte checked: 0 lost, 0 duplicated, 0 reordered, 0 corrupted"
+    );
+    assert_eq!(ended.stdout.matches(&whole).count(), receivers, "{ended:?}");
+    assert!(ended.stdout.contains("back-end  | ") && ended.stdout.contains("front-end | "));
+    // Whoever ends last may say that the other is gone; there is nothing else to say.
+    let other = ended.stderr.lines().find(|line| !line.contains("is gone"));
+    assert_eq!(other, None, "{ended:?}");
+}
+
+#[test]
+fn frames_go_both_ways_and_none_is_lost_when_the_indices_wrap() {
+    let _machine = machine();
+    pair(&["--direction", "both"], 2, 200_000);
+}
+
+#[test]
+fn frames_go_either_way_and_none_is_lost() {
+    let _machine = machine();
+    pair(
+        &["--direction", "be-to-fe", "--queue-size", "64"],
+        1,
+        100_000,
+    );
+    pair(
+        &["--direction", "fe-to-be", "--queue-size", "64"],
+        1,
+        100_000,
+    );
+}
+
+#[test]
+fn a_round_trip_brings_every_frame_back() {
+    let _machine = machine();
+    pair(&["--direction", "round-trip"], 2, 10_000);
+}
+
+#[test]
+fn the_largest_and_the_smallest_frames_and_batches_arrive() {
+    let _machine = machine();
+    pair(&["--size", "1518", "--batch", "256"], 2, 20_000);
+    pair(&["--size", "60", "--batch", "1"], 2, 20_000);
+}
+
+#[test]
+fn guests_that_sleep_are_woken_and_lose_none() {
+    let _machine = machine();
+    pair(&["--mode", "irq", "--direction", "both"], 2, 5_000);
+    pair(&["--mode", "irq", "--direction", "round-trip"], 2, 200);
+}
+
+#[test]
+fn a_second_vm_joins_the_first_whichever_starts_first() {
+    let _machine = machine();
+    for back_first in [true, false] {
+        let dir = Dir::new();
+        let socket = dir.file("s");
+        let back = || vm("--vhost-pci", &socket, "work=sink");
+        let front = || vm("--net", &socket, "work=source count=5000");
+        let (back, front) = if back_first {
+            let mut back = back();
+            back.wait_for("the socket", |_| Path::new(&socket).exists());
+            (back, front())
+        } else {
+            let front = front();
+            std::thread::sleep(Duration::from_millis(300));
+            (back(), front)
+        };
+        front.end().expect_code(0);
+        let back = back.end();
+        back.expect_code(0);
+        assert!(back.stdout.contains("received 5000 frames"), "{back:?}");
+        assert!(
+            dir.is_empty(),
+            "something is left in {}",
+            dir.path().display()
+        );
+    }
+}
+
+#[test]
+fn a_back_end_outlives_a_front_end_that_is_killed_and_serves_the_next() {
+    let _machine = machine();
+    let dir = Dir::new();
+    let socket = dir.file("s");
+    let mut back = vm("--vhost-pci", &socket, "work=both ms=600000");
+    let mut front = vm("--net", &socket, "work=both ms=600000");
+    front.wait_for_stdout("connected");
+    back.wait_for_stdout("connected");
+    std::thread::sleep(Duration::from_millis(300));
+    front.signal("KILL");
+    back.wait_for_stdout("the peer is gone");
+    assert!(back.is_running());
+
+    let mut next = vm("--net", &socket, "work=both ms=600000");
+    next.wait_for_stdout("connected");
+    back.wait_for("the next connection", |back| {
+        back.stdout().matches("connected").count() == 2
+    });
+    next.signal("TERM");
+    next.end().expect_code(143);
+    back.signal("TERM");
+    back.end().expect_code(143);
+    assert!(
+        dir.is_empty(),
+        "something is left in {}",
+        dir.path().display()
+    );
+}
+
+#[test]
+fn a_front_end_outlives_a_back_end_that_ends() {
+    let _machine = machine();
+    let dir = Dir::new();
+    let socket = dir.file("s");
+    let mut back = vm("--vhost-pci", &socket, "work=both ms=600000");
+    let mut front = vm("--net", &socket, "work=both ms=600000");
+    front.wait_for_stdout("connected");
+    back.wait_for_stdout("connected");
+    back.signal("TERM");
+    back.end().expect_code(143);
+    assert!(
+        dir.is_empty(),
+        "something is left in {}",
+        dir.path().display()
+    );
+    front.wait_for_stdout("the peer is gone");
+    assert!(front.is_running());
+    front.signal("TERM");
+    front.end().expect_code(143);
+}
+
+/// A vhost-user message: GET_FEATURES with this size field and payload.
+fn message(request: u32, size: u32, payload: &[u8]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for word in [request, 1, size] {
+        bytes.extend(word.to_le_bytes());
+    }
+    bytes.extend(payload);
+    bytes
+}
+
+/// Connects as a front-end would, as soon as the device takes one.
+#[track_caller]
+fn connect(back: &mut Running, socket: &str) -> UnixStream {
+    let mut stream = None;
+    back.wait_for("its socket", |_| {
+        stream = UnixStream::connect(socket).ok();
+        stream.is_some()
+    });
+    let stream = stream.unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream
+}
+
+#[test]
+fn a_front_end_that_sends_garbage_or_leaves_in_mid_message_harms_nobody() {
+    let _machine = machine();
+    let dir = Dir::new();
+    let socket = dir.file("s");
+    let mut back = vm("--vhost-pci", &socket, "work=sink timeout_ms=60000");
+    let garbage: [(&str, Vec<u8>); 4] = [
+        ("no message at all", vec![0xff; 4096]),
+        ("a payload of 4 GiB", message(1, u32::MAX, &[])),
+        ("a memory table of nonsense", message(5, 40, &[0xff; 40])),
+        ("an unknown request", message(0xdead, 0, &[])),
+    ];
+    for (what, bytes) in garbage {
+        let mut stream = connect(&mut back, &socket);
+        // The device may close the connection before everything is written.
+        let _ = stream.write_all(&bytes);
+        if what == "an unknown request" {
+            // The guest is the back-end, and may ignore or refuse what it does not know.
+            continue;
+        }
+        let mut reply = Vec::new();
+        let closed = stream.read_to_end(&mut reply);
+        let reset = closed
+            .as_ref()
+            .is_err_and(|error| error.kind() == std::io::ErrorKind::ConnectionReset);
+        assert!(closed.is_ok() || reset, "{what}: {closed:?}");
+        assert!(back.is_running(), "{what}: {}", back.stderr());
+    }
+    for bytes in [message(1, 0, &[])[..7].to_vec(), message(8, 8, &[0; 3])] {
+        connect(&mut back, &socket).write_all(&bytes).unwrap();
+    }
+    assert!(back.is_running(), "{}", back.stderr());
+    assert!(!back.stderr().contains("panicked"), "{}", back.stderr());
+
+    // And a proper front-end is served as if nothing had been.
+    let front = vm("--net", &socket, "work=source count=5000");
+    front.end().expect_code(0);
+    let back = back.end();
+    back.expect_code(0);
+    assert!(back.stdout.contains("received 5000 frames"), "{back:?}");
+}
+
+#[test]
+fn a_socket_that_is_in_use_is_refused_and_left_alone() {
+    let _machine = machine();
+    let dir = Dir::new();
+    let socket = dir.file("s");
+    let _listener = UnixListener::bind(&socket).unwrap();
+    for flag in ["--vhost-pci", "--net"] {
+        let device = format!("socket={socket},listen=on");
+        let ended = run(&["run", "--console", "output", flag, &device]);
+        ended
+            .expect_code(1)
+            .expect_one_line(&[&socket, "another process"]);
+        assert!(Path::new(&socket).exists());
+    }
+}
+
+#[test]
+fn a_stale_socket_file_is_replaced() {
+    let _machine = machine();
+    let dir = Dir::new();
+    let socket = dir.file("s");
+    drop(UnixListener::bind(&socket).unwrap());
+    let mut back = vm("--vhost-pci", &socket, "work=sink timeout_ms=60000");
+    drop(connect(&mut back, &socket));
+    back.signal("TERM");
+    back.end().expect_code(143);
+    assert!(dir.is_empty());
+}
+
+#[test]
+fn a_kernel_that_is_none_is_named_in_one_line() {
+    let _machine = machine();
+    let dir = Dir::new();
+    let text = dir.file("text");
+    fs::write(&text, "this is no kernel\n".repeat(1000)).unwrap();
+    let empty = dir.file("empty");
+    fs::write(&empty, "").unwrap();
+    let missing = dir.file("missing");
+    for path in [&text, &empty, &missing, dir.path().to_str().unwrap()] {
+        let ended = run(&["run", "--console", "output", "--kernel", path]);
+        ended.expect_code(1).expect_one_line(&[path]);
+    }
+    let ended = run(&["run", "--console", "output", "--initrd", &missing]);
+    ended.expect_code(1).expect_one_line(&[&missing]);
+}
+
+#[test]
+fn memory_that_cannot_be_had_is_one_line() {
+    let _machine = machine();
+    let pool = "/sys/kernel/mm/hugepages/hugepages-1048576kB/free_hugepages";
+    let free = fs::read_to_string(pool).map_or(0, |text| text.trim().parse().unwrap_or(0));
+    let size = format!("size={}G,hugepages=1G", free + 1);
+    run(&["run", "--console", "output", "--memory", &size])
+        .expect_code(1)
+        .expect_one_line(&["memory"]);
+    let ended = run(&["run", "--console", "output", "--memory", "size=1000000T"]);
+    assert!([1, 3].contains(&ended.code()), "{ended:?}");
+    ended.expect_one_line(&["memory"]);
+}
+
+#[test]
+fn sigterm_leaves_no_socket_and_is_exit_code_143() {
+    let _machine = machine();
+    for (signal, code) in [("TERM", 143), ("INT", 130)] {
+        let dir = Dir::new();
+        let socket = dir.file("s");
+        let mut back = vm("--vhost-pci", &socket, "");
+        back.wait_for("the socket", |_| Path::new(&socket).exists());
+        back.signal(signal);
+        back.end().expect_code(code);
+        assert!(dir.is_empty(), "{signal}");
+    }
+}
+
+#[test]
+fn ctrl_c_ends_both_vms_of_a_pair_and_leaves_nothing() {
+    let _machine = machine();
+    let dir = Dir::new();
+    let mut command = tool(&["pair", "--seconds", "600"]);
+    command.env("TMPDIR", dir.path());
+    let mut running = Running::start(command);
+    running.wait_for_stdout("front-end | guest: connected");
+    let name = dir.path().to_str().unwrap();
+    assert_eq!(processes_with(name), 2);
+    running.signal("INT");
+    running.end().expect_code(130);
+    assert_eq!(processes_with(name), 0);
+    assert!(dir.is_empty());
+}
+
+#[test]
+fn the_vms_of_a_pair_that_is_killed_do_not_live_on() {
+    let _machine = machine();
+    let dir = Dir::new();
+    let mut command = tool(&["pair", "--seconds", "600"]);
+    command.env("TMPDIR", dir.path());
+    let mut running = Running::start(command);
+    running.wait_for_stdout("front-end | guest: connected");
+    running.signal("KILL");
+    let name = dir.path().to_str().unwrap();
+    running.wait_for("the end of both VMs", |_| processes_with(name) == 0);
+}
+
+#[test]
+fn the_code_that_a_guest_powers_off_with_is_passed_through() {
+    let _machine = machine();
+    // A sink whose peer never sends gives up, which is no success.
+    let dir = Dir::new();
+    let socket = dir.file("s");
+    let back = vm("--vhost-pci", &socket, "work=sink timeout_ms=300");
+    let mut front = vm("--net", &socket, "work=sink timeout_ms=60000");
+    let back = back.end();
+    assert_eq!(back.code(), 2, "{back:?}");
+    front.signal("TERM");
+    front.wait_for("its end", |front| !front.is_running());
+}
+
+/// What scripts rely on (docs and the tool's module `report`).
+fn check_entry(entry: &Value) {
+    for key in [
+        "frame_size",
+        "batch",
+        "queue_pairs",
+        "frames",
+        "lost",
+        "duplicated",
+        "reordered",
+        "corrupted",
+    ] {
+        assert!(entry[key].is_u64(), "{key}: {entry}");
+    }
+    for key in ["lost", "duplicated", "reordered", "corrupted"] {
+        assert_eq!(entry[key], 0, "{key}: {entry}");
+    }
+    assert_eq!(entry["path"], "window");
+    assert_eq!(entry["ring"], "split");
+    assert_eq!(entry["in_order"], false);
+    assert_eq!(entry["iommu"], "off");
+    // Where no sample was fit to be reported there is no figure at all.
+    let Some(distance) = entry.get("distance") else {
+        assert!(entry.get("mpps").is_none() && entry.get("ratio").is_none());
+        return;
+    };
+    assert!(distance == "near" || distance == "far", "{entry}");
+    assert!(entry["probe_ns"].as_f64().unwrap() > 0.0);
+    assert!(entry["ratio"].as_f64().unwrap() > 0.0, "{entry}");
+    assert!(
+        entry["exits"].is_object() && entry["cpu"].is_object(),
+        "{entry}"
+    );
+    if entry["direction"] == "round-trip" {
+        let times =
+            ["p50", "p99", "p999", "max"].map(|key| entry["latency_ns"][key].as_f64().unwrap());
+        assert!(times[0] > 0.0 && times.is_sorted(), "{entry}");
+        assert!(entry.get("mpps").is_none());
+        return;
+    }
+    assert!(entry.get("latency_ns").is_none());
+    for key in ["mpps", "gbps", "bound_mpps"] {
+        let [median, min, max] =
+            ["median", "min", "max"].map(|part| entry[key][part].as_f64().unwrap());
+        assert!(
+            0.0 < min && min <= median && median <= max,
+            "{key}: {entry}"
+        );
+        assert!(!entry[key]["samples"].as_array().unwrap().is_empty());
+    }
+    let size = entry["frame_size"].as_f64().unwrap();
+    let gbps = entry["mpps"]["median"].as_f64().unwrap() * size * 8.0 / 1000.0;
+    assert!((gbps - entry["gbps"]["median"].as_f64().unwrap()).abs() < 0.01 * gbps + 0.001);
+}
+
+#[test]
+fn bench_writes_the_json_of_the_contract() {
+    let _machine = machine();
+    let dir = Dir::new();
+    let path = dir.file("out.json");
+    let start = Instant::now();
+    let ended = run(&[
+        "bench",
+        "--quick",
+        "--ms",
+        "20",
+        "--samples",
+        "1",
+        "--json",
+        &path,
+    ]);
+    assert!(start.elapsed() < Duration::from_secs(20));
+    let text = fs::read_to_string(&path).unwrap_or_else(|error| panic!("{error}: {ended:?}"));
+    let json: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(json["schema_version"], 1);
+    assert!(
+        json["command"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .any(|word| word == "--quick")
+    );
+    assert!(json["environment"]["tsc_khz"].as_u64().unwrap() > 0);
+    let results = json["results"].as_array().unwrap();
+    for direction in ["be-to-fe", "fe-to-be", "both", "round-trip"] {
+        for size in [64, 1518] {
+            let found = results
+                .iter()
+                .filter(|entry| entry["direction"] == direction && entry["frame_size"] == size);
+            assert!(found.count() >= 1, "no {direction} at {size}: {json}");
+        }
+    }
+    results.iter().for_each(check_entry);
+    // A host so busy that a figure has no sample at all is a failure, and the only one there may be.
+    let complete = results.iter().all(|entry| entry.get("distance").is_some());
+    ended.expect_code(if complete { 0 } else { 1 });
+    assert!(
+        ended
+            .stdout
+            .contains("0 lost, 0 duplicated, 0 reordered, 0 corrupted"),
+        "{ended:?}"
+    );
+    assert_eq!(
+        fs::read_dir(dir.path()).unwrap().count(),
+        1,
+        "only the file is left"
+    );
+}
+
+#[test]
+fn bench_that_is_interrupted_leaves_no_file_and_no_vm() {
+    let _machine = machine();
+    let dir = Dir::new();
+    let path = dir.file("out.json");
+    let mut command = tool(&["bench", "--json", &path]);
+    command.env("TMPDIR", dir.path());
+    let mut running = Running::start(command);
+    let name = dir.file("vhost-pci-");
+    running.wait_for("two VMs", |_| processes_with(&name) == 2);
+    std::thread::sleep(Duration::from_millis(500));
+    running.signal("TERM");
+    running.end().expect_code(143);
+    assert_eq!(processes_with(&name), 0);
+    assert!(dir.is_empty());
+}

@@ -1,0 +1,88 @@
+//! The split virtqueue, VIRTIO 1.3 section 2.7.
+//!
+//! Three areas: the descriptor table (written by the driver), the available ring (by the driver), the used ring (by the device).
+//! [`Driver`] and [`Device`] keep every index and all their bookkeeping in private memory; from the shared areas each reads only what the other
+//! side is to write, once.
+//!
+//! Indirect descriptors are not accepted.
+
+mod device;
+mod driver;
+#[cfg(test)]
+mod tests;
+
+pub use device::Device;
+pub use driver::Driver;
+
+use crate::{Buffer, Error, Memory, RingConfig};
+
+/// Largest number of descriptors (section 2.7).
+pub const MAX_SIZE: u16 = 32768;
+
+/// Descriptor flag: the chain goes on at `next` (section 2.7.5).
+const DESC_NEXT: u16 = 1;
+/// Descriptor flag: the device writes this buffer.
+const DESC_WRITE: u16 = 2;
+/// Descriptor flag: the buffer is a table of descriptors.
+const DESC_INDIRECT: u16 = 4;
+
+/// Size of a descriptor in bytes.
+const DESC_LEN: usize = 16;
+/// Offset of `flags`, in the available and in the used ring.
+const FLAGS: usize = 0;
+/// Offset of `idx`, in the available and in the used ring.
+const IDX: usize = 2;
+/// The only flag in either ring's `flags`: do not notify (sections 2.7.6 and 2.7.8).
+const NO_NOTIFY: u16 = 1;
+
+/// Offset of an entry of the available ring; behind the last one is `used_event`.
+#[inline]
+fn avail_entry(slot: u16) -> usize {
+    4 + 2 * usize::from(slot)
+}
+
+/// Offset of an element of the used ring; behind the last one is `avail_event`.
+#[inline]
+fn used_entry(slot: u16) -> usize {
+    4 + 8 * usize::from(slot)
+}
+
+/// The three areas, checked.
+#[derive(Clone, Copy, Debug)]
+struct Areas<R> {
+    desc: R,
+    avail: R,
+    used: R,
+}
+
+impl<R> Areas<R> {
+    /// Checks size, alignment and place (section 2.7: 16, 2 and 4 bytes; the event fields are always part of the rings).
+    fn new<M: Memory<Region = R>>(memory: &M, config: &RingConfig) -> Result<Self, Error> {
+        let size = config.size;
+        if !size.is_power_of_two() || size > MAX_SIZE {
+            return Err(Error::Config);
+        }
+        let area = |addr, len, align| memory.region(addr, len, align).ok_or(Error::Config);
+        Ok(Self {
+            desc: area(config.desc, DESC_LEN * usize::from(size), 16)?,
+            avail: area(config.driver, avail_entry(size) + 2, 2)?,
+            used: area(config.device, used_entry(size) + 2, 4)?,
+        })
+    }
+}
+
+/// The second half of a descriptor as one number: length, flags, next.
+#[inline]
+fn pack(buffer: &Buffer, next: Option<u16>) -> u64 {
+    let write = if buffer.device_writes { DESC_WRITE } else { 0 };
+    let chain = if next.is_some() { DESC_NEXT } else { 0 };
+    u64::from(buffer.len)
+        | u64::from(write | chain) << 32
+        | u64::from(next.unwrap_or_default()) << 48
+}
+
+/// Whether an index that moves from `old` to `new` passes `event` (section 2.7.10). All three count modulo 2^16.
+#[inline]
+fn passes(event: u16, new: u16, old: u16) -> bool {
+    new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
+}

@@ -1,0 +1,330 @@
+//! Putting a VM together, running it, and taking it apart.
+
+use std::os::fd::AsRawFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::mpsc;
+use std::thread::{self, JoinHandle};
+
+use devices::host::Host;
+use devices::pci::PciRoot;
+use devices::vhost_pci::VhostPci;
+use devices::virtio::{VirtioDevice, VirtioPci};
+use devices::virtio_net::VirtioNet;
+use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+use log::{info, warn};
+
+use crate::boot::{self, Kernel};
+use crate::bus::Bus;
+use crate::console::{ConsoleOutput, RawTerminal, Stdin};
+use crate::control::{Control, ControlOutput, Outbox, Stats};
+use crate::host::{Machine, open_kvm};
+use crate::layout;
+use crate::memory::Memory;
+use crate::serial::{COM1_IRQ, COM2_IRQ, Uart, line};
+use crate::signals::{Signals, wait_readable};
+use crate::stats::VcpuStats;
+use crate::stop::Stop;
+use crate::sys::{context, kvm};
+use crate::vcpu::{self, MAX_VCPUS, Vcpus};
+use crate::{Console, Error, Outcome, VmConfig};
+
+type Subscriber = Box<dyn MutEventSubscriber + Send>;
+
+/// Boots the VM and runs it until the guest powers off or resets, a fault, or SIGTERM, SIGINT, SIGHUP or SIGQUIT. (Where the
+/// VM has network devices, it starts once each has met its back-end.)
+///
+/// The calling thread should be the process' first: the signals are blocked in it, and in the threads that it starts
+/// from here on, until this returns; a thread that was there before and does not block them would take them.
+pub fn run(config: VmConfig) -> Result<Outcome, Error> {
+    check(&config)?;
+    let signals = Signals::block()?;
+    let stop = Arc::new(Stop::new()?);
+
+    let kvm_fd = open_kvm()?;
+    let memory = Memory::new(&config.memory)?;
+    let machine = Arc::new(Machine::new(&kvm_fd, memory)?);
+    let mut subscribers: Vec<Subscriber> = Vec::new();
+    let devices = make_devices(&machine, &config, &mut subscribers)?;
+    let pci = Arc::new(PciRoot::new());
+
+    let vm = machine.vm();
+    let com1 = Uart::new(line(vm, COM1_IRQ)?, ConsoleOutput(Arc::clone(&stop)))?;
+    let outbox = config.control.map(Outbox::new).transpose()?;
+    let com2 = Uart::new(line(vm, COM2_IRQ)?, ControlOutput(outbox.clone()))?;
+    let bus = Arc::new(Bus {
+        pci: Arc::clone(&pci),
+        com1: Arc::new(com1),
+        com2: Arc::new(com2),
+    });
+
+    let mut vcpus = Vec::new();
+    let mut stats = Vec::new();
+    for id in 0..config.vcpus {
+        let fd = vm
+            .create_vcpu(id.into())
+            .map_err(|e| kvm("KVM_CREATE_VCPU", e))?;
+        vcpu::set_up(vm, machine.cpuid(), &fd, id, config.vcpus)?;
+        let counters = Arc::new(VcpuStats::new(&fd));
+        stats.push(Arc::clone(&counters));
+        vcpus.push((fd, counters));
+    }
+    if let Some((first, _)) = vcpus.first() {
+        let mut cmdline = config.cmdline;
+        if let Kernel::Image(_) = config.kernel {
+            let khz = first.get_tsc_khz().map_err(|e| kvm("KVM_GET_TSC_KHZ", e))?;
+            cmdline.push_str(&format!(" tsc_khz={khz} ecam={:#x}", layout::ECAM_BASE));
+        }
+        let initrd = config.initrd.as_deref();
+        let entry = boot::load(
+            machine.memory(),
+            machine.ram_size(),
+            &config.kernel,
+            initrd,
+            &cmdline,
+        )?;
+        boot::set_registers(first, entry)?;
+    }
+
+    let vcpus = Vcpus::spawn(vcpus, &config.affinity, &bus, &stop)?;
+    let terminal = if config.console == Console::Stdio {
+        let terminal = RawTerminal::new()?;
+        subscribers.push(Box::new(Stdin::new(
+            Arc::clone(&bus.com1),
+            Arc::clone(&stop),
+            terminal.is_some(),
+        )));
+        terminal
+    } else {
+        None
+    };
+    if let Some(outbox) = &outbox {
+        let stats = stats_record(stats, devices.vhost_pci.clone());
+        subscribers.push(Box::new(Control::new(
+            Arc::clone(outbox),
+            Arc::clone(&bus.com2),
+            stats,
+        )));
+    }
+    let device_thread = DeviceThread::spawn(subscribers, &stop)?;
+
+    let result = supervise(&stop, &signals, &devices, || {
+        plug(&machine, &pci, &devices)?;
+        vcpus.run();
+        Ok(())
+    });
+    if let Err(error) = result {
+        stop.end(Err(error));
+    }
+    drop(vcpus);
+    drop(device_thread);
+    if let Some(outbox) = outbox {
+        outbox.finish();
+    }
+    drop(terminal);
+    stop.take()
+        .unwrap_or_else(|| Err(Error::DeviceThread("without a reason".into())))
+}
+
+/// Waits for the back-ends, lets the guest run with `start`, and returns when the VM has been told to end.
+fn supervise(
+    stop: &Stop,
+    signals: &Signals,
+    devices: &Devices,
+    start: impl FnOnce() -> Result<(), Error>,
+) -> Result<(), Error> {
+    let ends = [signals.as_raw_fd(), stop.event().as_raw_fd()];
+    for (socket, device) in &devices.net {
+        info!("waiting for the back-end at {}", socket.display());
+        let ready = device.ready();
+        while !ended(stop, signals) && ready.read().is_err() {
+            wait_readable(&[ends[0], ends[1], ready.as_raw_fd()], -1)?;
+        }
+    }
+    if !ended(stop, signals) {
+        start()?;
+    }
+    while !ended(stop, signals) {
+        wait_readable(&ends, -1)?;
+    }
+    Ok(())
+}
+
+fn ended(stop: &Stop, signals: &Signals) -> bool {
+    if let Some(signal) = signals.take() {
+        stop.end(Ok(Outcome::Signal(signal)));
+    }
+    stop.requested()
+}
+
+fn check(config: &VmConfig) -> Result<(), Error> {
+    if !(1..=MAX_VCPUS).contains(&config.vcpus) {
+        return Err(Error::Config(format!(
+            "{} vCPUs: choose 1 to {MAX_VCPUS}",
+            config.vcpus
+        )));
+    }
+    let (cores, vcpus) = (config.affinity.len(), usize::from(config.vcpus));
+    if cores != 0 && cores != vcpus {
+        return Err(Error::Config(format!(
+            "{cores} cores given for {vcpus} vCPUs: give one core for each, or none"
+        )));
+    }
+    Ok(())
+}
+
+/// The devices, each with its socket.
+struct Devices {
+    net: Vec<(PathBuf, Arc<VirtioNet>)>,
+    vhost_pci: Vec<(PathBuf, Arc<VhostPci>)>,
+}
+
+fn make_devices(
+    machine: &Arc<Machine>,
+    config: &VmConfig,
+    subscribers: &mut Vec<Subscriber>,
+) -> Result<Devices, Error> {
+    let host = || Arc::clone(machine) as Arc<dyn Host>;
+    let mut devices = Devices {
+        net: Vec::new(),
+        vhost_pci: Vec::new(),
+    };
+    for net in &config.net {
+        let socket = net.socket.clone();
+        match VirtioNet::new(net.clone(), host()) {
+            Ok(device) => {
+                subscribers.push(device.subscriber());
+                devices.net.push((socket, device));
+            }
+            Err(source) => return Err(Error::Net { socket, source }),
+        }
+    }
+    for vhost_pci in &config.vhost_pci {
+        let socket = vhost_pci.socket.clone();
+        match VhostPci::new(vhost_pci.clone(), host()) {
+            Ok(device) => {
+                subscribers.push(device.subscriber());
+                devices.vhost_pci.push((socket, device));
+            }
+            Err(source) => return Err(Error::VhostPci { socket, source }),
+        }
+    }
+    Ok(devices)
+}
+
+/// Puts the devices on the bus. Not before the network devices have met their back-ends: what a function offers its driver is
+/// fixed when it is made, and the back-end has a say in it.
+fn plug(machine: &Arc<Machine>, pci: &PciRoot, devices: &Devices) -> Result<(), Error> {
+    let net = devices.net.iter().map(|(socket, device)| {
+        let device: Arc<dyn VirtioDevice> = Arc::clone(device) as _;
+        (socket, device)
+    });
+    let vhost_pci = devices.vhost_pci.iter().map(|(socket, device)| {
+        let device: Arc<dyn VirtioDevice> = Arc::clone(device) as _;
+        (socket, device)
+    });
+    for (socket, device) in net.chain(vhost_pci) {
+        let host = Arc::clone(machine) as Arc<dyn Host>;
+        let function = VirtioPci::new(device, host).map_err(|source| Error::Virtio {
+            socket: socket.clone(),
+            source,
+        })?;
+        pci.add(function)?;
+    }
+    pci.assign_bars(layout::PCI_WINDOW32, machine.pci_window64()?)?;
+    Ok(())
+}
+
+/// The fields of the record that answers `vmm stats`.
+fn stats_record(vcpus: Vec<Arc<VcpuStats>>, vhost_pci: Vec<(PathBuf, Arc<VhostPci>)>) -> Stats {
+    Box::new(move || {
+        let vcpus: Vec<String> = vcpus.iter().map(|v| v.to_json()).collect();
+        let (mut reads, mut writes) = (0, 0);
+        for (_, device) in &vhost_pci {
+            let stats = device.stats();
+            reads += stats.window_reads;
+            writes += stats.window_writes;
+        }
+        format!(
+            "\"vcpus\":[{}],\"window\":{{\"reads\":{reads},\"writes\":{writes}}}",
+            vcpus.join(",")
+        )
+    })
+}
+
+/// The thread that the devices, the console's input and the control channel live on.
+struct DeviceThread {
+    stop: Arc<Stop>,
+    handle: Option<JoinHandle<()>>,
+}
+
+impl DeviceThread {
+    fn spawn(subscribers: Vec<Subscriber>, stop: &Arc<Stop>) -> Result<Self, Error> {
+        let in_thread = Arc::clone(stop);
+        let (set_up, was_set_up) = mpsc::channel();
+        let handle = thread::Builder::new()
+            .name("devices".into())
+            .spawn(move || {
+                let result =
+                    catch_unwind(AssertUnwindSafe(|| serve(subscribers, &in_thread, &set_up)));
+                let why = match result {
+                    Ok(Ok(())) => return,
+                    Ok(Err(error)) => error.to_string(),
+                    Err(_) => "it panicked".into(),
+                };
+                in_thread.end(Err(Error::DeviceThread(why)));
+            })
+            .map_err(|e| context("the device thread", e))?;
+        // Either way it goes on: a thread that failed has ended the VM.
+        let _ = was_set_up.recv();
+        Ok(DeviceThread {
+            stop: Arc::clone(stop),
+            handle: Some(handle),
+        })
+    }
+}
+
+impl Drop for DeviceThread {
+    /// Ends the thread. Where the VM is not ending yet, it is now.
+    fn drop(&mut self) {
+        self.stop
+            .end(Err(Error::DeviceThread("the VM was taken apart".into())));
+        if let Some(handle) = self.handle.take() {
+            // The thread catches its panics.
+            let _ = handle.join();
+        }
+    }
+}
+
+/// Serves the devices until the VM ends.
+fn serve(
+    subscribers: Vec<Subscriber>,
+    stop: &Arc<Stop>,
+    set_up: &mpsc::Sender<()>,
+) -> Result<(), event_manager::Error> {
+    let mut manager: EventManager<Subscriber> = EventManager::new()?;
+    for subscriber in subscribers {
+        manager.add_subscriber(subscriber);
+    }
+    manager.add_subscriber(Box::new(StopWatch(Arc::clone(stop))));
+    let _ = set_up.send(());
+    while !stop.requested() {
+        manager.run()?;
+    }
+    Ok(())
+}
+
+/// Wakes the loop when the VM ends.
+struct StopWatch(Arc<Stop>);
+
+impl MutEventSubscriber for StopWatch {
+    /// The event stays set, so that everybody sees it; the loop looks at [`Stop::requested`] and ends.
+    fn process(&mut self, _: Events, _: &mut EventOps) {}
+
+    fn init(&mut self, ops: &mut EventOps) {
+        if let Err(error) = ops.add(Events::new(self.0.event(), EventSet::IN)) {
+            warn!("device thread: {error}");
+        }
+    }
+}
