@@ -217,8 +217,8 @@ impl<V: DeviceRing, N: Notify> Port for PeerPort<V, N> {
                 }
                 _ => self.dropped += 1,
             }
-            ring.put(chain.id, 0);
         }
+        ring.put_read(&self.chains[..n]);
         if ring.publish() {
             self.from_peer.call.notify();
         }

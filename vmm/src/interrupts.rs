@@ -238,13 +238,15 @@ impl Interrupt for MsiInterrupt {
         if state.connected {
             return Ok(());
         }
-        for source in &state.sources {
+        self.assign(&self.own)?;
+        state.connected = true;
+        for source in state.sources.iter().skip(1) {
+            // The others may be a peer's, who could have handed over one eventfd twice: that is its own loss, and must
+            // not silence who shares the interrupt with it.
             if let Err(error) = self.assign(source) {
-                self.disconnect(&mut state);
-                return Err(error);
+                warn!("interrupt {}: {error}", self.gsi);
             }
         }
-        state.connected = true;
         Ok(())
     }
 

@@ -139,3 +139,18 @@ fn sources_and_interrupts_are_bounded() {
         io::ErrorKind::QuotaExceeded
     );
 }
+
+#[test]
+fn an_eventfd_handed_over_twice_does_not_silence_the_interrupt() {
+    let mut monitor = Monitor::new();
+    let interrupt = interrupt(&monitor);
+    let source = eventfd();
+    let again = Arc::new(source.try_clone().unwrap());
+    interrupt.attach(&source).unwrap();
+    interrupt.attach(&again).unwrap();
+    interrupt.set_message(Some(Monitor::message())).unwrap();
+    interrupt.trigger();
+    assert_eq!(monitor.interrupts(1), 1);
+    source.write(1).unwrap();
+    assert_eq!(monitor.interrupts(2), 2);
+}

@@ -368,6 +368,17 @@ fn in_order_an_element_may_not_stand_for_more_than_the_index_says() {
 }
 
 #[test]
+fn in_order_an_element_stands_for_nothing_when_it_names_nothing_outstanding() {
+    for id in [7, 8, 0xffff, 1] {
+        let mut bad = BadDevice::new(true);
+        bad.used(0, id, 0, 2);
+        // Not one chain is taken on its word.
+        let result = bad.driver.take(&mut [Used::default(); 1]);
+        assert_eq!(result, Err(Error::BadId));
+    }
+}
+
+#[test]
 fn a_used_length_beyond_the_writable_bytes_is_a_bad_length() {
     for in_order in [false, true] {
         for len in [11, 110, u32::MAX] {
