@@ -26,7 +26,7 @@ use machine::{BootParameters, Machine};
 /// A byte written here ends the VM with that exit code.
 const EXIT_PORT: u16 = 0xf4;
 /// The workload lost frames, or timed out.
-const EXIT_NOT_CLEAN: u8 = 1;
+const EXIT_NOT_CLEAN: u8 = 2;
 /// The guest cannot go on.
 const EXIT_FAILED: u8 = 101;
 /// Largest rings that the drivers ask for.
