@@ -229,10 +229,8 @@ mod tests {
                 for at in 0..len {
                     b[at] ^= 0x10;
                     // SAFETY: as above.
-                    assert!(
-                        !unsafe { equal(a.as_ptr(), b.as_ptr(), len) },
-                        "byte {at} of {len}"
-                    );
+                    let same = unsafe { equal(a.as_ptr(), b.as_ptr(), len) };
+                    assert!(!same, "byte {at} of {len}");
                     b[at] ^= 0x10;
                 }
             }
