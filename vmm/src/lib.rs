@@ -1,6 +1,6 @@
 //! One virtual machine on KVM: memory, processors, interrupts, boot, and the devices of [`devices`] plugged into it.
 //!
-//! [`run`] boots a VM and returns when it has ended; there is one VM a process. The threads are the caller's (it waits), one for
+//! [`run()`] boots a VM and returns when it has ended; there is one VM a process. The threads are the caller's (it waits), one for
 //! the devices (blocked in epoll while nothing happens), and one a vCPU.
 
 mod boot;
