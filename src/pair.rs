@@ -10,20 +10,24 @@ use anyhow::{Context, Result};
 
 use crate::child::{Output, VmProcess};
 use crate::cli::machine;
+use crate::cli::rings::{Layout, RingSetup, Switch, queue_size};
 use crate::cli::{Direction, Mode, PairArgs};
-use crate::exit;
+use crate::exit::{self, Failure};
 use crate::sys::{self, Signals};
 use crate::tempdir::TempDir;
 
 /// How long the other VM may go on when one has ended.
 const LEFT_ALONE: Duration = Duration::from_secs(5);
 
+/// Of the two VMs.
+const FRONT_END: usize = 1;
+
 /// The arguments of `run` for the two VMs, back-end first, but for the guest's command line.
 pub fn vm_args(
     directory: &Path,
     memory: &str,
     cores: Option<[usize; 2]>,
-    queue_size: u16,
+    rings: &RingSetup,
 ) -> [Vec<OsString>; 2] {
     let socket = directory.join("pair.sock");
     let device = |prefix: &str, rest: &str| {
@@ -40,19 +44,30 @@ pub fn vm_args(
         args.push(if side == 0 {
             device("--vhost-pci=", ",listen=on")
         } else {
-            device("--net=", &format!(",listen=off,queue-size={queue_size}"))
+            device("--net=", &format!(",listen=off,{}", rings.net_keys()))
         });
         args
     })
 }
 
+/// The rings that the flags ask for; what they say nothing about is left to the devices.
+fn rings(args: &PairArgs) -> Result<RingSetup, Failure> {
+    let layout = args.ring.unwrap_or(Layout::Split);
+    let size = queue_size(&args.both.queue_size, &[layout])?;
+    Ok(RingSetup {
+        packed: args.ring.map(|layout| layout == Layout::Packed),
+        in_order: args.in_order.map(Switch::is_on),
+        ..RingSetup::new(&args.rings, size)?
+    })
+}
+
 /// The guests' command lines, back-end first.
-fn cmdlines(args: &PairArgs) -> [String; 2] {
+fn cmdlines(args: &PairArgs, rings: &RingSetup) -> [String; 2] {
     let length = match args.count {
         Some(count) => format!("count={count}"),
         None => format!("ms={}", args.seconds * 1000),
     };
-    args.direction.work().map(|work| {
+    let mut lines = args.direction.work().map(|work| {
         format!(
             "work={work} size={} batch={} mode={} {length}",
             args.size,
@@ -63,13 +78,18 @@ fn cmdlines(args: &PairArgs) -> [String; 2] {
             },
             args.mode.name(),
         )
-    })
+    });
+    let words = rings.guest_words();
+    if !words.is_empty() {
+        lines[FRONT_END] += &format!(" {words}");
+    }
+    lines
 }
 
 /// Boots both VMs and waits for their ends; returns the exit code.
 pub fn run(args: &PairArgs) -> Result<u8> {
     machine::memory(&args.both.memory)?;
-    let queue_size = args.both.queue_size()?;
+    let rings = rings(args)?;
     let allowed = sys::allowed_cores().context("cannot read the affinity mask")?;
     // Two guests that poll need a core each; two that sleep can share one.
     let cores = match (args.mode, allowed.len()) {
@@ -79,8 +99,8 @@ pub fn run(args: &PairArgs) -> Result<u8> {
     let signals = Signals::install().context("cannot handle signals")?;
     let directory = TempDir::new().context("cannot make a directory for the socket")?;
     let [mut back_args, mut front_args] =
-        vm_args(directory.path(), &args.both.memory, cores, queue_size);
-    let [back, front] = cmdlines(args);
+        vm_args(directory.path(), &args.both.memory, cores, &rings);
+    let [back, front] = cmdlines(args, &rings);
     back_args.push(format!("--cmdline={back}").into());
     front_args.push(format!("--cmdline={front}").into());
     let start = |name, prefix, args: &[OsString]| {
@@ -135,6 +155,7 @@ fn wait(mut vms: [VmProcess; 2], signals: &Signals) -> Result<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cli::rings::Ring;
     use crate::cli::{Cli, Command};
     use clap::Parser;
 
@@ -143,24 +164,65 @@ mod tests {
             Ok(Cli {
                 command: Command::Pair(args),
                 ..
-            }) => args,
+            }) => *args,
             other => panic!("{other:?}"),
         }
     }
 
     #[test]
     fn the_two_ends_do_what_fits_together() {
-        let [back, front] = cmdlines(&pair(&[]));
+        let lines = |args: &[&str]| {
+            let args = pair(args);
+            cmdlines(&args, &rings(&args).unwrap())
+        };
+        let [back, front] = lines(&[]);
         assert_eq!(back, "work=both size=64 batch=32 mode=poll ms=3000");
         assert_eq!(front, back);
-        let [back, front] = cmdlines(&pair(&["--direction", "fe-to-be", "--count", "5"]));
+        let [back, front] = lines(&["--direction", "fe-to-be", "--count", "5"]);
         assert!(back.starts_with("work=sink ") && back.ends_with(" count=5"));
         assert!(front.starts_with("work=source ") && front.ends_with(" count=5"));
+        let [back, front] = lines(&["--tx", "chain", "--rx-buffer", "512", "--count", "5"]);
+        assert!(back.ends_with(" count=5"));
+        assert!(front.ends_with(" count=5 tx=chain rx_buffer=512"));
+    }
+
+    #[test]
+    fn what_pair_is_not_told_is_left_to_the_devices() {
+        let rings = |args: &[&str]| rings(&pair(args));
+        assert_eq!(rings(&[]).unwrap().net_keys(), "size=256");
+        let all = [
+            "--ring",
+            "packed",
+            "--in-order",
+            "off",
+            "--event-idx",
+            "on",
+            "--mrg-rxbuf",
+            "off",
+            "--indirect",
+            "on",
+            "--queue-size",
+            "768",
+        ];
+        assert_eq!(
+            rings(&all).unwrap().net_keys(),
+            "size=768,packed=on,in-order=off,event-idx=on,mrg-rxbuf=off,indirect=on"
+        );
+        assert!(rings(&["--queue-size", "768"]).is_err());
     }
 
     #[test]
     fn what_pair_passes_on_is_what_run_takes() {
-        for args in vm_args(Path::new("/d"), "size=64M", Some([0, 1]), 512) {
+        let rings = RingSetup {
+            size: 768,
+            event_idx: Some(false),
+            ..RingSetup::default()
+        }
+        .with(Ring {
+            layout: Layout::Packed,
+            in_order: true,
+        });
+        for args in vm_args(Path::new("/d"), "size=64M", Some([0, 1]), &rings) {
             let mut all: Vec<OsString> = vec!["vhost-pci".into(), "run".into()];
             all.extend(args);
             let Ok(Cli {
@@ -174,7 +236,10 @@ mod tests {
             assert_eq!(config.memory.size, 64 << 20);
             assert_eq!(config.affinity.len(), 1);
             assert_eq!(config.net.len() + config.vhost_pci.len(), 1);
-            assert!(config.net.iter().all(|net| net.queue_size == 512));
+            for net in &config.net {
+                assert_eq!(net.queue_size, 768);
+                assert!(net.rings.packed && net.rings.in_order && !net.rings.event_idx);
+            }
         }
     }
 }

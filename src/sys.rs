@@ -6,7 +6,7 @@
 
 use std::ffi::c_int;
 use std::fs::File;
-use std::io;
+use std::io::{self, Read};
 use std::mem::{MaybeUninit, size_of};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
@@ -283,6 +283,70 @@ pub fn shared_memory(len: u64, hugepages: HugePages) -> io::Result<Linear> {
     Ok(unsafe { Linear::new(base.cast(), 0, len) })
 }
 
+/// A counter of the cache misses of the calling thread, in user mode.
+#[derive(Debug)]
+pub struct CacheMisses(File);
+
+impl CacheMisses {
+    /// Starts to count; fails where the processor, the kernel or the hypervisor offers no such counter.
+    pub fn start() -> io::Result<Self> {
+        /// struct perf_event_attr, version 0.
+        #[repr(C)]
+        struct Attr {
+            kind: u32,
+            size: u32,
+            config: u64,
+            sample_period: u64,
+            sample_type: u64,
+            read_format: u64,
+            flags: u64,
+            wakeup: u32,
+            bp_type: u32,
+            bp_addr: u64,
+        }
+        const HARDWARE: u32 = 0;
+        const CACHE_MISSES: u64 = 3;
+        const EXCLUDE_KERNEL: u64 = 1 << 5;
+        const EXCLUDE_HV: u64 = 1 << 6;
+        const FLAG_CLOEXEC: libc::c_ulong = 8;
+        const _: () = assert!(size_of::<Attr>() == 64);
+        let attr = Attr {
+            kind: HARDWARE,
+            size: 64,
+            config: CACHE_MISSES,
+            sample_period: 0,
+            sample_type: 0,
+            read_format: 0,
+            flags: EXCLUDE_KERNEL | EXCLUDE_HV,
+            wakeup: 0,
+            bp_type: 0,
+            bp_addr: 0,
+        };
+        let (this_thread, any_core, no_group): (c_int, c_int, c_int) = (0, -1, -1);
+        // SAFETY: `attr` is the first version of the structure, as long as its field `size` says, and outlives the call.
+        let fd = unsafe {
+            libc::syscall(
+                libc::SYS_perf_event_open,
+                &raw const attr,
+                this_thread,
+                any_core,
+                no_group,
+                FLAG_CLOEXEC,
+            )
+        };
+        let fd = check(c_int::try_from(fd).map_err(|_| io::ErrorKind::Other)?)?;
+        // SAFETY: the kernel has just made this descriptor for us.
+        Ok(Self(File::from(unsafe { OwnedFd::from_raw_fd(fd) })))
+    }
+
+    /// How many so far.
+    pub fn count(&self) -> io::Result<u64> {
+        let mut bytes = [0; 8];
+        (&self.0).read_exact(&mut bytes)?;
+        Ok(u64::from_ne_bytes(bytes))
+    }
+}
+
 /// The time-stamp counter.
 pub fn tsc() -> u64 {
     // SAFETY: every x86-64 processor has the instruction; it touches no memory.
@@ -313,6 +377,19 @@ mod tests {
         let start = thread_cpu_ns().unwrap();
         while thread_cpu_ns().unwrap() - start < 3_000_000 {}
         assert!(process_cpu_ns(pid).unwrap() - before >= 3_000_000);
+    }
+
+    #[test]
+    fn a_counter_that_there_is_counts_and_one_that_is_not_is_an_error() {
+        match CacheMisses::start() {
+            Ok(counter) => {
+                let before = counter.count().unwrap();
+                let bytes = vec![1_u8; 1 << 24];
+                assert!(bytes.iter().step_by(64).map(|&b| u32::from(b)).sum::<u32>() > 0);
+                assert!(counter.count().unwrap() > before);
+            }
+            Err(error) => assert!(error.raw_os_error().is_some(), "{error}"),
+        }
     }
 
     #[test]

@@ -17,6 +17,7 @@ pub mod bulk;
 pub mod joined;
 pub mod mmio;
 pub mod net;
+pub mod net_port;
 pub mod pci;
 pub mod peer;
 pub mod platform;

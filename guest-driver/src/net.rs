@@ -1,19 +1,16 @@
-//! The virtio-net driver (VIRTIO 1.3, section 5.1): one queue pair, a frame to a buffer.
-//!
-//! Unsafe code: buffers are reached by address. Each block stands on the one check that [`NetPort::new`] makes of the whole pool.
-#![allow(unsafe_code)]
-
-use alloc::vec;
-use alloc::vec::Vec;
+//! The virtio-net driver (VIRTIO 1.3, section 5.1): one queue pair.
 
 use virtqueue::linear::Linear;
-use virtqueue::net::{F_MAC, F_STATUS, HEADER_LEN, features};
-use virtqueue::{Buffer, DriverRing, Used, split};
+use virtqueue::net::{F_MAC, F_MRG_RXBUF, F_STATUS, features};
+use virtqueue::packed::Packed;
+use virtqueue::split::Split;
+use virtqueue::{Layout, RingConfig};
 
 use crate::Platform;
+use crate::net_port::{BUFFER_STRIDE, NetPort, Shape};
 use crate::pci::Function;
-use crate::port::{Frame, MAX_BURST, MAX_FRAME, Port, Slot};
-use crate::virtio_pci::{Doorbell, Error, Notify, Transport};
+use crate::port::Either;
+use crate::virtio_pci::{Doorbell, Error, Transport};
 
 /// Device type of virtio-net.
 pub const DEVICE_TYPE: u16 = 1;
@@ -21,63 +18,114 @@ pub const DEVICE_TYPE: u16 = 1;
 const CONFIG_STATUS: usize = 6;
 const STATUS_LINK_UP: u16 = 1;
 
-/// Bytes from one buffer to the next: room for header and frame, and an odd number of cache lines, so that the starts of
-/// a ring's buffers spread over all sets of the caches.
-pub const BUFFER_STRIDE: usize = 25 * 64;
-const BUFFER_LEN: usize = HEADER_LEN + MAX_FRAME;
-const _: () = assert!(BUFFER_LEN <= BUFFER_STRIDE);
-const BUFFER_LEN_32: u32 = 1530;
-const _: () = assert!(BUFFER_LEN_32 as usize == BUFFER_LEN);
-
 /// The features that this driver can use, beside VERSION_1, which it needs.
-const USABLE: u64 = features::VERSION_1 | features::EVENT_IDX | F_MAC | F_STATUS;
+const USABLE: u64 = features::VERSION_1
+    | features::EVENT_IDX
+    | features::IN_ORDER
+    | features::INDIRECT_DESC
+    | features::RING_PACKED
+    | features::RING_RESET
+    | F_MAC
+    | F_MRG_RXBUF
+    | F_STATUS;
+
+/// The data path over rings of one layout.
+pub type Ports<L> = NetPort<<L as Layout>::Driver<Linear>, Doorbell>;
+/// The data path over rings of the layout that was negotiated.
+pub type NetDevicePort = Either<Ports<Split>, Ports<Packed>>;
 
 /// The driver of a virtio-net device.
 #[derive(Debug)]
 pub struct NetDevice {
     transport: Transport,
     features: u64,
+    memory: Linear,
+    shape: Shape,
+    /// Where the rings and their pools are: receive, transmit.
+    rings: [(RingConfig, u64); 2],
     /// The data path.
-    pub port: NetPort<split::Driver<Linear>, Doorbell>,
+    pub port: NetDevicePort,
 }
 
 impl NetDevice {
-    /// Sets the device up, with rings of at most `queue_size`, and starts it.
+    /// Sets the device up, with rings as large as it offers, and starts it.
     ///
-    /// `memory` is how the driver reaches the memory that [`Platform::dma`] gives, by device address.
+    /// `memory` is how the driver reaches the memory that [`Platform::dma`] gives, by device address; `shape` is how frames are laid out in buffers.
     pub fn new<P: Platform>(
         platform: &P,
         function: Function,
         memory: Linear,
-        queue_size: u16,
+        shape: Shape,
     ) -> Result<Self, Error> {
         let transport = Transport::new(platform, function)?;
         let features = transport.negotiate(|offered| {
             (offered & features::VERSION_1 != 0).then_some(offered & USABLE)
         })?;
+        let shape = Shape {
+            mergeable: features & F_MRG_RXBUF != 0,
+            ..shape
+        };
+        let packed = features & features::RING_PACKED != 0;
         let ring = |index| {
-            let mut config = transport.add_queue(platform, index, queue_size)?;
-            config.event_idx = features & features::EVENT_IDX != 0;
+            let config = if packed {
+                transport.add_queue::<P, Packed>(platform, index, u16::MAX)
+            } else {
+                transport.add_queue::<P, Split>(platform, index, u16::MAX)
+            }?;
             let pool = platform
                 .dma(usize::from(config.size) * BUFFER_STRIDE, 64)
                 .ok_or(Error::Memory)?;
-            let ring = split::Driver::new(memory, &config)?;
-            Ok::<_, Error>((ring, pool.addr, transport.doorbell(index)?))
+            let config = RingConfig {
+                event_idx: features & features::EVENT_IDX != 0,
+                in_order: features & features::IN_ORDER != 0,
+                indirect: features & features::INDIRECT_DESC != 0,
+                ..config
+            };
+            Ok::<_, Error>((config, pool.addr))
         };
-        let (rx, rx_pool, rx_doorbell) = ring(0)?;
-        let (tx, tx_pool, tx_doorbell) = ring(1)?;
-        let mut port = NetPort::new(
-            memory,
-            (rx, rx_pool, rx_doorbell),
-            (tx, tx_pool, tx_doorbell),
-        )?;
+        let rings = [ring(0)?, ring(1)?];
+        let port = make_port(&transport, memory, features, shape, &rings)?;
         transport.start();
-        port.fill();
-        Ok(Self {
+        let mut device = Self {
             transport,
             features,
+            memory,
+            shape,
+            rings,
             port,
-        })
+        };
+        device.fill();
+        Ok(device)
+    }
+
+    /// Resets both rings and starts them anew (VIRTIO_F_RING_RESET); what was in them is lost.
+    pub fn reset_rings(&mut self) -> Result<(), Error> {
+        if self.features & features::RING_RESET == 0 {
+            return Err(Error::Features);
+        }
+        for index in 0..2 {
+            self.transport.reset_queue(index)?;
+        }
+        self.port = make_port(
+            &self.transport,
+            self.memory,
+            self.features,
+            self.shape,
+            &self.rings,
+        )?;
+        for (index, (config, _)) in (0..).zip(&self.rings) {
+            self.transport.enable_queue(index, config)?;
+        }
+        self.fill();
+        Ok(())
+    }
+
+    /// Gives the receive buffers to the device.
+    fn fill(&mut self) {
+        match &mut self.port {
+            Either::Split(port) => port.fill(),
+            Either::Packed(port) => port.fill(),
+        }
     }
 
     /// What was negotiated.
@@ -94,193 +142,30 @@ impl NetDevice {
     }
 }
 
-/// One direction of the data path.
-#[derive(Debug)]
-struct Half<D, N> {
-    ring: D,
-    doorbell: N,
-    /// Device address and mapped address of the first buffer.
-    addr: u64,
-    ptr: *mut u8,
-    /// Which buffer a descriptor id stands for while it is with the device.
-    buffer_of: Vec<u16>,
+fn make_port(
+    transport: &Transport,
+    memory: Linear,
+    features: u64,
+    shape: Shape,
+    rings: &[(RingConfig, u64); 2],
+) -> Result<NetDevicePort, Error> {
+    Ok(if features & features::RING_PACKED != 0 {
+        Either::Packed(make_ports::<Packed>(transport, memory, shape, rings)?)
+    } else {
+        Either::Split(make_ports::<Split>(transport, memory, shape, rings)?)
+    })
 }
 
-impl<D: DriverRing, N: Notify> Half<D, N> {
-    fn new(memory: Linear, (ring, addr, doorbell): (D, u64, N)) -> Result<Self, Error> {
-        let buffers = usize::from(ring.free());
-        let ptr = memory
-            .ptr(addr, buffers * BUFFER_STRIDE)
-            .ok_or(Error::Memory)?;
-        Ok(Self {
-            ring,
-            doorbell,
-            addr,
-            ptr,
-            buffer_of: vec![0; buffers],
-        })
-    }
-
-    /// Where a buffer is.
-    #[inline(always)]
-    fn ptr(&self, buffer: u16) -> *mut u8 {
-        // SAFETY: buffer numbers are below `buffer_of.len()`, and the pool of that many was checked in `new`.
-        unsafe { self.ptr.add(usize::from(buffer) * BUFFER_STRIDE) }
-    }
-
-    /// Gives a buffer to the device; `false` where the ring is full.
-    #[inline(always)]
-    fn add(&mut self, buffer: u16, len: u32, device_writes: bool) -> bool {
-        let addr = self.addr + u64::from(buffer) * BUFFER_STRIDE as u64;
-        let id = self.ring.add(&[Buffer {
-            addr,
-            len,
-            device_writes,
-        }]);
-        match id.and_then(|id| self.buffer_of.get_mut(usize::from(id))) {
-            Some(slot) => {
-                *slot = buffer;
-                true
-            }
-            None => false,
-        }
-    }
-
-    #[inline(always)]
-    fn publish(&mut self) {
-        if self.ring.publish() {
-            self.doorbell.notify();
-        }
-    }
-}
-
-/// The data path of a virtio-net driver: buffers of [`BUFFER_STRIDE`] bytes, as many as the ring has descriptors.
-#[derive(Debug)]
-pub struct NetPort<D, N> {
-    rx: Half<D, N>,
-    tx: Half<D, N>,
-    /// Transmit buffers that are not with the device.
-    tx_free: Vec<u16>,
-    used: [Used; MAX_BURST],
-}
-
-// SAFETY: the pointers are into memory that belongs to no thread; the port is used by one at a time.
-unsafe impl<D: Send, N: Send> Send for NetPort<D, N> {}
-
-impl<D: DriverRing, N: Notify> NetPort<D, N> {
-    /// A data path over two empty rings, each with the device address of its pool (ring size times [`BUFFER_STRIDE`] zeroed
-    /// bytes that nobody else uses) and its notification.
-    pub fn new(memory: Linear, rx: (D, u64, N), tx: (D, u64, N)) -> Result<Self, Error> {
-        let (rx, tx) = (Half::new(memory, rx)?, Half::new(memory, tx)?);
-        let tx_free = (0..tx.ring.free()).collect();
-        let mut port = Self {
-            rx,
-            tx,
-            tx_free,
-            used: [Used::default(); MAX_BURST],
-        };
-        port.disarm();
-        Ok(port)
-    }
-
-    /// Gives all receive buffers to the device.
-    pub fn fill(&mut self) {
-        for buffer in 0..self.rx.ring.free() {
-            self.rx.add(buffer, BUFFER_LEN_32, true);
-        }
-        self.rx.publish();
-    }
-
-    /// Takes back the transmit buffers that the device is done with.
-    #[inline(always)]
-    fn reclaim(&mut self) -> Result<(), virtqueue::Error> {
-        let n = self.tx.ring.take(&mut self.used)?;
-        for used in self.used.iter().take(n) {
-            if let Some(&buffer) = self.tx.buffer_of.get(usize::from(used.id)) {
-                self.tx_free.push(buffer);
-            }
-        }
-        Ok(())
-    }
-}
-
-impl<D: DriverRing, N: Notify> Port for NetPort<D, N> {
-    #[inline(always)]
-    fn tx_burst(
-        &mut self,
-        count: usize,
-        len: usize,
-        mut build: impl FnMut(usize, &mut Slot),
-    ) -> Result<usize, virtqueue::Error> {
-        let len = len.min(MAX_FRAME);
-        if self.tx_free.len() < count {
-            self.reclaim()?;
-        }
-        let mut sent = 0;
-        while sent < count {
-            let Some(buffer) = self.tx_free.pop() else {
-                break;
-            };
-            // The header in front stays as the pool came: all zero, no offload. (num_buffers is the receiver's business.)
-            // SAFETY: header and frame fit in the buffer, which is not with the device.
-            let mut slot = unsafe { Slot::new(self.tx.ptr(buffer).add(HEADER_LEN), len) };
-            build(sent, &mut slot);
-            if !self
-                .tx
-                .add(buffer, u32::try_from(HEADER_LEN + len).unwrap_or(0), false)
-            {
-                self.tx_free.push(buffer);
-                break;
-            }
-            sent += 1;
-        }
-        if sent > 0 {
-            self.tx.publish();
-        }
-        Ok(sent)
-    }
-
-    #[inline(always)]
-    fn rx_burst(
-        &mut self,
-        count: usize,
-        mut receive: impl FnMut(&Frame),
-    ) -> Result<usize, virtqueue::Error> {
-        let n = self.rx.ring.take(&mut self.used[..count.min(MAX_BURST)])?;
-        if n == 0 {
-            return Ok(0);
-        }
-        for i in 0..n {
-            let used = self.used[i];
-            let buffer = self
-                .rx
-                .buffer_of
-                .get(usize::from(used.id))
-                .copied()
-                .unwrap_or(0);
-            // What is shorter than a header is no frame: an empty one is shown.
-            let len = (used.len as usize).clamp(HEADER_LEN, BUFFER_LEN) - HEADER_LEN;
-            // SAFETY: header and frame fit in the buffer.
-            receive(&unsafe { Frame::new(self.rx.ptr(buffer).add(HEADER_LEN), len) });
-            self.rx.add(buffer, BUFFER_LEN_32, true);
-        }
-        self.rx.publish();
-        Ok(n)
-    }
-
-    fn drained(&mut self) -> Result<bool, virtqueue::Error> {
-        self.reclaim()?;
-        Ok(self.tx_free.len() == self.tx.buffer_of.len())
-    }
-
-    fn arm(&mut self, rx: bool, tx: bool) -> bool {
-        let rx = rx && self.rx.ring.enable_calls();
-        let tx = tx && self.tx.ring.enable_calls();
-        rx || tx
-    }
-
-    fn disarm(&mut self) {
-        self.rx.ring.disable_calls();
-        self.tx.ring.disable_calls();
-    }
+/// The data path over fresh rings.
+fn make_ports<L: Layout>(
+    transport: &Transport,
+    memory: Linear,
+    shape: Shape,
+    [rx, tx]: &[(RingConfig, u64); 2],
+) -> Result<Ports<L>, Error> {
+    let half = |index, (config, pool): &(RingConfig, u64)| {
+        let ring = L::driver(memory, config)?;
+        Ok::<_, Error>((ring, *pool, transport.doorbell(index)?))
+    };
+    NetPort::new(memory, shape, half(0, rx)?, half(1, tx)?)
 }

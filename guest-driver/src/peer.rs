@@ -19,10 +19,13 @@ use crate::virtio_pci::Notify;
 const MAX_BUFFERS: usize = 2 * MAX_BURST;
 const MAX_PACKET: usize = HEADER_LEN + MAX_FRAME;
 
+/// Where le16 `num_buffers` is in the header.
+const NUM_BUFFERS: usize = 10;
+
 /// What stands before a frame: no offload, one buffer (VIRTIO 1.3, section 5.1.6.1).
 const HEADER: [u8; HEADER_LEN] = {
     let mut header = [0; HEADER_LEN];
-    header[10] = 1;
+    header[NUM_BUFFERS] = 1;
     header
 };
 
@@ -49,12 +52,21 @@ pub struct PeerPort<V, N> {
     buffers: [Buffer; MAX_BUFFERS],
     /// A packet whose buffers are in pieces is put together here.
     scratch: Box<[u8]>,
+    /// VIRTIO_NET_F_MRG_RXBUF was negotiated: a frame may be spread over several chains.
+    mergeable: bool,
+    /// Frames were spread in the last burst: it takes more chains than frames.
+    spreading: bool,
     dropped: u64,
 }
 
 impl<V: DeviceRing, N: Notify> PeerPort<V, N> {
     /// A data path over the front-end's rings; the addresses in them are offsets of `window`.
-    pub fn new(window: Linear, to_peer: Vring<V, N>, from_peer: Vring<V, N>) -> Self {
+    pub fn new(
+        window: Linear,
+        mergeable: bool,
+        to_peer: Vring<V, N>,
+        from_peer: Vring<V, N>,
+    ) -> Self {
         let mut port = Self {
             window,
             to_peer,
@@ -62,6 +74,8 @@ impl<V: DeviceRing, N: Notify> PeerPort<V, N> {
             chains: [Chain::default(); MAX_BURST],
             buffers: [Buffer::default(); MAX_BUFFERS],
             scratch: vec![0; MAX_PACKET].into_boxed_slice(),
+            mergeable,
+            spreading: false,
             dropped: 0,
         };
         port.disarm();
@@ -72,6 +86,57 @@ impl<V: DeviceRing, N: Notify> PeerPort<V, N> {
     #[must_use]
     pub fn dropped(&self) -> u64 {
         self.dropped
+    }
+
+    /// Puts a frame into chains that are in pieces or too short for it, from `chains[at]` on. Returns how many it took: none where there are
+    /// not enough chains.
+    #[cold]
+    fn spread(
+        &mut self,
+        at: usize,
+        taken: usize,
+        len: usize,
+        build: impl FnOnce(&mut Slot),
+    ) -> usize {
+        let packet = HEADER_LEN + len;
+        let Some(chains) = self.chains.get(at..taken) else {
+            return 0;
+        };
+        let pieces = |chain: &Chain| pieces(&self.buffers, chain);
+        let mut total = 0;
+        let needed = chains.iter().position(|chain| {
+            total += room(pieces(chain));
+            !self.mergeable || total >= packet
+        });
+        let Some(chains) = needed.and_then(|last| chains.get(..=last)) else {
+            return 0;
+        };
+        let fits = total >= packet;
+        if let (Some(scratch), true) = (self.scratch.get_mut(..packet), fits) {
+            let (header, frame) = scratch.split_at_mut(HEADER_LEN);
+            header.copy_from_slice(&HEADER);
+            let count = u16::try_from(chains.len()).unwrap_or(1);
+            header[NUM_BUFFERS..].copy_from_slice(&count.to_le_bytes());
+            // SAFETY: `frame` is ours, and holds `len` bytes.
+            build(&mut unsafe { Slot::new(frame.as_mut_ptr(), len) });
+            let mut rest = &*scratch;
+            for chain in chains {
+                let left = scatter(self.window, pieces(chain), rest);
+                let written = u32::try_from(rest.len() - left.len()).unwrap_or(0);
+                self.to_peer.ring.put(chain.id, written);
+                rest = left;
+            }
+        } else {
+            // Too short for any frame of this length, now and ever: back it goes, and the frame is lost.
+            let mut nowhere = [0; MAX_FRAME];
+            // SAFETY: `nowhere` is ours, and holds the longest frame.
+            build(&mut unsafe { Slot::new(nowhere.as_mut_ptr(), len) });
+            for chain in chains {
+                self.to_peer.ring.put(chain.id, 0);
+            }
+            self.dropped += 1;
+        }
+        chains.len()
     }
 
     /// Where the two rings are (VHOST_USER_GET_VRING_BASE).
@@ -92,26 +157,41 @@ fn place(window: Linear, buffer: Buffer, len: usize, device_writes: bool) -> Opt
     }
 }
 
-/// Copies a packet into the pieces of a chain; `false`, and nothing written, where they are too short.
-fn scatter(window: Linear, pieces: &[Buffer], mut packet: &[u8]) -> bool {
-    let room: usize = pieces
-        .iter()
-        .filter(|piece| piece.device_writes)
-        .map(|piece| piece.len as usize)
-        .sum();
-    if room < packet.len() {
-        return false;
-    }
+/// A frame that lies in one buffer behind `skip` bytes; `None` where it is none.
+#[inline(always)]
+fn in_place(window: Linear, buffer: Buffer, skip: usize) -> Option<(*const u8, usize)> {
+    let total = buffer.len as usize;
+    let len = total.checked_sub(skip).filter(|&len| len <= MAX_FRAME)?;
+    let from = place(window, buffer, total, false)?;
+    Some((from.wrapping_add(skip).cast_const(), len))
+}
+
+/// The buffers of a chain.
+#[inline(always)]
+fn pieces<'a>(buffers: &'a [Buffer], chain: &Chain) -> &'a [Buffer] {
+    let first = usize::from(chain.first);
+    let end = first + usize::from(chain.count);
+    buffers.get(first..end).unwrap_or(&[])
+}
+
+/// How many bytes the device may write into a chain.
+fn room(pieces: &[Buffer]) -> usize {
+    let writable = pieces.iter().filter(|piece| piece.device_writes);
+    writable.map(|piece| piece.len as usize).sum()
+}
+
+/// Copies into the pieces of a chain; returns what did not fit.
+fn scatter<'a>(window: Linear, pieces: &[Buffer], mut packet: &'a [u8]) -> &'a [u8] {
     for piece in pieces.iter().filter(|piece| piece.device_writes) {
         let (now, rest) = packet.split_at(packet.len().min(piece.len as usize));
-        let Some(to) = window.ptr(piece.addr, now.len()) else {
-            return false;
-        };
-        // SAFETY: `ptr` checked the range; `now` is our own memory.
-        unsafe { bulk::copy(to, now.as_ptr(), now.len()) };
+        // The ring code checked the whole piece already.
+        if let Some(to) = window.ptr(piece.addr, now.len()) {
+            // SAFETY: `ptr` checked the range; `now` is our own memory.
+            unsafe { bulk::copy(to, now.as_ptr(), now.len()) };
+        }
         packet = rest;
     }
-    packet.is_empty()
+    packet
 }
 
 /// Copies a packet out of the pieces of a chain; `None` where it is longer than `packet`.
@@ -136,49 +216,49 @@ impl<V: DeviceRing, N: Notify> Port for PeerPort<V, N> {
         len: usize,
         mut build: impl FnMut(usize, &mut Slot),
     ) -> Result<usize, virtqueue::Error> {
-        let len = len.min(MAX_FRAME);
+        let (len, count) = (len.min(MAX_FRAME), count.min(MAX_BURST));
         let packet = HEADER_LEN + len;
-        let ring = &mut self.to_peer.ring;
-        let n = ring.get(&mut self.chains[..count.min(MAX_BURST)], &mut self.buffers)?;
-        if n == 0 {
-            return Ok(0);
-        }
+        let written = u32::try_from(packet).unwrap_or(0);
+        let mut wanted = if self.spreading { MAX_BURST } else { count };
+        self.spreading = false;
         let mut sent = 0;
-        for chain in &self.chains[..n] {
-            let first = usize::from(chain.first);
-            let pieces = self
-                .buffers
-                .get(first..first + usize::from(chain.count))
-                .unwrap_or(&[]);
-            let written = if let [whole] = pieces
-                && let Some(to) = place(self.window, *whole, packet, true)
-            {
-                // SAFETY: `place` checked that header and frame fit where `to` points.
-                let mut slot = unsafe {
-                    bulk::copy(to, HEADER.as_ptr(), HEADER_LEN);
-                    Slot::new(to.add(HEADER_LEN), len)
-                };
-                build(sent, &mut slot);
-                true
-            } else {
-                let (header, frame) = self.scratch.split_at_mut(HEADER_LEN);
-                header.copy_from_slice(&HEADER);
-                // SAFETY: the scratch is ours, and holds the longest frame.
-                build(sent, &mut unsafe { Slot::new(frame.as_mut_ptr(), len) });
-                scatter(self.window, pieces, &self.scratch[..packet])
-            };
-            self.dropped += u64::from(!written);
-            ring.put(
-                chain.id,
-                if written {
-                    u32::try_from(packet).unwrap_or(0)
+        loop {
+            let ring = &mut self.to_peer.ring;
+            let taken = ring.get(&mut self.chains[..wanted], &mut self.buffers)?;
+            let mut at = 0;
+            while at < taken && sent < count {
+                let chain = self.chains[at];
+                if let [whole] = pieces(&self.buffers, &chain)
+                    && let Some(to) = place(self.window, *whole, packet, true)
+                {
+                    // SAFETY: `place` checked that header and frame fit where `to` points.
+                    let mut slot = unsafe {
+                        bulk::copy(to, HEADER.as_ptr(), HEADER_LEN);
+                        Slot::new(to.add(HEADER_LEN), len)
+                    };
+                    build(sent, &mut slot);
+                    self.to_peer.ring.put(chain.id, written);
+                    at += 1;
                 } else {
-                    0
-                },
-            );
-            sent += 1;
+                    let used = self.spread(at, taken, len, |slot| build(sent, slot));
+                    self.spreading = self.mergeable;
+                    if used == 0 {
+                        break;
+                    }
+                    at += used;
+                }
+                sent += 1;
+            }
+            if at < taken {
+                self.to_peer.ring.unget(taken - at);
+            }
+            // A chain a frame was not enough: once more, with all that there are.
+            if sent == count || !self.spreading || wanted == MAX_BURST {
+                break;
+            }
+            wanted = MAX_BURST;
         }
-        if ring.publish() {
+        if self.to_peer.ring.publish() {
             self.to_peer.call.notify();
         }
         Ok(sent)
@@ -196,24 +276,20 @@ impl<V: DeviceRing, N: Notify> Port for PeerPort<V, N> {
             return Ok(0);
         }
         for chain in &self.chains[..n] {
-            let first = usize::from(chain.first);
-            let pieces = self
-                .buffers
-                .get(first..first + usize::from(chain.count))
-                .unwrap_or(&[]);
-            let packet = if let [whole] = pieces
-                && whole.len as usize <= MAX_PACKET
-            {
-                place(self.window, *whole, whole.len as usize, false)
-                    .map(|from| (from.cast_const(), whole.len as usize))
-            } else {
-                gather(self.window, pieces, &mut self.scratch)
-                    .map(|len| (self.scratch.as_ptr(), len))
+            let pieces = pieces(&self.buffers, chain);
+            let frame = match *pieces {
+                [whole] => in_place(self.window, whole, HEADER_LEN),
+                [header, frame] if header.len as usize == HEADER_LEN => {
+                    in_place(self.window, frame, 0)
+                }
+                _ => gather(self.window, pieces, &mut self.scratch)
+                    .and_then(|len| self.scratch.get(HEADER_LEN..len))
+                    .map(|frame| (frame.as_ptr(), frame.len())),
             };
-            match packet {
-                Some((from, len)) if len > HEADER_LEN => {
-                    // SAFETY: `len` bytes are there, and more than a header.
-                    receive(&unsafe { Frame::new(from.add(HEADER_LEN), len - HEADER_LEN) });
+            match frame {
+                Some((from, len)) if len > 0 => {
+                    // SAFETY: `len` bytes are there, in the window or in our own memory.
+                    receive(&unsafe { Frame::new(from, len) });
                 }
                 _ => self.dropped += 1,
             }

@@ -209,6 +209,63 @@ pub trait Port {
     fn disarm(&mut self);
 }
 
+/// One of two kinds of port, chosen when the device is set up: the choice costs a branch a burst.
+#[derive(Debug)]
+pub enum Either<A, B> {
+    /// Over split rings.
+    Split(A),
+    /// Over packed rings.
+    Packed(B),
+}
+
+impl<A: Port, B: Port> Port for Either<A, B> {
+    #[inline(always)]
+    fn tx_burst(
+        &mut self,
+        count: usize,
+        len: usize,
+        build: impl FnMut(usize, &mut Slot),
+    ) -> Result<usize, virtqueue::Error> {
+        match self {
+            Self::Split(port) => port.tx_burst(count, len, build),
+            Self::Packed(port) => port.tx_burst(count, len, build),
+        }
+    }
+
+    #[inline(always)]
+    fn rx_burst(
+        &mut self,
+        count: usize,
+        receive: impl FnMut(&Frame),
+    ) -> Result<usize, virtqueue::Error> {
+        match self {
+            Self::Split(port) => port.rx_burst(count, receive),
+            Self::Packed(port) => port.rx_burst(count, receive),
+        }
+    }
+
+    fn drained(&mut self) -> Result<bool, virtqueue::Error> {
+        match self {
+            Self::Split(port) => port.drained(),
+            Self::Packed(port) => port.drained(),
+        }
+    }
+
+    fn arm(&mut self, rx: bool, tx: bool) -> bool {
+        match self {
+            Self::Split(port) => port.arm(rx, tx),
+            Self::Packed(port) => port.arm(rx, tx),
+        }
+    }
+
+    fn disarm(&mut self) {
+        match self {
+            Self::Split(port) => port.disarm(),
+            Self::Packed(port) => port.disarm(),
+        }
+    }
+}
+
 /// Largest frame, in bytes.
 pub const MAX_FRAME: usize = 1518;
 /// Largest burst.

@@ -7,9 +7,12 @@ use std::vec;
 use std::vec::Vec;
 
 use virtqueue::linear::Linear;
-use virtqueue::{Buffer, DriverRing, RingConfig, Used, split};
+use virtqueue::packed::Packed;
+use virtqueue::split::Split;
+use virtqueue::{Buffer, DriverRing, Layout, RingConfig, Used};
 
-use crate::joined::{self, Silent};
+use crate::joined::{self, JoinConfig, JoinedBackEnd, JoinedFrontEnd, Silent};
+use crate::net_port::{Shape, TxShape};
 use crate::peer::{PeerPort, Vring};
 use crate::port::{Frame, MAX_FRAME, Port};
 
@@ -65,51 +68,137 @@ fn frames(count: usize, len: usize, salt: usize) -> Vec<Vec<u8>> {
         .collect()
 }
 
+/// Every way in which two ends can be joined that changes what happens to a frame.
+fn configs(size: u16) -> impl Iterator<Item = JoinConfig> {
+    let flags = [false, true];
+    let shapes = [TxShape::Direct, TxShape::Chain, TxShape::Indirect];
+    let rings = flags.into_iter().flat_map(move |packed| {
+        flags.into_iter().map(move |in_order| JoinConfig {
+            packed,
+            size: if packed { size + 3 } else { size },
+            in_order,
+            event_idx: in_order,
+            indirect: true,
+            ..JoinConfig::default()
+        })
+    });
+    rings.flat_map(move |config| {
+        shapes.into_iter().flat_map(move |tx| {
+            [(false, 1530), (true, 1530), (true, 300)].map(|(mergeable, rx_buffer)| JoinConfig {
+                shape: Shape {
+                    tx,
+                    rx_buffer,
+                    mergeable,
+                },
+                ..config
+            })
+        })
+    })
+}
+
+fn join(config: &JoinConfig) -> (Bed, JoinedFrontEnd<Silent>, JoinedBackEnd<Silent>) {
+    let bed = Bed::new(joined::memory_needed(config).unwrap());
+    let (front, back) = joined::join(bed.memory, START, config, Silent, Silent, false).unwrap();
+    (bed, front, back)
+}
+
 #[test]
 fn frames_arrive_unchanged_in_both_directions_many_times_round_the_ring() {
-    let size = 64;
-    let bed = Bed::new(joined::memory_needed(size));
-    let (mut front, mut back) = joined::join(bed.memory, START, size, false).unwrap();
-    for round in 0..200 {
-        for len in [60, 64, 1518] {
-            let out = frames(32, len, round);
-            assert_eq!(send(&mut back, &out), 32);
-            assert_eq!(receive(&mut front, 64), out);
-            assert_eq!(send(&mut front, &out), 32);
-            assert!(!front.drained().unwrap());
-            assert_eq!(receive(&mut back, 64), out);
-            assert!(front.drained().unwrap());
+    for config in configs(64) {
+        let (_bed, mut front, mut back) = join(&config);
+        for round in 0..60 {
+            for (count, len) in [(30, 60), (7, 64), (10, 1518)] {
+                let out = frames(count, len, round);
+                assert_eq!(send(&mut back, &out), count, "{config:?}");
+                assert_eq!(receive(&mut front, 64), out, "{config:?}");
+                assert_eq!(send(&mut front, &out), count, "{config:?}");
+                assert!(!front.drained().unwrap());
+                assert_eq!(receive(&mut back, 64), out, "{config:?}");
+                assert!(front.drained().unwrap());
+            }
         }
     }
 }
 
 #[test]
 fn a_full_ring_takes_no_more_and_loses_nothing() {
-    let size = 16;
-    let bed = Bed::new(joined::memory_needed(size));
-    let (mut front, mut back) = joined::join(bed.memory, START, size, false).unwrap();
-    let out = frames(40, 100, 0);
+    for config in configs(16) {
+        let (_bed, mut front, mut back) = join(&config);
+        let out = frames(60, 100, 0);
+        let room = usize::from(config.size);
+        assert_eq!(send(&mut back, &out), room);
+        assert_eq!(send(&mut back, &out[room..]), 0);
+        assert_eq!(receive(&mut front, 60), out[..room]);
+        let room = if config.shape.tx == TxShape::Chain {
+            room / 2
+        } else {
+            room
+        };
+        assert_eq!(send(&mut front, &out), room);
+        assert_eq!(send(&mut front, &out[room..]), 0);
+        assert_eq!(receive(&mut back, 5), out[..5]);
+        assert_eq!(send(&mut front, &out[room..]), 5);
+        assert_eq!(receive(&mut back, 60), out[5..room + 5]);
+    }
+}
+
+#[test]
+fn a_frame_for_which_there_are_not_enough_buffers_waits_for_them() {
+    for config in configs(16).filter(|config| config.shape.rx_buffer == 300) {
+        let (_bed, mut front, mut back) = join(&config);
+        let out = frames(8, 1518, 1);
+        let fit = usize::from(config.size) / 6; // 1530 bytes in buffers of 300
+        assert_eq!(send(&mut back, &out), fit, "{config:?}");
+        assert_eq!(send(&mut back, &out[fit..]), 0);
+        // A burst of one buffer at a time: the frame shows when its last one has come.
+        let mut got = Vec::new();
+        for _ in 0..6 * fit {
+            got.extend(receive(&mut front, 1));
+        }
+        assert_eq!(got, out[..fit]);
+        assert_eq!(send(&mut back, &out[fit..]), fit);
+        assert_eq!(receive(&mut front, 64), out[fit..2 * fit]);
+    }
+}
+
+#[test]
+fn a_lying_buffer_count_shows_no_frame_that_is_too_long() {
+    let config = JoinConfig {
+        shape: Shape {
+            mergeable: true,
+            ..Shape::default()
+        },
+        ..JoinConfig::default()
+    };
+    let (bed, mut front, mut back) = join(&config);
+    let out = frames(16, 1518, 1);
     assert_eq!(send(&mut back, &out), 16);
-    assert_eq!(send(&mut back, &out[16..]), 0);
-    assert_eq!(receive(&mut front, 40), out[..16]);
-    assert_eq!(send(&mut front, &out), 16);
-    assert_eq!(send(&mut front, &out[16..]), 0);
-    assert_eq!(receive(&mut back, 5), out[..5]);
-    assert_eq!(send(&mut front, &out[16..]), 5);
-    assert_eq!(receive(&mut back, 40), out[5..21]);
+    // The first receive pool begins behind the first ring; each frame says it goes on for ever.
+    let areas = Split::area_sizes(config.size).unwrap();
+    let pool = areas
+        .iter()
+        .map(|len| len.next_multiple_of(4096) as u64)
+        .sum::<u64>()
+        + START;
+    for buffer in 0..16 {
+        let header = bed.memory.ptr(pool + buffer * 1600, 12).unwrap();
+        // SAFETY: the pointer was checked, and both ends are idle.
+        unsafe { header.add(10).cast::<u16>().write_unaligned(u16::MAX) };
+    }
+    assert_eq!(receive(&mut front, 64), Vec::<Vec<u8>>::new());
 }
 
 /// A front-end played by hand: rings and 64 KiB of buffers in one bed.
-struct ByHand {
+struct ByHand<L: Layout> {
     bed: Bed,
-    rx: split::Driver<Linear>,
-    tx: split::Driver<Linear>,
-    back: PeerPort<split::Device<Linear>, Silent>,
+    rx: L::Driver<Linear>,
+    tx: L::Driver<Linear>,
+    back: PeerPort<L::Device<Linear>, Silent>,
 }
 
 const BUFFERS: u64 = START + 0x8000;
 
-impl ByHand {
+impl<L: Layout> ByHand<L> {
     fn new() -> Self {
         let bed = Bed::new(0x20000);
         let config = |at: u64| RingConfig {
@@ -119,17 +208,18 @@ impl ByHand {
             device: at + 0x2000,
             event_idx: false,
             in_order: false,
+            indirect: false,
         };
         let (rx, tx) = (config(START), config(START + 0x3000));
         let vring = |config| Vring {
-            ring: split::Device::new(bed.memory, config).unwrap(),
+            ring: L::device(bed.memory, config).unwrap(),
             call: Silent,
             kicks: true,
         };
-        let back = PeerPort::new(bed.memory, vring(&rx), vring(&tx));
+        let back = PeerPort::new(bed.memory, false, vring(&rx), vring(&tx));
         Self {
-            rx: split::Driver::new(bed.memory, &rx).unwrap(),
-            tx: split::Driver::new(bed.memory, &tx).unwrap(),
+            rx: L::driver(bed.memory, &rx).unwrap(),
+            tx: L::driver(bed.memory, &tx).unwrap(),
             back,
             bed,
         }
@@ -166,9 +256,8 @@ fn used(ring: &mut impl DriverRing) -> Vec<Used> {
     out[..n].to_vec()
 }
 
-#[test]
-fn a_frame_is_scattered_over_a_chain_and_gathered_from_one() {
-    let mut hand = ByHand::new();
+fn a_frame_is_scattered_over_a_chain_and_gathered_from_one<L: Layout>() {
+    let mut hand = ByHand::<L>::new();
     let frame = &frames(1, 200, 3)[0];
     let id = hand
         .rx
@@ -203,9 +292,8 @@ fn a_frame_is_scattered_over_a_chain_and_gathered_from_one() {
     assert_eq!(used(&mut hand.tx), [Used { id, len: 0 }]);
 }
 
-#[test]
-fn buffers_that_cannot_hold_a_frame_come_back_empty_and_untouched() {
-    let mut hand = ByHand::new();
+fn buffers_that_cannot_hold_a_frame_come_back_empty_and_untouched<L: Layout>() {
+    let mut hand = ByHand::<L>::new();
     let frame = &frames(1, 200, 3)[0];
     for pieces in [
         &[piece(0, 211, true)][..],
@@ -221,9 +309,8 @@ fn buffers_that_cannot_hold_a_frame_come_back_empty_and_untouched() {
     assert_eq!(hand.back.dropped(), 3);
 }
 
-#[test]
-fn what_is_no_frame_is_not_shown() {
-    let mut hand = ByHand::new();
+fn what_is_no_frame_is_not_shown<L: Layout>() {
+    let mut hand = ByHand::<L>::new();
     let too_long = u32::try_from(MAX_FRAME + 13).unwrap();
     for pieces in [
         &[piece(0, 12, false)][..],
@@ -240,10 +327,9 @@ fn what_is_no_frame_is_not_shown() {
     assert_eq!(hand.back.dropped(), 5);
 }
 
-#[test]
-fn an_address_beyond_the_window_breaks_the_ring_and_touches_nothing() {
+fn an_address_beyond_the_window_breaks_the_ring_and_touches_nothing<L: Layout>() {
     for addr in [0, START - 8, START + 0x1ffff, u64::MAX - 5] {
-        let mut hand = ByHand::new();
+        let mut hand = ByHand::<L>::new();
         hand.tx
             .add(&[Buffer {
                 addr,
@@ -259,13 +345,38 @@ fn an_address_beyond_the_window_breaks_the_ring_and_touches_nothing() {
     }
 }
 
+/// Runs each of these for both layouts.
+macro_rules! both_layouts {
+    ($($name:ident),* $(,)?) => {
+        mod split_rings {
+            $(#[test]
+            fn $name() {
+                super::$name::<super::Split>();
+            })*
+        }
+        mod packed_rings {
+            $(#[test]
+            fn $name() {
+                super::$name::<super::Packed>();
+            })*
+        }
+    };
+}
+
+both_layouts!(
+    a_frame_is_scattered_over_a_chain_and_gathered_from_one,
+    buffers_that_cannot_hold_a_frame_come_back_empty_and_untouched,
+    what_is_no_frame_is_not_shown,
+    an_address_beyond_the_window_breaks_the_ring_and_touches_nothing,
+);
+
 #[test]
 fn a_ring_whose_kicks_do_not_arrive_is_never_slept_on() {
-    let size = 16;
-    let bed = Bed::new(joined::memory_needed(size));
-    let (mut front, mut back) = joined::join(bed.memory, START, size, false).unwrap();
-    assert!(back.arm(true, false), "no kicks here");
-    assert!(!front.arm(true, false));
-    send(&mut back, &frames(1, 64, 0));
-    assert!(front.arm(true, false), "a frame is there already");
+    for config in configs(16) {
+        let (_bed, mut front, mut back) = join(&config);
+        assert!(back.arm(true, false), "no kicks here");
+        assert!(!front.arm(true, false));
+        send(&mut back, &frames(1, 64, 0));
+        assert!(front.arm(true, false), "a frame is there already");
+    }
 }

@@ -5,12 +5,14 @@ use alloc::vec;
 use alloc::vec::Vec;
 
 use virtqueue::linear::Linear;
-use virtqueue::net::{F_STATUS, features};
-use virtqueue::{Buffer, DriverRing, RingConfig, Used, split};
+use virtqueue::net::{F_MRG_RXBUF, F_STATUS, features};
+use virtqueue::packed::Packed;
+use virtqueue::split::{self, Split};
+use virtqueue::{Buffer, DriverRing, Layout, RingConfig, Used};
 
 use crate::pci::Function;
 use crate::peer::{PeerPort, Vring};
-use crate::port::Frame;
+use crate::port::{Either, Frame};
 use crate::vhost_user::{self as proto, MAX_MESSAGE, Message, request};
 use crate::virtio_pci::{Doorbell, Error, Notify, Transport};
 use crate::{Dma, Platform};
@@ -35,13 +37,21 @@ const VRINGS_32: u32 = 2;
 const MAX_REGIONS: usize = 32;
 
 /// What a front-end may negotiate with this back-end.
-const FEATURES: u64 =
-    features::VERSION_1 | features::EVENT_IDX | F_STATUS | proto::F_PROTOCOL_FEATURES;
+const FEATURES: u64 = features::VERSION_1
+    | features::EVENT_IDX
+    | features::IN_ORDER
+    | features::INDIRECT_DESC
+    | features::RING_PACKED
+    | F_MRG_RXBUF
+    | F_STATUS
+    | proto::F_PROTOCOL_FEATURES;
 const PROTOCOL_FEATURES: u64 =
     proto::PROTOCOL_F_MQ | proto::PROTOCOL_F_REPLY_ACK | proto::PROTOCOL_F_CONFIGURE_MEM_SLOTS;
 
-/// The data path that this driver makes.
-pub type VhostPciPort = PeerPort<split::Device<Linear>, Doorbell>;
+/// The data path over rings of one layout.
+pub type Ports<L> = PeerPort<<L as Layout>::Device<Linear>, Doorbell>;
+/// The data path over rings of the layout that was negotiated.
+pub type VhostPciPort = Either<Ports<Split>, Ports<Packed>>;
 
 /// A region of the front-end's memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,7 +78,7 @@ impl Region {
 #[derive(Clone, Copy, Debug, Default)]
 struct VringState {
     size: u32,
-    base: u32,
+    base: Option<u32>,
     /// User addresses of the descriptor, used and available areas.
     addr: Option<[u64; 3]>,
     /// A kick message has come; and whether kicks interrupt.
@@ -130,7 +140,7 @@ impl Control {
         index: u16,
         stride: usize,
     ) -> Result<Self, Error> {
-        let config = transport.add_queue(platform, index, CONTROL_QUEUE_SIZE)?;
+        let config = transport.add_queue::<P, Split>(platform, index, CONTROL_QUEUE_SIZE)?;
         let size = config.size;
         let pool = platform
             .dma(usize::from(size) * stride, 64)
@@ -326,8 +336,12 @@ impl VhostPci {
     /// Takes the rings out of use, remembering where they were.
     fn stop(&mut self) {
         if let Some(port) = self.port.take() {
-            for (vring, base) in self.connection.vrings.iter_mut().zip(port.bases()) {
-                vring.base = base;
+            let bases = match &port {
+                Either::Split(port) => port.bases(),
+                Either::Packed(port) => port.bases(),
+            };
+            for (vring, base) in self.connection.vrings.iter_mut().zip(bases) {
+                vring.base = Some(base);
             }
         }
     }
@@ -362,7 +376,7 @@ impl VhostPci {
                 let index = message.u32(0)?;
                 let base = self.vring(index).map_or(0, |vring| {
                     vring.started = None;
-                    vring.base
+                    vring.base.unwrap_or(0)
                 });
                 Some(proto::reply(
                     message.request,
@@ -416,7 +430,7 @@ impl VhostPci {
             request::SET_VRING_NUM => self.vring(message.u32(0)?)?.size = message.u32(4)?,
             request::SET_VRING_BASE => {
                 self.stop();
-                self.vring(message.u32(0)?)?.base = message.u32(4)?;
+                self.vring(message.u32(0)?)?.base = Some(message.u32(4)?);
             }
             request::SET_VRING_ADDR => {
                 self.stop();
@@ -452,32 +466,42 @@ impl VhostPci {
     }
 
     fn make_port(&self) -> Option<VhostPciPort> {
-        Some(PeerPort::new(
-            self.window,
-            self.make_vring(0)?,
-            self.make_vring(1)?,
-        ))
+        if self.connection.features & features::RING_PACKED != 0 {
+            self.make_ports::<Packed>().map(Either::Packed)
+        } else {
+            self.make_ports::<Split>().map(Either::Split)
+        }
     }
 
-    fn make_vring(&self, index: usize) -> Option<Vring<split::Device<Linear>, Doorbell>> {
+    fn make_ports<L: Layout>(&self) -> Option<Ports<L>> {
+        let mergeable = self.connection.features & F_MRG_RXBUF != 0;
+        let (to_peer, from_peer) = (self.make_vring::<L>(0)?, self.make_vring::<L>(1)?);
+        Some(PeerPort::new(self.window, mergeable, to_peer, from_peer))
+    }
+
+    fn make_vring<L: Layout>(&self, index: usize) -> Option<Vring<L::Device<Linear>, Doorbell>> {
         let state = self.connection.vrings.get(index)?;
-        let negotiated = self.connection.features & proto::F_PROTOCOL_FEATURES != 0;
+        let negotiated = |bit| self.connection.features & bit != 0;
         let kicks = state.started?;
-        if negotiated && !state.enabled {
+        if negotiated(proto::F_PROTOCOL_FEATURES) && !state.enabled {
             return None;
         }
         let size = u16::try_from(state.size).ok()?;
-        let n = u64::from(size);
+        let areas = L::area_sizes(size)?;
         let [desc, used, avail] = state.addr?;
+        let area = |user, len: usize| self.translate(user, u64::try_from(len).ok()?);
         let config = RingConfig {
             size,
-            desc: self.translate(desc, 16 * n)?,
-            driver: self.translate(avail, 6 + 2 * n)?,
-            device: self.translate(used, 6 + 8 * n)?,
-            event_idx: self.connection.features & features::EVENT_IDX != 0,
-            in_order: false,
+            desc: area(desc, areas[0])?,
+            driver: area(avail, areas[1])?,
+            device: area(used, areas[2])?,
+            event_idx: negotiated(features::EVENT_IDX),
+            in_order: negotiated(features::IN_ORDER),
+            indirect: negotiated(features::INDIRECT_DESC),
         };
-        let ring = split::Device::with_base(self.window, &config, state.base).ok()?;
+        // A front-end that never sets a base means the start, which packed rings write in another way than zero.
+        let base = state.base.unwrap_or(L::FRESH);
+        let ring = L::device_at(self.window, &config, base).ok()?;
         let [call, _] = *self.doorbells.get(index)?;
         Some(Vring {
             ring,

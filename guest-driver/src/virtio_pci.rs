@@ -2,7 +2,7 @@
 
 use core::fmt;
 
-use virtqueue::RingConfig;
+use virtqueue::{Layout, RingConfig};
 
 use crate::mmio::Registers;
 use crate::pci::{self, Bar, Function, Msix};
@@ -52,6 +52,7 @@ mod common {
     pub const QUEUE_DESC: usize = 0x20;
     pub const QUEUE_DRIVER: usize = 0x28;
     pub const QUEUE_DEVICE: usize = 0x30;
+    pub const QUEUE_RESET: usize = 0x3a;
     pub const LEN: usize = 0x38;
 }
 
@@ -231,34 +232,45 @@ impl Transport {
         Ok(taken & offered)
     }
 
-    /// Allocates a split ring of at most `size` descriptors, tells the device, and enables the queue.
-    pub fn add_queue<P: Platform>(
+    /// Allocates a ring of at most `size` descriptors, tells the device, and enables the queue. What was negotiated for rings is for the
+    /// caller to add to the result.
+    pub fn add_queue<P: Platform, L: Layout>(
         &self,
         platform: &P,
         index: u16,
         size: u16,
     ) -> Result<RingConfig, Error> {
         self.common.write_u16(common::QUEUE_SELECT, index);
-        let size = self.common.read_u16(common::QUEUE_SIZE).min(size);
-        if size == 0 {
-            return Err(Error::Queue(index));
-        }
-        let n = usize::from(size);
+        let most = self.common.read_u16(common::QUEUE_SIZE).min(size);
+        // A split ring has a power of two: the largest below will do.
+        let below = 1u16.checked_shl(most.checked_ilog2().unwrap_or(0));
+        let (size, areas) = [Some(most), below]
+            .into_iter()
+            .flatten()
+            .find_map(|size| Some((size, L::area_sizes(size)?)))
+            .filter(|_| most > 0)
+            .ok_or(Error::Queue(index))?;
         let area = |len| {
-            platform
-                .dma(len, 4096)
-                .map(|dma| dma.addr)
-                .ok_or(Error::Memory)
+            let dma = platform.dma(len, 4096).ok_or(Error::Memory)?;
+            Ok::<_, Error>(dma.addr)
         };
         let config = RingConfig {
             size,
-            desc: area(16 * n)?,
-            driver: area(6 + 2 * n)?,
-            device: area(6 + 8 * n)?,
+            desc: area(areas[0])?,
+            driver: area(areas[1])?,
+            device: area(areas[2])?,
             event_idx: false,
             in_order: false,
+            indirect: false,
         };
-        self.common.write_u16(common::QUEUE_SIZE, size);
+        self.enable_queue(index, &config)?;
+        Ok(config)
+    }
+
+    /// Tells the device where a queue is, and enables it.
+    pub fn enable_queue(&self, index: u16, config: &RingConfig) -> Result<(), Error> {
+        self.common.write_u16(common::QUEUE_SELECT, index);
+        self.common.write_u16(common::QUEUE_SIZE, config.size);
         for (register, addr) in [
             (common::QUEUE_DESC, config.desc),
             (common::QUEUE_DRIVER, config.driver),
@@ -269,7 +281,21 @@ impl Transport {
         }
         self.connect_vector(index)?;
         self.common.write_u16(common::QUEUE_ENABLE, 1);
-        Ok(config)
+        Ok(())
+    }
+
+    /// Resets one queue and waits for it (VIRTIO_F_RING_RESET, section 2.6.1). The device has forgotten the queue then; its memory is
+    /// the driver's again.
+    pub fn reset_queue(&self, index: u16) -> Result<(), Error> {
+        self.common.write_u16(common::QUEUE_SELECT, index);
+        self.common.write_u16(common::QUEUE_RESET, 1);
+        // An absent register reads as all-ones.
+        let done = (0..RESET_READS).any(|_| self.common.read_u16(common::QUEUE_RESET) == 0);
+        if done && self.common.read_u16(common::QUEUE_ENABLE) == 0 {
+            Ok(())
+        } else {
+            Err(Error::Queue(index))
+        }
     }
 
     /// Lets queue `index` (or a special index of the device) interrupt.

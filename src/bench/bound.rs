@@ -10,28 +10,24 @@ use anyhow::{Context, Result, anyhow};
 use bare_metal::frame::End;
 use bare_metal::{Link, Outcome, Run, Work, execute};
 use guest_driver::Port;
-use guest_driver::net::{BUFFER_STRIDE, NetPort};
-use guest_driver::peer::{PeerPort, Vring};
+use guest_driver::joined::{self, JoinConfig};
+use guest_driver::net_port::{Shape, TxShape};
 use guest_driver::virtio_pci::Notify;
 use virtqueue::linear::Linear;
-use virtqueue::{RingConfig, split};
 
 use super::Setup;
 use super::pairs::BoundSample;
 use super::plan::Case;
 use super::record::{Rtt, SampleResult, WorkResult};
 use super::session::RECEIVER_MS;
+use crate::cli::rings::{RingSetup, Tx};
 use crate::cli::{Direction, Mode};
 use crate::sys;
-
-/// What the driver in a guest aligns the parts of a ring to.
-const ALIGN: u64 = 4096;
 
 /// Memory for two rings and their buffers, used again for each sample.
 pub struct Bound {
     memory: Linear,
-    rings: [RingConfig; 2],
-    pools: [u64; 2],
+    config: JoinConfig,
     tsc_khz: u64,
 }
 
@@ -98,32 +94,15 @@ impl<P: Port> Link for HostLink<P> {
 
 impl Bound {
     /// Memory of the kind that the guests have, and rings of the same length and with the same features.
-    pub fn new(setup: &Setup, tsc_khz: u64, event_idx: bool) -> Result<Self> {
-        let descriptors = u64::from(setup.queue_size);
-        let mut end = 0_u64;
-        let mut area = |len: u64| {
-            let start = end;
-            end = (end + len).next_multiple_of(ALIGN);
-            start
-        };
-        let mut ring = || RingConfig {
-            size: setup.queue_size,
-            desc: area(16 * descriptors),
-            driver: area(6 + 2 * descriptors),
-            device: area(6 + 8 * descriptors),
-            event_idx,
-            in_order: false,
-        };
-        let rings = [ring(), ring()];
-        let pool = descriptors * BUFFER_STRIDE as u64;
-        let pools = [area(pool), area(pool)];
+    pub fn new(setup: &Setup, rings: &RingSetup, tsc_khz: u64) -> Result<Self> {
+        let config = join_config(rings);
+        let len = joined::memory_needed(&config).context("the layout has no rings of that size")?;
         // Executed here as by the guest's start code: without it, copies are narrower.
         guest_driver::bulk::detect();
         Ok(Self {
-            memory: sys::shared_memory(end, setup.memory.hugepages)
+            memory: sys::shared_memory(len, setup.memory.hugepages)
                 .context("no memory for the upper bound")?,
-            rings,
-            pools,
+            config,
             tsc_khz,
         })
     }
@@ -131,21 +110,9 @@ impl Bound {
     /// One sample.
     pub fn sample(&mut self, setup: &Setup, case: &Case) -> Result<BoundSample> {
         let (to_back, to_front) = (Bell::default(), Bell::default());
-        let (memory, [rx, tx]) = (self.memory, &self.rings);
-        let ring_error = |error| anyhow!("the upper bound's rings: {error}");
-        let driver = |config| split::Driver::new(memory, config).map_err(ring_error);
-        let half = |config, pool| Ok::<_, anyhow::Error>((driver(config)?, pool, to_back.clone()));
-        let mut front = NetPort::new(memory, half(rx, self.pools[0])?, half(tx, self.pools[1])?)
-            .map_err(|error| anyhow!("the upper bound's buffers: {error}"))?;
-        let vring = |config| {
-            Ok::<_, anyhow::Error>(Vring {
-                ring: split::Device::new(memory, config).map_err(ring_error)?,
-                call: to_front.clone(),
-                kicks: true,
-            })
-        };
-        let back = PeerPort::new(memory, vring(rx)?, vring(tx)?);
-        front.fill();
+        let (kicks, calls) = (to_back.clone(), to_front.clone());
+        let (front, back) = joined::join(self.memory, 0, &self.config, kicks, calls, true)
+            .map_err(|error| anyhow!("the upper bound's rings: {error}"))?;
 
         let mut back = HostLink {
             end: End::BackEnd,
@@ -175,6 +142,28 @@ impl Bound {
                 .context("the upper bound")?,
             shares: (setup.mode == Mode::Poll).then_some([back_share, front_share]),
         })
+    }
+}
+
+/// What two guests with these rings would have agreed on.
+fn join_config(rings: &RingSetup) -> JoinConfig {
+    let on = |feature: Option<bool>| feature == Some(true);
+    let shape = Shape::default();
+    JoinConfig {
+        packed: on(rings.packed),
+        size: rings.size,
+        event_idx: on(rings.event_idx),
+        in_order: on(rings.in_order),
+        indirect: on(rings.indirect),
+        shape: Shape {
+            tx: match rings.tx {
+                Some(Tx::Chain) => TxShape::Chain,
+                Some(Tx::Indirect) => TxShape::Indirect,
+                Some(Tx::Direct) | None => TxShape::Direct,
+            },
+            rx_buffer: rings.rx_buffer.unwrap_or(shape.rx_buffer),
+            mergeable: on(rings.mrg_rxbuf),
+        },
     }
 }
 
@@ -236,6 +225,7 @@ fn result(outcome: &Outcome) -> WorkResult {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cli::rings::{Layout, Ring};
     use clap::ValueEnum;
     use vmm::{HugePages, MemoryConfig};
 
@@ -248,7 +238,10 @@ mod tests {
             warmup_ms: 1,
             mode,
             cores: [a, b],
-            queue_size: 64,
+            rings: RingSetup {
+                size: 64,
+                ..RingSetup::default()
+            },
             memory: MemoryConfig {
                 size: 1 << 20,
                 hugepages: HugePages::Off,
@@ -263,23 +256,54 @@ mod tests {
         (sys::tsc() - ticks) * 1_000_000 / u64::try_from(wall.elapsed().as_nanos()).unwrap()
     }
 
-    #[test]
-    fn the_upper_bound_moves_frames_every_way_and_loses_none() {
-        for mode in [Mode::Poll, Mode::Irq] {
-            let Some(setup) = setup(mode) else { return };
-            let mut bound = Bound::new(&setup, tsc_khz(), true).unwrap();
-            for &direction in Direction::value_variants() {
-                let case = Case {
-                    direction,
-                    size: 200,
-                    batch: 8,
-                };
-                let sample = bound.sample(&setup, &case).unwrap();
-                let result = &sample.result;
-                assert!(!result.faults.any(), "{mode:?} {direction:?} {result:?}");
-                assert!(result.frames > 0 && result.verified > result.frames / 2);
-                assert_eq!(result.latency.is_some(), direction == Direction::RoundTrip);
+    #[track_caller]
+    fn every_way(mode: Mode, change: impl Fn(&mut RingSetup)) {
+        let Some(setup) = setup(mode) else { return };
+        for layout in [Layout::Split, Layout::Packed] {
+            for in_order in [false, true] {
+                let ring = Ring { layout, in_order };
+                let mut rings = setup.rings.with(ring);
+                change(&mut rings);
+                let mut bound = Bound::new(&setup, &rings, tsc_khz()).unwrap();
+                for &direction in Direction::value_variants() {
+                    let case = Case {
+                        ring,
+                        direction,
+                        size: 200,
+                        batch: 8,
+                    };
+                    let sample = bound.sample(&setup, &case).unwrap();
+                    let result = &sample.result;
+                    let what = format!("{mode:?} {rings:?} {direction:?} {result:?}");
+                    assert!(!result.faults.any(), "{what}");
+                    assert!(result.frames > 0 && result.verified > result.frames / 2);
+                    assert_eq!(result.latency.is_some(), direction == Direction::RoundTrip);
+                }
             }
         }
+    }
+
+    #[test]
+    fn the_upper_bound_moves_frames_every_way_over_every_ring_and_loses_none() {
+        every_way(Mode::Poll, |_| ());
+    }
+
+    #[test]
+    fn the_upper_bound_sleeps_and_is_woken_with_event_indices_and_without() {
+        every_way(Mode::Irq, |rings| rings.event_idx = Some(true));
+        every_way(Mode::Irq, |rings| rings.event_idx = Some(false));
+    }
+
+    #[test]
+    fn the_upper_bound_chains_merges_and_goes_through_tables_as_the_guests_do() {
+        every_way(Mode::Poll, |rings| rings.tx = Some(Tx::Chain));
+        every_way(Mode::Poll, |rings| {
+            rings.indirect = Some(true);
+            rings.tx = Some(Tx::Indirect);
+        });
+        every_way(Mode::Poll, |rings| {
+            rings.mrg_rxbuf = Some(true);
+            rings.rx_buffer = Some(128);
+        });
     }
 }

@@ -6,18 +6,21 @@ mod plan;
 mod probe;
 mod record;
 mod report;
+mod requests;
 mod session;
 mod stats;
 mod table;
 
 use std::io::{self, Write};
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use vmm::MemoryConfig;
 
-use crate::cli::bench::{BenchArgs, RingArg};
+use crate::cli::bench::BenchArgs;
+use crate::cli::rings::{Layout, RingSetup};
 use crate::cli::{Mode, machine};
 use crate::exit;
 use crate::sys::{self, Signals};
@@ -26,12 +29,15 @@ use pairs::{Measured, measure};
 use plan::Case;
 use record::Faults;
 use report::{JsonFile, Report};
-use session::Session;
+use requests::Requests;
+use session::Sessions;
 
 /// How long the guests send before they count.
 const WARM_UP_MS: u64 = 5;
 /// `--quick` stops taking samples again when the first try of the rest would end later than this.
 const QUICK: Duration = Duration::from_secs(17);
+/// A sweep of the default length stops taking samples of the VMs again at this time; the request times come behind.
+const SWEEP: Duration = Duration::from_secs(180);
 
 /// What is the same for all samples, of the guests and of the upper bound.
 #[derive(Debug)]
@@ -44,8 +50,8 @@ pub struct Setup {
     pub mode: Mode,
     /// The back-end's core, the front-end's.
     pub cores: [usize; 2],
-    /// Descriptors of each ring.
-    pub queue_size: u16,
+    /// What is the same for all rings.
+    pub rings: RingSetup,
     /// Memory of each VM.
     pub memory: MemoryConfig,
 }
@@ -53,58 +59,102 @@ pub struct Setup {
 /// Measures, prints, and returns the exit code.
 pub fn run(args: &BenchArgs) -> Result<u8> {
     let started = Instant::now();
-    if args.ring == RingArg::Packed {
-        return Err(exit::usage("--ring packed: not available yet; the rings are split").into());
-    }
     let allowed = sys::allowed_cores().context("cannot read the affinity mask")?;
     let setup = || -> Result<Setup> {
         Ok(Setup {
-            ms: args.ms,
+            ms: args.sample_ms(),
             warmup_ms: WARM_UP_MS,
             mode: args.mode,
             cores: args.both.cores(&allowed)?,
-            queue_size: args.both.queue_size()?,
+            rings: args.ring_setup()?,
             memory: machine::memory(&args.both.memory)?,
         })
     };
     let (for_session, setup) = (setup()?, setup()?);
     let json = args.json.as_deref().map(JsonFile::create).transpose()?;
-    let signals = Signals::install().context("cannot handle signals")?;
+    let signals = Rc::new(Signals::install().context("cannot handle signals")?);
 
-    let mut session = Session::start(for_session, &args.both.memory, signals)?;
-    let cases = plan::plan(args);
-    let limit = args.quick.then(|| started + QUICK);
-    let measured = sample(&mut session, &cases, plan::samples(args), limit)?;
-    let tsc_khz = session.tsc_khz();
-    session.finish()?;
+    let samples = plan::samples(args);
+    let rings = args.ring_list();
+    let mut sessions = Sessions::start(for_session, &rings, &args.both.memory, &signals)?;
+    let measured = sample(
+        &mut sessions,
+        &plan::plan(args),
+        samples,
+        limit(args, started),
+    )?;
+    let tsc_khz = sessions.tsc_khz();
+    sessions.finish()?;
+    let requests = requests(args, &setup, &signals)?;
 
-    let report = Report::new(&setup, tsc_khz, &measured);
+    let report = Report::new(&setup, tsc_khz, &measured, &requests);
     let mut out = io::stdout().lock();
-    writeln!(out, "{}\n{}", table::render(&report.results), table::LEGEND)?;
+    writeln!(out, "{}\n{}", table::render(&report), table::LEGEND)?;
     writeln!(out, "\n{}", totals(&measured))?;
     if let Some(json) = json {
         json.write(&report)?;
     }
-    judge(&measured, plan::samples(args))
+    Ok(exit::worse(
+        judge(&measured, samples)?,
+        judge_requests(&requests, samples),
+    ))
+}
+
+/// When samples are no longer taken again.
+fn limit(args: &BenchArgs, started: Instant) -> Option<Instant> {
+    let usual = args.ms.is_none() && args.samples.is_none();
+    let length = if args.quick {
+        QUICK
+    } else if args.sweep.is_some() && usual {
+        SWEEP
+    } else {
+        return None;
+    };
+    Some(started + length)
+}
+
+/// The request times of a sweep; of no other run any.
+fn requests(args: &BenchArgs, setup: &Setup, signals: &Signals) -> Result<Vec<Requests>> {
+    let batches: Vec<u16> = plan::request_batches(args)
+        .into_iter()
+        .filter(|&batch| batch <= setup.rings.size)
+        .collect();
+    if batches.is_empty() {
+        return Ok(Vec::new());
+    }
+    let rings = args.ring_list();
+    let samples = plan::samples(args);
+    let bar = progress_bar((2 * rings.len() * batches.len() * samples) as u64);
+    let measured = requests::measure(setup, &rings, &batches, samples, signals, &mut |case| {
+        let (ring, place) = (case.ring.name(), case.place.name());
+        bar.set_message(format!("requests, {ring}, {place}, batch {}", case.batch));
+        bar.inc(1);
+    })?;
+    bar.finish_and_clear();
+    Ok(measured)
 }
 
 fn sample(
-    session: &mut Session,
-    cases: &[Case],
+    sessions: &mut Sessions,
+    groups: &[Vec<Case>],
     samples: usize,
     limit: Option<Instant>,
 ) -> Result<Vec<Measured>> {
-    let bar = progress_bar((cases.len() * samples) as u64);
+    let mut left: usize = groups.iter().map(Vec::len).sum();
+    let bar = progress_bar((left * samples) as u64);
     let began = Instant::now();
     let mut tried = 0;
+    let mut good = 0;
     let mut all = Vec::new();
-    for (index, &case) in cases.iter().enumerate() {
-        bar.set_message(describe(&case));
-        let left = cases.len() - index - 1;
+    for group in groups {
+        if let Some(case) = group.first() {
+            bar.set_message(describe(case));
+        }
+        left -= group.len();
         let tries = std::cell::Cell::new(tried);
         let measured = measure(
-            session,
-            case,
+            sessions,
+            group,
             samples,
             &mut || {
                 let Some(limit) = limit else { return true };
@@ -115,11 +165,13 @@ fn sample(
             },
             &mut |so_far| {
                 tries.set(tries.get() + 1);
-                bar.set_position((index * samples + so_far.pairs.len()) as u64);
+                let now: usize = so_far.iter().map(|case| case.pairs.len()).sum();
+                bar.set_position((good + now) as u64);
             },
         )?;
         tried = tries.get();
-        all.push(measured);
+        good += group.len() * samples;
+        all.extend(measured);
     }
     bar.finish_and_clear();
     Ok(all)
@@ -136,11 +188,16 @@ fn progress_bar(length: u64) -> ProgressBar {
 
 fn describe(case: &Case) -> String {
     let Case {
+        ring,
         direction,
         size,
         batch,
     } = case;
-    format!("{} {size} B, batch {batch}", direction.name())
+    let ring = match (ring.layout, ring.in_order) {
+        (Layout::Split, false) => String::new(),
+        _ => format!(", {} rings", ring.name()),
+    };
+    format!("{} {size} B, batch {batch}{ring}", direction.name())
 }
 
 /// One line about all frames.
@@ -196,11 +253,33 @@ fn judge(measured: &[Measured], samples: usize) -> Result<u8> {
     Ok(code)
 }
 
+/// The same for the request times.
+fn judge_requests(requests: &[Requests], samples: usize) -> u8 {
+    let mut code = exit::OK;
+    for figure in requests {
+        let found = figure.samples.len();
+        if found < samples {
+            log::warn!(
+                "requests, {}, {}, batch {}: {found} of {samples} samples; {} were dropped",
+                figure.case.ring.name(),
+                figure.case.place.name(),
+                figure.case.batch,
+                figure.dropped
+            );
+        }
+        if found == 0 {
+            code = exit::worse(code, exit::HOST);
+        }
+    }
+    code
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::bench::pairs::{BoundSample, Pair, VmSample};
     use crate::cli::Direction;
+    use crate::cli::rings::Ring;
 
     fn measured(pairs: usize, faults: Faults) -> Measured {
         let pair = Pair {
@@ -210,6 +289,10 @@ mod tests {
         };
         Measured {
             case: Case {
+                ring: Ring {
+                    layout: Layout::Packed,
+                    in_order: true,
+                },
                 direction: Direction::Both,
                 size: 64,
                 batch: 32,
@@ -248,6 +331,20 @@ mod tests {
             judge(&[measured(0, Faults::default())], 5).unwrap(),
             exit::HOST
         );
+    }
+
+    #[test]
+    fn a_figure_that_is_not_of_plain_rings_says_so() {
+        let mut case = measured(1, Faults::default()).case;
+        assert_eq!(
+            describe(&case),
+            "both 64 B, batch 32, packed+in-order rings"
+        );
+        case.ring = Ring {
+            layout: Layout::Split,
+            in_order: false,
+        };
+        assert_eq!(describe(&case), "both 64 B, batch 32");
     }
 
     #[test]

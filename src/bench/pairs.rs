@@ -14,7 +14,7 @@ const LEAST_SHARE: f64 = 0.92;
 /// Probes that differ by more than this factor mean that the cores moved.
 const MOST_CHANGE: f64 = 1.4;
 /// How often a sample is tried at most, on average.
-const TRIES: usize = 3;
+pub const TRIES: usize = 3;
 
 /// What the sampling needs; the session has it, and so have the tests.
 pub trait Lab {
@@ -97,58 +97,81 @@ pub struct Measured {
     pub verified: u64,
 }
 
-/// Samples a case until there are `samples` good pairs, or three times as many were tried, or `may_retry` says no.
-/// `progress` is called after each pair.
-pub fn measure(
-    lab: &mut dyn Lab,
-    case: Case,
-    samples: usize,
-    may_retry: &mut dyn FnMut() -> bool,
-    progress: &mut dyn FnMut(&Measured),
-) -> Result<Measured> {
-    let mut measured = Measured {
-        case,
-        pairs: Vec::new(),
-        moved: 0,
-        disturbed: 0,
-        faults: Faults::default(),
-        bound_faults: Faults::default(),
-        verified: 0,
-    };
-    for tried in 0..TRIES * samples {
-        if measured.pairs.len() == samples || (tried >= samples && !may_retry()) {
-            break;
+impl Measured {
+    /// Nothing yet.
+    pub fn new(case: Case) -> Self {
+        Self {
+            case,
+            pairs: Vec::new(),
+            moved: 0,
+            disturbed: 0,
+            faults: Faults::default(),
+            bound_faults: Faults::default(),
+            verified: 0,
         }
+    }
+
+    /// Takes one pair of samples.
+    fn attempt(&mut self, lab: &mut dyn Lab) -> Result<()> {
+        let case = self.case;
         let first = lab.probe()?;
         let vm = lab.guests(&case)?;
         let second = lab.probe()?;
         let bound = lab.bound(&case)?;
         let third = lab.probe()?;
-        measured.faults += vm.result.faults;
-        measured.bound_faults += bound.result.faults;
-        measured.verified += vm.result.verified;
+        self.faults += vm.result.faults;
+        self.bound_faults += bound.result.faults;
+        self.verified += vm.result.verified;
         let probes = [first, second, third];
         let shares = [vm.shares, bound.shares];
         let mut each = shares.into_iter().flatten().flatten();
-        let disturbed = each.any(|share| share < LEAST_SHARE);
+        let disturbed = each.any(had_not_its_core);
         log::info!("{case:?}: probes {probes:.0?} ns, shares of guests and bound {shares:.2?}");
         if moved(&probes) {
-            measured.moved += 1;
+            self.moved += 1;
         } else if disturbed || !(vm.result.timed && bound.result.timed) {
-            measured.disturbed += 1;
+            self.disturbed += 1;
         } else {
-            measured.pairs.push(Pair {
+            self.pairs.push(Pair {
                 vm,
                 bound,
                 probe_ns: median(&probes).unwrap_or_default(),
             });
         }
-        progress(&measured);
+        Ok(())
     }
-    Ok(measured)
 }
 
-fn moved(probes: &[f64; 3]) -> bool {
+/// Samples cases in turn, one pair each, until each has `samples` good pairs, or three times as many were tried, or `may_retry` says no.
+/// `progress` is called after each pair.
+pub fn measure(
+    lab: &mut dyn Lab,
+    cases: &[Case],
+    samples: usize,
+    may_retry: &mut dyn FnMut() -> bool,
+    progress: &mut dyn FnMut(&[Measured]),
+) -> Result<Vec<Measured>> {
+    let mut all: Vec<Measured> = cases.iter().copied().map(Measured::new).collect();
+    for round in 0..TRIES * samples {
+        for index in 0..all.len() {
+            let measured = &mut all[index];
+            if measured.pairs.len() == samples || (round >= samples && !may_retry()) {
+                continue;
+            }
+            measured.attempt(lab)?;
+            progress(&all);
+        }
+    }
+    Ok(all)
+}
+
+/// Whether a thread had too little of its core for its sample to count.
+pub fn had_not_its_core(share: f64) -> bool {
+    share < LEAST_SHARE
+}
+
+/// Whether probes differ by so much that the cores moved.
+pub fn moved(probes: &[f64]) -> bool {
     let least = probes.iter().copied().fold(f64::INFINITY, f64::min);
     let most = probes.iter().copied().fold(0.0, f64::max);
     most > MOST_CHANGE * least
@@ -159,8 +182,13 @@ mod tests {
     use super::*;
     use crate::bench::record::Latency;
     use crate::cli::Direction;
+    use crate::cli::rings::{Layout, Ring};
 
     const CASE: Case = Case {
+        ring: Ring {
+            layout: Layout::Split,
+            in_order: false,
+        },
         direction: Direction::BeToFe,
         size: 64,
         batch: 32,
@@ -175,6 +203,7 @@ mod tests {
         faults: Faults,
         idle: bool,
         calls: String,
+        seen: Vec<Case>,
     }
 
     fn cycle(values: &[f64], turn: usize, default: f64) -> f64 {
@@ -197,7 +226,8 @@ mod tests {
             Ok(ns)
         }
 
-        fn guests(&mut self, _: &Case) -> Result<VmSample> {
+        fn guests(&mut self, case: &Case) -> Result<VmSample> {
+            self.seen.push(*case);
             let share = cycle(&self.vm_shares, self.count('g'), 1.0);
             self.calls.push('g');
             Ok(VmSample {
@@ -213,7 +243,8 @@ mod tests {
             })
         }
 
-        fn bound(&mut self, _: &Case) -> Result<BoundSample> {
+        fn bound(&mut self, case: &Case) -> Result<BoundSample> {
+            assert_eq!(self.seen.last(), Some(case));
             let share = cycle(&self.bound_shares, self.count('b'), 1.0);
             self.calls.push('b');
             Ok(BoundSample {
@@ -228,7 +259,8 @@ mod tests {
     }
 
     fn run(fake: &mut Fake, samples: usize) -> Measured {
-        measure(fake, CASE, samples, &mut || true, &mut |_| ()).unwrap()
+        let mut all = measure(fake, &[CASE], samples, &mut || true, &mut |_| ()).unwrap();
+        all.pop().unwrap()
     }
 
     #[test]
@@ -239,6 +271,25 @@ mod tests {
         assert_eq!(measured.pairs.len(), 2);
         assert_eq!(measured.pairs[0].ratio(), Some(0.8));
         assert_eq!(measured.pairs[0].distance(), Distance::Near);
+    }
+
+    #[test]
+    fn cases_of_a_group_take_turns_and_one_that_is_complete_is_left_alone() {
+        let other = Case { batch: 1, ..CASE };
+        let mut fake = Fake {
+            // The first pair of the second case is of no use.
+            vm_shares: vec![1.0, 0.5, 1.0, 1.0, 1.0, 1.0],
+            ..Fake::default()
+        };
+        let mut progress = 0;
+        let all = measure(&mut fake, &[CASE, other], 2, &mut || true, &mut |_| {
+            progress += 1
+        })
+        .unwrap();
+        assert_eq!(fake.seen, [CASE, other, CASE, other, other]);
+        assert_eq!((all[0].pairs.len(), all[1].pairs.len()), (2, 2));
+        assert_eq!((all[0].disturbed, all[1].disturbed), (0, 1));
+        assert_eq!((all[1].case, progress), (other, 5));
     }
 
     #[test]
@@ -286,8 +337,8 @@ mod tests {
             vm_shares: vec![0.3],
             ..Fake::default()
         };
-        let measured = measure(&mut fake, CASE, 4, &mut || false, &mut |_| ()).unwrap();
-        assert_eq!(measured.disturbed, 4);
+        let measured = measure(&mut fake, &[CASE], 4, &mut || false, &mut |_| ()).unwrap();
+        assert_eq!(measured[0].disturbed, 4);
     }
 
     #[test]

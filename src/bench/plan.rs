@@ -1,11 +1,14 @@
 //! What is measured, and in which order.
 
 use crate::cli::Direction;
-use crate::cli::bench::BenchArgs;
+use crate::cli::bench::{BenchArgs, Sweep};
+use crate::cli::rings::Ring;
 
 /// One figure to measure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Case {
+    /// Which rings carry the frames.
+    pub ring: Ring,
     /// Which way frames go.
     pub direction: Direction,
     /// Bytes of a frame, without FCS.
@@ -20,62 +23,109 @@ const QUICK_SIZES: [u16; 2] = [64, 1518];
 const BATCH: u16 = 32;
 /// What the smallest size is measured with besides.
 const OTHER_BATCHES: [u16; 5] = [1, 4, 8, 16, 64];
+const SWEEP_SIZES: [u16; 1] = [64];
+const SWEEP_BATCHES: [u16; 7] = [1, 2, 4, 8, 16, 32, 64];
+const DIRECTIONS: [Direction; 4] = [
+    Direction::BeToFe,
+    Direction::FeToBe,
+    Direction::Both,
+    Direction::RoundTrip,
+];
+const SWEEP_DIRECTIONS: [Direction; 2] = [Direction::BeToFe, Direction::FeToBe];
 
-/// The cases that the flags ask for, none twice.
-pub fn plan(args: &BenchArgs) -> Vec<Case> {
+/// The cases that the flags ask for, none twice. Those of a group differ in their rings only: they are sampled in turn, so that
+/// each ring sees the same minutes of the machine.
+pub fn plan(args: &BenchArgs) -> Vec<Vec<Case>> {
+    let sweep = args.sweep == Some(Sweep::Rings);
     let sizes = match &args.sizes {
         Some(sizes) => sizes.as_slice(),
+        None if sweep => &SWEEP_SIZES,
         None if args.quick => &QUICK_SIZES,
         None => &SIZES,
     };
-    let mut cases = Vec::new();
+    let directions = match &args.directions {
+        Some(directions) => directions.as_slice(),
+        None if sweep => &SWEEP_DIRECTIONS,
+        None => &DIRECTIONS,
+    };
+    let rings = args.ring_list();
+    let mut groups: Vec<Vec<Case>> = Vec::new();
     for &size in sizes {
-        let batches = match &args.batches {
-            Some(batches) => batches.clone(),
-            None if args.quick || size != SIZES[0] => vec![BATCH],
-            None => [&[BATCH], &OTHER_BATCHES[..]].concat(),
-        };
-        for batch in batches {
-            for &direction in &args.directions {
-                let case = Case {
-                    direction,
-                    size,
-                    // One frame is on its way at a time, so a batch means nothing.
-                    batch: if direction == Direction::RoundTrip {
-                        1
-                    } else {
-                        batch
-                    },
+        for batch in batches(args, size) {
+            for &direction in directions {
+                // One frame is on its way at a time in a round trip, so a batch means nothing.
+                let batch = if direction == Direction::RoundTrip {
+                    1
+                } else {
+                    batch
                 };
-                if !cases.contains(&case) {
-                    cases.push(case);
+                let group: Vec<Case> = rings
+                    .iter()
+                    .map(|&ring| Case {
+                        ring,
+                        direction,
+                        size,
+                        batch,
+                    })
+                    .collect();
+                if !groups.contains(&group) {
+                    groups.push(group);
                 }
             }
         }
     }
-    cases
+    groups
+}
+
+fn batches(args: &BenchArgs, size: u16) -> Vec<u16> {
+    match &args.batches {
+        Some(batches) => batches.clone(),
+        None if args.sweep.is_some() => SWEEP_BATCHES.to_vec(),
+        None if args.quick || size != SIZES[0] => vec![BATCH],
+        None => [&[BATCH], &OTHER_BATCHES[..]].concat(),
+    }
+}
+
+/// The batches of the request times that a sweep measures besides, none twice; of no other run any.
+pub fn request_batches(args: &BenchArgs) -> Vec<u16> {
+    let mut all = Vec::new();
+    if args.sweep.is_some() {
+        for batch in batches(args, SWEEP_SIZES[0]) {
+            if !all.contains(&batch) {
+                all.push(batch);
+            }
+        }
+    }
+    all
 }
 
 /// How often each is sampled.
 pub fn samples(args: &BenchArgs) -> usize {
-    usize::from(args.samples.unwrap_or(if args.quick { 5 } else { 10 }))
+    let few = args.quick || args.sweep.is_some();
+    usize::from(args.samples.unwrap_or(if few { 5 } else { 10 }))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cli::rings::{Layout, Tx};
     use crate::cli::{Cli, Command};
     use clap::Parser;
     use clap::ValueEnum;
 
-    fn planned(args: &[&str]) -> (Vec<Case>, usize) {
+    fn bench(args: &[&str]) -> BenchArgs {
         match Cli::try_parse_from([&["vhost-pci", "bench"], args].concat()) {
             Ok(Cli {
                 command: Command::Bench(args),
                 ..
-            }) => (plan(&args), samples(&args)),
+            }) => *args,
             other => panic!("{other:?}"),
         }
+    }
+
+    fn planned(args: &[&str]) -> (Vec<Case>, usize) {
+        let args = bench(args);
+        (plan(&args).concat(), samples(&args))
     }
 
     #[test]
@@ -102,6 +152,8 @@ mod tests {
                 .iter()
                 .all(|case| case.size == 64 || case.batch == 32 || case.batch == 1)
         );
+        assert!(cases.iter().all(|case| case.ring.name() == "split"));
+        assert!(request_batches(&bench(&[])).is_empty());
     }
 
     #[test]
@@ -118,5 +170,74 @@ mod tests {
         ]);
         assert_eq!(samples, 3);
         assert_eq!(cases.len(), 2 * 2 + 2);
+    }
+
+    #[test]
+    fn rings_are_crossed_with_everything_and_take_turns() {
+        let args = [
+            "--ring",
+            "packed,split",
+            "--in-order",
+            "on,off,on",
+            "--quick",
+        ];
+        let groups = plan(&bench(&args));
+        assert_eq!(groups.len(), 8);
+        for group in groups {
+            let names: Vec<String> = group.iter().map(|case| case.ring.name()).collect();
+            assert_eq!(
+                names,
+                ["packed+in-order", "packed", "split+in-order", "split"]
+            );
+            let first = group[0];
+            assert!(group.iter().all(|case| Case {
+                ring: first.ring,
+                ..*case
+            } == first));
+        }
+    }
+
+    #[test]
+    fn the_sweep_has_four_rings_seven_batches_and_two_directions() {
+        let args = bench(&["--sweep", "rings"]);
+        let groups = plan(&args);
+        assert_eq!((groups.len(), samples(&args)), (14, 5));
+        assert!(groups.iter().all(|group| group.len() == 4));
+        assert!(groups.concat().iter().all(|case| case.size == 64));
+        assert_eq!(request_batches(&args), SWEEP_BATCHES);
+        assert_eq!(args.sample_ms(), 50);
+
+        let args = bench(&["--sweep", "rings", "--batches", "8,8", "--ring", "packed"]);
+        assert_eq!(plan(&args).concat().len(), 2 * 2);
+        assert_eq!(request_batches(&args), [8]);
+        assert!(
+            Cli::try_parse_from(["vhost-pci", "bench", "--sweep", "rings", "--quick"]).is_err()
+        );
+    }
+
+    #[test]
+    fn a_figure_is_of_features_that_are_known() {
+        let setup = |args: &[&str]| bench(args).ring_setup();
+        let of = |args: &[&str]| {
+            let setup = setup(args).unwrap();
+            (setup.event_idx, setup.mrg_rxbuf, setup.indirect, setup.tx)
+        };
+        let (on, off) = (Some(true), Some(false));
+        assert_eq!(of(&[]), (off, off, off, Some(Tx::Direct)));
+        assert_eq!(of(&["--mode", "irq"]).0, on);
+        assert_eq!(of(&["--mode", "irq", "--event-idx", "off"]).0, off);
+        assert_eq!(of(&["--rx-buffer", "512"]).1, on);
+        assert_eq!(of(&["--indirect", "on"]).3, Some(Tx::Indirect));
+        assert_eq!(of(&["--tx", "indirect"]).2, on);
+        assert_eq!(
+            of(&["--tx", "chain", "--indirect", "on"]).3,
+            Some(Tx::Chain)
+        );
+        assert!(setup(&["--tx", "indirect", "--indirect", "off"]).is_err());
+        assert!(setup(&["--queue-size", "768"]).is_err());
+        assert!(setup(&["--queue-size", "768", "--ring", "split,packed"]).is_err());
+        let packed = setup(&["--queue-size", "768", "--ring", "packed"]).unwrap();
+        assert_eq!(packed.size, 768);
+        assert_eq!(bench(&[]).ring_list()[0].layout, Layout::Split);
     }
 }

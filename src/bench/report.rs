@@ -15,7 +15,9 @@ use super::Setup;
 use super::pairs::{Measured, Pair};
 use super::probe::Distance;
 use super::record::{Faults, Latency};
+use super::requests::{self, Requests, Where};
 use super::stats::{Spread, median, round};
+use crate::cli::rings::{Layout, Ring, RingSetup, Tx};
 use crate::cli::{Direction, Mode};
 use crate::host::{self, HugePool};
 
@@ -27,6 +29,33 @@ pub struct Report {
     command: Vec<String>,
     /// One entry a case and distance.
     pub results: Vec<Entry>,
+    /// The time of a request through a ring alone, of a sweep; one entry a figure and distance.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub requests: Vec<RequestEntry>,
+    /// For those: which counter counted, or why none did.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub counters: Option<String>,
+}
+
+/// The time of a request.
+#[derive(Clone, Debug, Serialize)]
+pub struct RequestEntry {
+    pub ring: Layout,
+    pub in_order: bool,
+    pub batch: u16,
+    #[serde(rename = "where")]
+    pub place: Where,
+    /// Absent where no sample was fit to be reported.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ns: Option<Spread>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cache_misses: Option<f64>,
+    /// Between two cores only.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub distance: Option<Distance>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub probe_ns: Option<f64>,
+    dropped_samples: usize,
 }
 
 #[derive(Debug, Serialize)]
@@ -68,8 +97,8 @@ struct Memory {
 pub struct Entry {
     pub direction: Direction,
     path: &'static str,
-    ring: &'static str,
-    in_order: bool,
+    #[serde(flatten)]
+    pub ring: RingColumns,
     iommu: &'static str,
     pub frame_size: u16,
     pub batch: u16,
@@ -107,6 +136,46 @@ pub struct Entry {
     cpu: Option<Cpu>,
 }
 
+/// Which rings it is of.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct RingColumns {
+    ring: Layout,
+    in_order: bool,
+    event_idx: bool,
+    mrg_rxbuf: bool,
+    indirect: bool,
+    tx: Tx,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rx_buffer: Option<u16>,
+    queue_size: u16,
+}
+
+impl RingColumns {
+    fn new(ring: Ring, setup: &RingSetup) -> Self {
+        let on = |feature: Option<bool>| feature == Some(true);
+        Self {
+            ring: ring.layout,
+            in_order: ring.in_order,
+            event_idx: on(setup.event_idx),
+            mrg_rxbuf: on(setup.mrg_rxbuf),
+            indirect: on(setup.indirect),
+            tx: setup.tx.unwrap_or(Tx::Direct),
+            rx_buffer: setup.rx_buffer,
+            queue_size: setup.size,
+        }
+    }
+
+    /// As people write it.
+    pub fn name(&self) -> String {
+        let Self {
+            ring: layout,
+            in_order,
+            ..
+        } = *self;
+        Ring { layout, in_order }.name()
+    }
+}
+
 #[derive(Clone, Copy, Debug, Serialize)]
 struct Dropped {
     cores_moved: usize,
@@ -133,14 +202,21 @@ struct Cpu {
 
 impl Report {
     /// Puts together what was measured.
-    pub fn new(setup: &Setup, tsc_khz: u64, measured: &[Measured]) -> Self {
+    pub fn new(setup: &Setup, tsc_khz: u64, measured: &[Measured], requests: &[Requests]) -> Self {
         Self {
             schema_version: 1,
             environment: Environment::of(setup, tsc_khz),
             command: std::env::args_os()
                 .map(|arg| arg.to_string_lossy().into_owned())
                 .collect(),
-            results: measured.iter().flat_map(entries).collect(),
+            results: measured
+                .iter()
+                .flat_map(|measured| entries(setup, measured))
+                .collect(),
+            requests: requests.iter().flat_map(request_entries).collect(),
+            counters: (!requests.is_empty()).then(|| {
+                requests::counters().unwrap_or_else(|| "cache-misses, user mode".to_owned())
+            }),
         }
     }
 }
@@ -171,7 +247,7 @@ impl Environment {
                 },
                 prefault: setup.memory.prefault,
             },
-            queue_size: setup.queue_size,
+            queue_size: setup.rings.size,
             mode: setup.mode,
             sample_ms: setup.ms,
         }
@@ -180,7 +256,7 @@ impl Environment {
 
 /// An entry a distance: figures of near and of far cores have nothing to do with each other. What was counted over all samples
 /// (faults, checked frames, dropped pairs) stands in the first.
-fn entries(measured: &Measured) -> Vec<Entry> {
+fn entries(setup: &Setup, measured: &Measured) -> Vec<Entry> {
     let mut entries: Vec<Entry> = [Distance::Near, Distance::Far]
         .into_iter()
         .filter_map(|distance| {
@@ -189,12 +265,12 @@ fn entries(measured: &Measured) -> Vec<Entry> {
                 .iter()
                 .filter(|pair| pair.distance() == distance)
                 .collect();
-            (!pairs.is_empty()).then(|| entry(measured, Some(distance), &pairs))
+            (!pairs.is_empty()).then(|| entry(setup, measured, Some(distance), &pairs))
         })
         .collect();
     if entries.is_empty() {
         // No sample was fit to be reported, but what happened to the frames was.
-        entries.push(entry(measured, None, &[]));
+        entries.push(entry(setup, measured, None, &[]));
     }
     if let Some(first) = entries.first_mut() {
         first.faults = measured.faults;
@@ -207,7 +283,7 @@ fn entries(measured: &Measured) -> Vec<Entry> {
     entries
 }
 
-fn entry(measured: &Measured, distance: Option<Distance>, pairs: &[&Pair]) -> Entry {
+fn entry(setup: &Setup, measured: &Measured, distance: Option<Distance>, pairs: &[&Pair]) -> Entry {
     let case = measured.case;
     let each = |value: &dyn Fn(&Pair) -> f64| -> Vec<f64> {
         pairs.iter().map(|pair| value(pair)).collect()
@@ -227,8 +303,7 @@ fn entry(measured: &Measured, distance: Option<Distance>, pairs: &[&Pair]) -> En
     Entry {
         direction: case.direction,
         path: "window",
-        ring: "split",
-        in_order: false,
+        ring: RingColumns::new(case.ring, &setup.rings),
         iommu: "off",
         frame_size: case.size,
         batch: case.batch,
@@ -254,6 +329,46 @@ fn entry(measured: &Measured, distance: Option<Distance>, pairs: &[&Pair]) -> En
         exits: (!pairs.is_empty()).then(|| exits(pairs)),
         cpu: cpu(pairs),
     }
+}
+
+/// An entry a distance between two cores; one in all on the same core.
+fn request_entries(requests: &Requests) -> Vec<RequestEntry> {
+    let case = requests.case;
+    let entry = |distance: Option<Distance>| {
+        let samples: Vec<_> = requests
+            .samples
+            .iter()
+            .filter(|sample| distance.is_none_or(|it| Distance::of(sample.probe_ns) == it))
+            .collect();
+        let misses: Vec<f64> = samples.iter().filter_map(|sample| sample.misses).collect();
+        let probes: Vec<f64> = samples.iter().map(|sample| sample.probe_ns).collect();
+        RequestEntry {
+            ring: case.ring.layout,
+            in_order: case.ring.in_order,
+            batch: case.batch,
+            place: case.place,
+            ns: Spread::of(samples.iter().map(|sample| sample.ns)),
+            cache_misses: median(&misses).map(round),
+            distance,
+            probe_ns: median(&probes).map(round).filter(|_| distance.is_some()),
+            dropped_samples: 0,
+        }
+    };
+    let mut entries: Vec<RequestEntry> = match case.place {
+        Where::SameCore => vec![entry(None)],
+        Where::CrossCore => [Distance::Near, Distance::Far]
+            .map(|distance| entry(Some(distance)))
+            .into_iter()
+            .filter(|entry| entry.ns.is_some())
+            .collect(),
+    };
+    if entries.is_empty() {
+        entries.push(entry(None));
+    }
+    if let Some(first) = entries.first_mut() {
+        first.dropped_samples = requests.dropped;
+    }
+    entries
 }
 
 /// Medians of the samples' percentiles; the longest of all.

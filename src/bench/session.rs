@@ -5,10 +5,10 @@ use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::process::Stdio;
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use virtqueue::net::features::EVENT_IDX;
 
 use super::Setup;
 use super::bound::Bound;
@@ -17,6 +17,7 @@ use super::plan::Case;
 use super::probe;
 use super::record::{Record, SampleResult, VmmStats, WorkResult};
 use crate::child::{Output, VmProcess};
+use crate::cli::rings::{Ring, RingSetup};
 use crate::cli::{Direction, Mode};
 use crate::exit::{self, Failure};
 use crate::sys::{self, Signals};
@@ -35,6 +36,7 @@ pub const RECEIVER_MS: u64 = 2000;
 const LINE_LIMIT: usize = 64 << 10;
 
 const NAMES: [&str; 2] = ["back-end", "front-end"];
+const FRONT_END: usize = 1;
 
 /// One VM, seen through its control channel.
 struct Side {
@@ -48,10 +50,10 @@ struct Side {
 pub struct Session {
     sides: [Side; 2],
     waiting: VecDeque<(usize, Record)>,
-    signals: Option<Signals>,
-    setup: Setup,
+    signals: Option<Rc<Signals>>,
+    setup: Rc<Setup>,
+    rings: RingSetup,
     tsc_khz: u64,
-    event_idx: bool,
     bound: Option<Bound>,
     id: u16,
     // Declared last: the socket's directory goes when the VMs are gone.
@@ -60,14 +62,11 @@ pub struct Session {
 
 impl Session {
     /// Boots both VMs and waits until their connection is up.
-    pub fn start(setup: Setup, memory: &str, signals: Signals) -> Result<Self> {
+    pub fn start(setup: Rc<Setup>, ring: Ring, memory: &str, signals: Rc<Signals>) -> Result<Self> {
         let directory = TempDir::new().context("cannot make a directory for the socket")?;
-        let args = pair::vm_args(
-            directory.path(),
-            memory,
-            Some(setup.cores),
-            setup.queue_size,
-        );
+        let rings = setup.rings.with(ring);
+        let mut args = pair::vm_args(directory.path(), memory, Some(setup.cores), &rings);
+        args[FRONT_END].push(format!("--cmdline={}", rings.guest_words()).into());
         let start = |side: usize| -> Result<Side> {
             let (ours, theirs) = UnixStream::pair().context("socketpair")?;
             // A guest that does not read its commands must not hold us up.
@@ -86,19 +85,16 @@ impl Session {
             waiting: VecDeque::new(),
             signals: Some(signals),
             setup,
+            rings,
             tsc_khz: 0,
-            event_idx: false,
             bound: None,
             id: 0,
             _directory: Some(directory),
         };
-        session.wait_until_ready(Instant::now() + BOOT)?;
+        session
+            .wait_until_ready(Instant::now() + BOOT)
+            .with_context(|| format!("{} rings", ring.name()))?;
         Ok(session)
-    }
-
-    /// Frequency of the guests' clock.
-    pub fn tsc_khz(&self) -> u64 {
-        self.tsc_khz
     }
 
     fn wait_until_ready(&mut self, deadline: Instant) -> Result<()> {
@@ -109,7 +105,10 @@ impl Session {
                 (side, Record::Ready { tsc_khz, features }) => {
                     ready[side] = true;
                     self.tsc_khz = tsc_khz;
-                    self.event_idx = features & EVENT_IDX != 0;
+                    // The driver of the virtio-net device knows what was negotiated; the other end learned it from there.
+                    if side == FRONT_END {
+                        self.rings.check(features).map_err(|why| anyhow!(why))?;
+                    }
                 }
                 // The connection may take more than one try while the other end boots.
                 (side, Record::Down) => ready[side] = false,
@@ -139,7 +138,7 @@ impl Session {
             fds.extend(self.signals.as_ref().map(AsFd::as_fd));
             sys::poll(&fds, Some(left)).context("poll")?
         };
-        if let Some(number) = self.signals.as_ref().and_then(Signals::caught) {
+        if let Some(number) = self.signals.as_deref().and_then(Signals::caught) {
             return Err(Failure::Signal(number).into());
         }
         for (side, _) in ready
@@ -235,7 +234,7 @@ impl Session {
             warmup_ms,
             mode,
             ..
-        } = self.setup;
+        } = *self.setup;
         let work = case.direction.work()[side];
         format!(
             "run id={} work={work} size={} batch={} ms={ms} warmup_ms={warmup_ms} mode={} timeout_ms={RECEIVER_MS}",
@@ -359,9 +358,68 @@ impl Lab for Session {
     fn bound(&mut self, case: &Case) -> Result<BoundSample> {
         let bound = match &mut self.bound {
             Some(bound) => bound,
-            none => none.insert(Bound::new(&self.setup, self.tsc_khz, self.event_idx)?),
+            none => none.insert(Bound::new(&self.setup, &self.rings, self.tsc_khz)?),
         };
         bound.sample(&self.setup, case)
+    }
+}
+
+/// A session for each ring configuration. The guests of all but one of them sleep at any time.
+pub struct Sessions {
+    all: Vec<(Ring, Session)>,
+}
+
+impl Sessions {
+    /// Boots a pair of VMs for each of `rings`.
+    pub fn start(
+        setup: Setup,
+        rings: &[Ring],
+        memory: &str,
+        signals: &Rc<Signals>,
+    ) -> Result<Self> {
+        let setup = Rc::new(setup);
+        let start = |&ring| {
+            let session = Session::start(Rc::clone(&setup), ring, memory, Rc::clone(signals))?;
+            Ok((ring, session))
+        };
+        Ok(Self {
+            all: rings.iter().map(start).collect::<Result<_>>()?,
+        })
+    }
+
+    /// Frequency of the guests' clock.
+    pub fn tsc_khz(&self) -> u64 {
+        self.all.first().map_or(0, |(_, session)| session.tsc_khz)
+    }
+
+    /// Lets all guests power off.
+    pub fn finish(self) -> Result<()> {
+        self.all
+            .into_iter()
+            .try_for_each(|(_, session)| session.finish())
+    }
+
+    fn of(&mut self, case: &Case) -> Result<&mut Session> {
+        self.all
+            .iter_mut()
+            .find(|(ring, _)| *ring == case.ring)
+            .map(|(_, session)| session)
+            .with_context(|| format!("no VMs were booted for {} rings", case.ring.name()))
+    }
+}
+
+impl Lab for Sessions {
+    fn probe(&mut self) -> Result<f64> {
+        let (_, session) = self.all.first_mut().context("no VMs were booted")?;
+        session.probe()
+    }
+
+    fn guests(&mut self, case: &Case) -> Result<VmSample> {
+        self.of(case)?.guests(case)
+    }
+
+    fn bound(&mut self, case: &Case) -> Result<BoundSample> {
+        self.of(case)?.bound(case)
     }
 }
 

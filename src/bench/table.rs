@@ -2,9 +2,10 @@
 
 use super::probe::Distance;
 use super::record::{Faults, Latency};
-use super::report::Entry;
+use super::report::{Entry, Report, RequestEntry};
 use super::stats::Spread;
 use crate::cli::Direction;
+use crate::cli::rings::Ring;
 
 /// What stands below the table.
 pub const LEGEND: &str = "\
@@ -12,6 +13,7 @@ Mpps: million frames received in a second, median [min .. max]; both: the sum of
 Gbit/s: bits of the frames as they lie in the buffers, without FCS, preamble and gap.
 bound: the same ring code between two host threads on the same cores, sampled in turn with the guests.
 ratio: guests to bound, pair of samples by pair, median (round trip: bound to guests, p50).
+ns a request: through the ring alone, no payload touched; xN: N requests at once.
 distance: near if a cache line goes from core to core and back in less than 250 ns, else far; compare only like with like.";
 
 fn number(value: f64) -> String {
@@ -65,47 +67,61 @@ fn common(entry: &Entry) -> (String, String, String) {
     )
 }
 
-/// The entries as text: rates first, then latencies.
-pub fn render(entries: &[Entry]) -> String {
+/// Column titles and rows; `None` is a column that this table does not have.
+type Row = Vec<Option<String>>;
+
+/// The report as text: rates, latencies, request times.
+pub fn render(report: &Report) -> String {
+    let entries = &report.results;
+    let first = entries.first().map(|entry| entry.ring.name());
+    let one_ring = entries.iter().all(|entry| Some(entry.ring.name()) == first);
+    // One ring is no column.
+    let ring = |entry: &Entry| (!one_ring).then(|| entry.ring.name());
+    let (rates, trips): (Vec<&Entry>, Vec<&Entry>) = entries
+        .iter()
+        .partition(|entry| entry.direction != Direction::RoundTrip);
+    let rates: Vec<Row> = rates
+        .into_iter()
+        .map(|entry| {
+            let (ratio, distance, faults) = common(entry);
+            vec![
+                Some(entry.direction.name().to_owned()),
+                ring(entry),
+                Some(entry.frame_size.to_string()),
+                Some(entry.batch.to_string()),
+                Some(or_dash(entry.mpps.as_ref(), spread)),
+                Some(or_dash(entry.gbps.as_ref(), |gbps| number(gbps.median))),
+                Some(or_dash(entry.bound_mpps.as_ref(), |bound| {
+                    number(bound.median)
+                })),
+                Some(ratio),
+                Some(distance),
+                Some(faults),
+            ]
+        })
+        .collect();
+    let trips: Vec<Row> = trips
+        .into_iter()
+        .map(|entry| {
+            let (ratio, distance, faults) = common(entry);
+            vec![
+                Some(entry.direction.name().to_owned()),
+                ring(entry),
+                Some(entry.frame_size.to_string()),
+                Some(or_dash(entry.latency_ns.as_ref(), times)),
+                Some(or_dash(entry.bound_latency_ns.as_ref(), times)),
+                Some(ratio),
+                Some(distance),
+                Some(faults),
+            ]
+        })
+        .collect();
     let loss = "lost/dup/reord/corrupt";
-    let rates: Vec<Vec<String>> = entries
-        .iter()
-        .filter(|entry| entry.direction != Direction::RoundTrip)
-        .map(|entry| {
-            let (ratio, distance, faults) = common(entry);
-            vec![
-                entry.direction.name().to_owned(),
-                entry.frame_size.to_string(),
-                entry.batch.to_string(),
-                or_dash(entry.mpps.as_ref(), spread),
-                or_dash(entry.gbps.as_ref(), |gbps| number(gbps.median)),
-                or_dash(entry.bound_mpps.as_ref(), |bound| number(bound.median)),
-                ratio,
-                distance,
-                faults,
-            ]
-        })
-        .collect();
-    let trips: Vec<Vec<String>> = entries
-        .iter()
-        .filter(|entry| entry.direction == Direction::RoundTrip)
-        .map(|entry| {
-            let (ratio, distance, faults) = common(entry);
-            vec![
-                entry.direction.name().to_owned(),
-                entry.frame_size.to_string(),
-                or_dash(entry.latency_ns.as_ref(), times),
-                or_dash(entry.bound_latency_ns.as_ref(), times),
-                ratio,
-                distance,
-                faults,
-            ]
-        })
-        .collect();
     let mut parts = Vec::new();
     if !rates.is_empty() {
         let head = [
             "direction",
+            "ring",
             "size",
             "batch",
             "Mpps",
@@ -115,11 +131,12 @@ pub fn render(entries: &[Entry]) -> String {
             "distance",
             loss,
         ];
-        parts.push(align(&head, &rates));
+        parts.push(table(&head, rates));
     }
     if !trips.is_empty() {
         let head = [
             "direction",
+            "ring",
             "size",
             "p50 / p99 / p99.9 / max ns",
             "bound",
@@ -127,9 +144,73 @@ pub fn render(entries: &[Entry]) -> String {
             "distance",
             loss,
         ];
-        parts.push(align(&head, &trips));
+        parts.push(table(&head, trips));
+    }
+    parts.extend(requests(&report.requests));
+    if let Some(counters) = &report.counters {
+        parts.push(format!("cache-miss counters: {counters}\n"));
     }
     parts.join("\n")
+}
+
+/// A table without the columns that its rows do not have.
+fn table(head: &[&str], rows: Vec<Row>) -> String {
+    let there = |column: usize| rows.iter().all(|row| row[column].is_some());
+    let head: Vec<&str> = head
+        .iter()
+        .enumerate()
+        .filter(|(column, _)| there(*column))
+        .map(|(_, title)| *title)
+        .collect();
+    let rows: Vec<Vec<String>> = rows
+        .into_iter()
+        .map(|row| row.into_iter().flatten().collect())
+        .collect();
+    align(&head, &rows)
+}
+
+/// The request times: a line a place, ring and distance, a column a batch.
+fn requests(entries: &[RequestEntry]) -> Option<String> {
+    let line = |entry: &RequestEntry| {
+        let (layout, in_order) = (entry.ring, entry.in_order);
+        [
+            entry.place.name().to_owned(),
+            Ring { layout, in_order }.name(),
+            or_dash(entry.distance, |distance| distance.name().to_owned()),
+        ]
+    };
+    let mut lines: Vec<[String; 3]> = Vec::new();
+    let mut batches: Vec<u16> = Vec::new();
+    for entry in entries {
+        if !lines.contains(&line(entry)) {
+            lines.push(line(entry));
+        }
+        if !batches.contains(&entry.batch) {
+            batches.push(entry.batch);
+        }
+    }
+    if lines.is_empty() {
+        return None;
+    }
+    let titles: Vec<String> = batches.iter().map(|batch| format!("x{batch}")).collect();
+    let mut head = vec!["ns a request", "ring", "distance"];
+    head.extend(titles.iter().map(String::as_str));
+    let rows: Vec<Vec<String>> = lines
+        .iter()
+        .map(|it| {
+            let mut row = it.to_vec();
+            row.extend(batches.iter().map(|&batch| {
+                let found = entries
+                    .iter()
+                    .find(|entry| entry.batch == batch && line(entry) == *it);
+                or_dash(found.and_then(|entry| entry.ns.as_ref()), |ns| {
+                    number(ns.median)
+                })
+            }));
+            row
+        })
+        .collect();
+    Some(align(&head, &rows))
 }
 
 /// Columns as wide as their widest cell; the first to the left, the others to the right.

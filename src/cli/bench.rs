@@ -5,15 +5,16 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 
 use super::machine::BothArgs;
+use super::rings::{Layout, Ring, RingArgs, RingSetup, Switch, Tx, queue_size};
 use super::{Direction, Mode};
+use crate::exit::Failure;
 
-/// The layout of the rings.
+/// A whole experiment behind one flag.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum RingArg {
-    /// Split virtqueues
-    Split,
-    /// Packed virtqueues (not available yet)
-    Packed,
+pub enum Sweep {
+    /// Every ring layout, with and without VIRTIO_F_IN_ORDER, at 64 bytes and batches of 1 to 64, either way; and the time of a request
+    /// on one core and between two
+    Rings,
 }
 
 /// `bench`.
@@ -22,36 +23,88 @@ pub struct BenchArgs {
     /// 64 and 1518 bytes, batch 32, 5 samples: the whole picture within 20 s
     #[arg(long)]
     pub quick: bool,
-    /// Bytes of a frame, without FCS [default: 64,128,256,512,1024,1280,1518; quick: 64,1518]
+    /// An experiment; other flags change it
+    #[arg(long, value_enum, value_name = "NAME", conflicts_with = "quick")]
+    pub sweep: Option<Sweep>,
+    /// Bytes of a frame, without FCS [default: 64,128,256,512,1024,1280,1518; quick: 64,1518; sweep: 64]
     #[arg(long, value_name = "BYTES,…", value_delimiter = ',', value_parser = clap::value_parser!(u16).range(60..=1518))]
     pub sizes: Option<Vec<u16>>,
-    /// Frames a burst, each with every size [default: 32 with every size, and 1,4,8,16,64 with size 64; quick: 32]
+    /// Frames a burst, each with every size [default: 32 with every size, and 1,4,8,16,64 with size 64; quick: 32; sweep:
+    /// 1,2,4,8,16,32,64]
     #[arg(long, value_name = "N,…", value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..=256))]
     pub batches: Option<Vec<u16>>,
-    /// Which way frames go
-    #[arg(
-        long,
-        value_enum,
-        value_name = "DIRECTION,…",
-        value_delimiter = ',',
-        default_value = "be-to-fe,fe-to-be,both,round-trip"
-    )]
-    pub directions: Vec<Direction>,
-    /// Samples of each figure [default: 10; quick: 5]
+    /// Which way frames go [default: be-to-fe,fe-to-be,both,round-trip; sweep: be-to-fe,fe-to-be]
+    #[arg(long, value_enum, value_name = "DIRECTION,…", value_delimiter = ',')]
+    pub directions: Option<Vec<Direction>>,
+    /// Samples of each figure [default: 10; quick and sweep: 5]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1000))]
     pub samples: Option<u16>,
-    /// Length of a sample, in milliseconds
-    #[arg(long, value_name = "N", default_value = "100", value_parser = clap::value_parser!(u64).range(1..=60_000))]
-    pub ms: u64,
+    /// Length of a sample, in milliseconds [default: 100; sweep: 50]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=60_000))]
+    pub ms: Option<u64>,
     /// How the guests wait for frames
     #[arg(long, value_enum, default_value = "poll")]
     pub mode: Mode,
-    /// Layout of the rings
-    #[arg(long, value_enum, default_value = "split")]
-    pub ring: RingArg,
+    /// Layouts of the rings; a pair of VMs is booted for each, and they are sampled in turn [default: split; sweep: split,packed]
+    #[arg(long, value_enum, value_name = "LAYOUT,…", value_delimiter = ',')]
+    pub ring: Option<Vec<Layout>>,
+    /// VIRTIO_F_IN_ORDER, each with every layout [default: off; sweep: off,on]
+    #[arg(
+        long,
+        value_enum,
+        value_name = "on|off,…",
+        value_delimiter = ',',
+        hide_possible_values = true
+    )]
+    pub in_order: Option<Vec<Switch>>,
+    #[command(flatten)]
+    pub rings: RingArgs,
     #[command(flatten)]
     pub both: BothArgs,
     /// Write everything that was measured to this file (schema_version 1)
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
+}
+
+impl BenchArgs {
+    /// The ring configurations, none twice.
+    pub fn ring_list(&self) -> Vec<Ring> {
+        let (layouts, orders): (&[Layout], &[Switch]) = match self.sweep {
+            Some(Sweep::Rings) => (&[Layout::Split, Layout::Packed], &[Switch::Off, Switch::On]),
+            None => (&[Layout::Split], &[Switch::Off]),
+        };
+        let layouts = self.ring.as_deref().unwrap_or(layouts);
+        let orders = self.in_order.as_deref().unwrap_or(orders);
+        let mut rings = Vec::new();
+        for &layout in layouts {
+            for in_order in orders.iter().map(|order| order.is_on()) {
+                let ring = Ring { layout, in_order };
+                if !rings.contains(&ring) {
+                    rings.push(ring);
+                }
+            }
+        }
+        rings
+    }
+
+    /// What is the same for all of them. Nothing is left to the devices: a figure belongs to features that are known.
+    pub fn ring_setup(&self) -> Result<RingSetup, Failure> {
+        let layouts: Vec<Layout> = self.ring_list().iter().map(|ring| ring.layout).collect();
+        let size = queue_size(&self.both.queue_size, &layouts)?;
+        let mut setup = RingSetup::new(&self.rings, size)?;
+        let indirect = *setup.indirect.get_or_insert(setup.tx == Some(Tx::Indirect));
+        setup.event_idx.get_or_insert(self.mode == Mode::Irq);
+        // Buffers that are too short for a frame are of no use without it.
+        setup.mrg_rxbuf.get_or_insert(setup.rx_buffer.is_some());
+        setup
+            .tx
+            .get_or_insert(if indirect { Tx::Indirect } else { Tx::Direct });
+        Ok(setup)
+    }
+
+    /// Length of a sample, in milliseconds.
+    pub fn sample_ms(&self) -> u64 {
+        self.ms
+            .unwrap_or(if self.sweep.is_some() { 50 } else { 100 })
+    }
 }

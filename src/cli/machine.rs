@@ -3,9 +3,10 @@
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
-use devices::vhost_pci::VhostPciConfig;
+use devices::vhost_pci::{MAX_QUEUES, VhostPciConfig};
 use devices::vhost_user::SocketRole;
-use devices::virtio_net::NetConfig;
+use devices::virtio::MAX_QUEUE_SIZE;
+use devices::virtio_net::{NetConfig, RingFeatures};
 use vmm::{Console, HugePages, Kernel, MemoryConfig, VmConfig};
 
 use super::keys::{Key, KeyList, Missing, number, size, switch};
@@ -75,10 +76,40 @@ static NET: KeyList = KeyList {
             help: "its Ethernet address",
         },
         Key {
-            name: "queue-size",
+            name: "size",
             form: "N",
             missing: Missing::Default("256"),
-            help: "descriptors of each ring, a power of two up to 32768",
+            help: "descriptors of each ring, up to 32768; a power of two unless packed=on",
+        },
+        Key {
+            name: "packed",
+            form: "on|off",
+            missing: Missing::Default("off"),
+            help: "offer packed rings; this and what follows is offered if the back-end has it, too",
+        },
+        Key {
+            name: "in-order",
+            form: "on|off",
+            missing: Missing::Default("on"),
+            help: "offer the use of buffers in order",
+        },
+        Key {
+            name: "event-idx",
+            form: "on|off",
+            missing: Missing::Default("on"),
+            help: "offer notifications by index",
+        },
+        Key {
+            name: "mrg-rxbuf",
+            form: "on|off",
+            missing: Missing::Default("on"),
+            help: "offer frames over several receive buffers",
+        },
+        Key {
+            name: "indirect",
+            form: "on|off",
+            missing: Missing::Default("on"),
+            help: "offer tables of descriptors",
         },
     ],
 };
@@ -108,7 +139,7 @@ static VHOST_PCI: KeyList = KeyList {
             name: "queues",
             form: "N",
             missing: Missing::Default("32"),
-            help: "vhost-user queues that it can serve, 1 to 128",
+            help: "vhost-user queues that it can serve, 1 to 256",
         },
         Key {
             name: "uuid",
@@ -118,11 +149,6 @@ static VHOST_PCI: KeyList = KeyList {
         },
     ],
 };
-
-/// The longest ring that there is (VIRTIO 1.3, section 2.7).
-const MOST_DESCRIPTORS: u16 = 32768;
-/// The longest ring that the built-in guest makes.
-const MOST_OF_BUILTIN: u16 = 1024;
 
 /// What the console is connected to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -183,7 +209,7 @@ pub struct BothArgs {
     /// Host cores: the back-end's virtual CPU runs on A, the front-end's on B
     #[arg(long, value_name = "A:B")]
     pub cores: Option<String>,
-    /// Descriptors of each ring, a power of two up to 1024
+    /// Descriptors of each ring, up to 32768; split rings need a power of two
     #[arg(long, value_name = "N", default_value = "256")]
     pub queue_size: String,
 }
@@ -238,10 +264,14 @@ fn cpus(text: &str, allowed: &[usize]) -> Result<(u8, Vec<usize>), Failure> {
     Ok((count, affinity.unwrap_or_default()))
 }
 
-fn queue_size(most: u16) -> impl FnOnce(&str) -> Result<u16, String> {
-    move |text| match text.parse::<u16>() {
-        Ok(size) if (2..=most).contains(&size) && size.is_power_of_two() => Ok(size),
-        _ => Err(format!("it is a power of two from 2 to {most}")),
+/// Descriptors of a ring.
+fn ring_size(packed: bool) -> impl FnOnce(&str) -> Result<u16, String> {
+    move |text| {
+        let size = number(1..=MAX_QUEUE_SIZE)(text)?;
+        if !packed && !size.is_power_of_two() {
+            return Err("it is a power of two, or any number with packed=on".to_owned());
+        }
+        Ok(size)
     }
 }
 
@@ -294,11 +324,19 @@ fn uuid(text: &str) -> Result<[u8; 16], String> {
 fn net(text: &str, index: usize) -> Result<NetConfig, Failure> {
     let values = NET.parse(text)?;
     let number = u8::try_from(index + 1).map_err(|_| usage("--net: more than 255 devices"))?;
+    let rings = RingFeatures {
+        packed: values.need("packed", switch)?,
+        in_order: values.need("in-order", switch)?,
+        event_idx: values.need("event-idx", switch)?,
+        mrg_rxbuf: values.need("mrg-rxbuf", switch)?,
+        indirect: values.need("indirect", switch)?,
+    };
     Ok(NetConfig {
         socket: values.need("socket", path)?,
         role: role(values.need("listen", switch)?),
         queue_pairs: 1,
-        queue_size: values.need("queue-size", queue_size(MOST_DESCRIPTORS))?,
+        queue_size: values.need("size", ring_size(rings.packed))?,
+        rings,
         mac: values
             .get("mac", mac)?
             .unwrap_or([0x02, 0x76, 0x70, 0, 0, number]),
@@ -318,7 +356,7 @@ fn vhost_pci(text: &str) -> Result<VhostPciConfig, Failure> {
             }
             Ok(bytes)
         })?,
-        queues: values.need("queues", number(1..=128))?,
+        queues: values.need("queues", number(1..=MAX_QUEUES))?,
         uuid: values.get("uuid", uuid)?.unwrap_or_default(),
     })
 }
@@ -407,12 +445,6 @@ impl BothArgs {
             ))),
         }
     }
-
-    /// Descriptors of each ring.
-    pub fn queue_size(&self) -> Result<u16, Failure> {
-        queue_size(MOST_OF_BUILTIN)(&self.queue_size)
-            .map_err(|why| usage(format!("--queue-size {}: {why}", self.queue_size)))
-    }
 }
 
 #[cfg(test)]
@@ -438,6 +470,7 @@ mod tests {
         let net = &config.net[0];
         assert!(matches!(net.role, SocketRole::Connect));
         assert_eq!((net.queue_size, net.queue_pairs), (256, 1));
+        assert_eq!(net.rings, RingFeatures::default());
         assert_eq!(net.mac, [2, 0x76, 0x70, 0, 0, 1]);
         let device = &config.vhost_pci[0];
         assert!(matches!(device.role, SocketRole::Listen));
@@ -454,7 +487,7 @@ mod tests {
             "--cpus",
             "count=2,affinity=5:0",
             "--net",
-            "socket=/n,listen=on,mac=02:aa:bb:cc:dd:ee,queue-size=1024",
+            "socket=/n,listen=on,mac=02:aa:bb:cc:dd:ee,size=1024",
             "--vhost-pci",
             "socket=/v,listen=off,window=1T,queues=4,uuid=00112233-4455-6677-8899-aabbccddeeff",
             "--console",
@@ -477,6 +510,49 @@ mod tests {
     }
 
     #[test]
+    fn each_key_of_the_rings_turns_its_feature_and_no_other() {
+        type Choose = fn(&mut RingFeatures) -> &mut bool;
+        let keys: [(&str, Choose); 5] = [
+            ("packed", |rings| &mut rings.packed),
+            ("in-order", |rings| &mut rings.in_order),
+            ("event-idx", |rings| &mut rings.event_idx),
+            ("mrg-rxbuf", |rings| &mut rings.mrg_rxbuf),
+            ("indirect", |rings| &mut rings.indirect),
+        ];
+        for (key, feature) in keys {
+            for (value, on) in [("on", true), ("off", false)] {
+                let text = format!("socket=/n,{key}={value}");
+                let mut expected = RingFeatures::default();
+                *feature(&mut expected) = on;
+                assert_eq!(config(&["--net", &text]).unwrap().net[0].rings, expected);
+            }
+        }
+    }
+
+    #[test]
+    fn packed_rings_have_any_size_and_split_ones_powers_of_two() {
+        let size = |text: &str| {
+            let text = format!("socket=/n,{text}");
+            config(&["--net", &text]).map(|config| config.net[0].queue_size)
+        };
+        assert_eq!(size("size=768,packed=on"), Ok(768));
+        assert_eq!(size("packed=on,size=1"), Ok(1));
+        assert_eq!(size("size=32768"), Ok(32768));
+        assert_eq!(size("size=1"), Ok(1));
+        assert_eq!(
+            size("size=768").unwrap_err(),
+            "--net: size=768: it is a power of two, or any number with packed=on"
+        );
+        for packed in ["on", "off"] {
+            for number in ["0", "32769", "65536", "65792", "-1"] {
+                let error = size(&format!("size={number},packed={packed}")).unwrap_err();
+                let expected = format!("--net: size={number}: it is a number from 1 to 32768");
+                assert_eq!(error, expected);
+            }
+        }
+    }
+
+    #[test]
     fn each_bad_value_is_named_with_its_flag_and_key() {
         let cases: &[(&[&str], &str)] = &[
             (&["--memory", "size=0"], "--memory: size=0: "),
@@ -489,7 +565,12 @@ mod tests {
             (&["--cpus", "affinity=7"], "--cpus: affinity=7: "),
             (&["--net", "socket=a,mac=1:2"], "--net: mac=1:2: "),
             (&["--net", "socket=a,mac=03:00:00:00:00:00"], "--net: mac="),
-            (&["--net", "socket=a,queue-size=255"], "--net: queue-size="),
+            (&["--net", "socket=a,size=255"], "--net: size=255: "),
+            (&["--net", "socket=a,packed=1"], "--net: packed=1: "),
+            (
+                &["--net", "socket=a,queue-size=256"],
+                "--net: unknown key 'queue-size'",
+            ),
             (
                 &["--vhost-pci", "listen=on"],
                 "--vhost-pci: the key 'socket'",
@@ -501,6 +582,10 @@ mod tests {
             (
                 &["--vhost-pci", "socket=a,queues=0"],
                 "--vhost-pci: queues=",
+            ),
+            (
+                &["--vhost-pci", "socket=a,queues=257"],
+                "--vhost-pci: queues=257: it is a number from 1 to 256",
             ),
             (&["--vhost-pci", "socket=a,uuid=+1"], "--vhost-pci: uuid="),
             (

@@ -3,6 +3,7 @@
 pub mod bench;
 pub mod keys;
 pub mod machine;
+pub mod rings;
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use serde::Serialize;
@@ -32,10 +33,10 @@ pub enum Command {
     Run(Box<machine::RunArgs>),
     /// Boot two connected VMs that exchange frames, and show their consoles
     #[command(after_help = exit::HELP)]
-    Pair(PairArgs),
+    Pair(Box<PairArgs>),
     /// Measure throughput and latency from VM to VM, beside the upper bound of the same ring between two host threads
     #[command(after_help = exit::HELP)]
-    Bench(bench::BenchArgs),
+    Bench(Box<bench::BenchArgs>),
     /// Say what this host is missing or what slows it down, and how to mend it
     #[command(after_help = exit::HELP)]
     Doctor(DoctorArgs),
@@ -118,6 +119,14 @@ pub struct PairArgs {
     /// How the guests wait for frames
     #[arg(long, value_enum, default_value = "poll")]
     pub mode: Mode,
+    /// Layout of the rings [default: split]
+    #[arg(long, value_enum, value_name = "LAYOUT")]
+    pub ring: Option<rings::Layout>,
+    /// VIRTIO_F_IN_ORDER: buffers are used in the order in which they were made available [default: on]
+    #[arg(long, value_enum, value_name = "on|off", hide_possible_values = true)]
+    pub in_order: Option<rings::Switch>,
+    #[command(flatten)]
+    pub rings: rings::RingArgs,
     #[command(flatten)]
     pub both: machine::BothArgs,
 }

@@ -4,7 +4,8 @@
 //!
 //! * [`Memory`] and [`Region`]: how a ring reaches shared memory. [`linear::Linear`] is one stretch of it that is mapped
 //!   (a guest's RAM, a window of a BAR, a file shared between two host threads).
-//! * [`DriverRing`] and [`DeviceRing`]: what a user of a ring is generic over; [`split`] implements them.
+//! * [`DriverRing`] and [`DeviceRing`]: the two sides of a ring; [`split`] and [`packed`] implement them.
+//! * [`Layout`]: what a user of a ring is generic over; [`Either`] where a feature bit decides.
 //! * [`net`]: the virtio-net header.
 //!
 //! # Trust
@@ -20,14 +21,25 @@ extern crate alloc;
 #[cfg(test)]
 extern crate std;
 
+mod chain;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz_bodies;
+mod layout;
 pub mod linear;
+#[cfg(all(test, loom))]
+mod loom_tests;
 pub mod net;
+pub mod packed;
 pub mod split;
-#[cfg(test)]
+#[cfg(any(test, feature = "fuzzing"))]
 mod test_memory;
+#[cfg(test)]
+mod tests;
 
 use core::fmt;
 use core::sync::atomic::Ordering;
+
+pub use layout::{AnyDevice, AnyDriver, Either, Layout};
 
 /// A device address and a length: a range of shared memory that has been checked against its [`Memory`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -78,14 +90,16 @@ pub struct RingConfig {
     pub size: u16,
     /// Device address of the descriptor area.
     pub desc: u64,
-    /// Device address of the driver area (split: the available ring).
+    /// Device address of the driver area (split: the available ring; packed: the driver's event suppression).
     pub driver: u64,
-    /// Device address of the device area (split: the used ring).
+    /// Device address of the device area (split: the used ring; packed: the device's event suppression).
     pub device: u64,
     /// VIRTIO_F_EVENT_IDX was negotiated.
     pub event_idx: bool,
     /// VIRTIO_F_IN_ORDER was negotiated.
     pub in_order: bool,
+    /// VIRTIO_F_INDIRECT_DESC was negotiated.
+    pub indirect: bool,
 }
 
 /// A chain that the device has used.
@@ -155,6 +169,11 @@ pub trait DriverRing {
     /// Adds a chain of buffers (device-readable ones first). The device does not see it before [`DriverRing::publish`]. Returns the
     /// token by which [`DriverRing::take`] reports it, or `None` where there is no room for the whole chain (or `buffers` is empty).
     fn add(&mut self, buffers: &[Buffer]) -> Option<u16>;
+    /// As [`DriverRing::add`], with one descriptor that refers to a table of the buffers (VIRTIO 1.3 sections 2.7.5.3 and 2.8.7). `table` is the
+    /// device address of memory for it, aligned to 16 bytes, 16 bytes a buffer; it belongs to the chain until that is
+    /// taken. `None` also where VIRTIO_F_INDIRECT_DESC was not negotiated, where the table is not in memory or not aligned, and for more
+    /// buffers than the ring has descriptors.
+    fn add_indirect(&mut self, table: u64, buffers: &[Buffer]) -> Option<u16>;
     /// Makes everything added visible to the device with one shared store. Returns whether the device wants a kick.
     fn publish(&mut self) -> bool;
     /// Takes up to `out.len()` used chains; returns how many. Their descriptors are free again.
@@ -174,7 +193,7 @@ pub trait DeviceRing {
     /// Puts back the last `n` chains that [`DeviceRing::get`] returned, as if they had not been taken.
     fn unget(&mut self, n: usize);
     /// Marks a chain used with `written` bytes. The driver does not see it before [`DeviceRing::publish`].
-    /// An id that was not taken is the caller's mistake: the driver gets to see it, nothing else happens.
+    /// An id that was not taken is the caller's mistake: the driver may get to see it, nothing else happens.
     fn put(&mut self, id: u16, written: u32);
     /// Marks chains used that held nothing for the device to write, in the order in which they were taken; the same as
     /// [`DeviceRing::put`] of each with 0 bytes. With VIRTIO_F_IN_ORDER it costs one store for all of them.
@@ -189,6 +208,6 @@ pub trait DeviceRing {
     fn disable_kicks(&mut self);
     /// Asks for a kick at the next available chain. Returns whether chains are there already: then get them first.
     fn enable_kicks(&mut self) -> bool;
-    /// The ring's position, as VHOST_USER_GET_VRING_BASE reports it (split: the next available index).
+    /// The ring's position, as VHOST_USER_GET_VRING_BASE reports it; [`Layout::device_at`] says what it is made of.
     fn base(&self) -> u32;
 }

@@ -1,10 +1,10 @@
-//! A memory for tests that is strict where [`crate::linear::Linear`] trusts, and that remembers every store.
+//! A memory for tests that is strict where [`crate::linear::Linear`] trusts, that remembers every access, and that changes while it is read.
 
+use alloc::rc::Rc;
+use alloc::vec;
+use alloc::vec::Vec;
+use core::cell::RefCell;
 use core::sync::atomic::Ordering;
-use std::cell::RefCell;
-use std::rc::Rc;
-use std::vec;
-use std::vec::Vec;
 
 use crate::{Memory, Region};
 
@@ -20,6 +20,9 @@ pub struct Store {
 struct Shared {
     bytes: Vec<u8>,
     stores: Vec<Store>,
+    loads: Vec<u64>,
+    /// What a hostile side writes later: after how many loads, where, what.
+    later: Option<(usize, u64, u64)>,
 }
 
 /// Memory at the device addresses `base..base + len`. Clones show the same memory.
@@ -35,6 +38,8 @@ impl Fake {
         let shared = Shared {
             bytes: vec![0xa5; len],
             stores: Vec::new(),
+            loads: Vec::new(),
+            later: None,
         };
         Self {
             base,
@@ -45,6 +50,16 @@ impl Fake {
     /// The stores since the last call.
     pub fn stores(&self) -> Vec<Store> {
         core::mem::take(&mut self.shared.borrow_mut().stores)
+    }
+
+    /// The addresses of the loads since the last call.
+    pub fn loads(&self) -> Vec<u64> {
+        core::mem::take(&mut self.shared.borrow_mut().loads)
+    }
+
+    /// What a hostile side writes while we read: behind the next `loads` loads.
+    pub fn poke_after(&self, loads: usize, addr: u64, value: u64) {
+        self.shared.borrow_mut().later = Some((loads, addr, value));
     }
 
     /// What a hostile side writes: anything anywhere.
@@ -58,6 +73,7 @@ impl Fake {
         self.shared.borrow().bytes[at..at + N].try_into().unwrap()
     }
 
+    #[cfg(test)]
     pub fn peek_u16(&self, addr: u64) -> u16 {
         u16::from_le_bytes(self.peek(addr))
     }
@@ -116,7 +132,24 @@ impl FakeRegion {
 
     fn load<const N: usize>(&self, offset: usize, order: Ordering) -> [u8; N] {
         assert!(matches!(order, Ordering::Relaxed | Ordering::Acquire));
-        self.memory.peek(self.check(offset, N))
+        let addr = self.check(offset, N);
+        let value = self.memory.peek(addr);
+        let mut shared = self.memory.shared.borrow_mut();
+        shared.loads.push(addr);
+        let now = match &mut shared.later {
+            Some((0, addr, value)) => Some((*addr, *value)),
+            Some((loads, ..)) => {
+                *loads -= 1;
+                None
+            }
+            None => None,
+        };
+        if let Some((addr, value)) = now {
+            shared.later = None;
+            drop(shared);
+            self.memory.poke(addr, value.to_le_bytes());
+        }
+        value
     }
 
     fn store<const N: usize>(&self, offset: usize, bytes: [u8; N], order: Ordering) {

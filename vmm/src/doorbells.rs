@@ -3,13 +3,17 @@
 use std::io;
 use std::sync::{Arc, Mutex};
 
+use devices::vhost_pci::MAX_QUEUES;
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::sys::{invalid, kvm, lock};
 
-/// How many doorbells a VM can have. KVM's bus takes a thousand devices.
-pub const LIMIT: usize = 512;
+/// How many doorbells a vhost-pci device can have: two control queues, and a call and an error for each vhost-user queue.
+const LARGEST_DEVICE: usize = 2 + 2 * MAX_QUEUES as usize;
+/// How many doorbells a VM can have: enough for a few of the largest devices. (KVM's own limit is on other things of its bus: to
+/// doorbells it gives as many as there are descriptors.)
+pub const LIMIT: usize = 4 * LARGEST_DEVICE;
 
 /// The doorbells of a VM.
 pub struct Doorbells {

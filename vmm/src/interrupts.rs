@@ -10,6 +10,7 @@ use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex};
 
 use devices::host::{Interrupt, MsiMessage};
+use devices::vhost_pci::MAX_QUEUES;
 use kvm_bindings::{
     KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
     KVM_IRQCHIP_PIC_SLAVE, KvmIrqRouting, kvm_irq_routing_entry,
@@ -24,8 +25,9 @@ use crate::sys::{context, kvm, lock};
 const FIRST_GSI: u32 = 24;
 /// How many message-signalled interrupts a VM can have.
 pub const LIMIT: usize = 1024;
-/// How many eventfds one interrupt can have.
-const SOURCES: usize = 64;
+/// How many eventfds one interrupt can have: its own, and where the guest gives a vhost-pci device one vector for
+/// everything, the kicks of all vhost-user queues and the calls of the two control queues.
+const SOURCES: usize = 1 + MAX_QUEUES as usize + 2;
 
 /// The GSI routing table of a VM.
 pub struct Router {

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use devices::vhost_pci::VhostPciConfig;
 use devices::vhost_user::SocketRole;
-use devices::virtio_net::NetConfig;
+use devices::virtio_net::{NetConfig, RingFeatures};
 
 use crate::testing::{self, image, ram};
 use crate::{Console, Error, Fault, Kernel, Outcome, VmConfig, run};
@@ -209,6 +209,7 @@ fn a_vm_waits_for_its_back_end_and_leaves_no_socket_behind() {
         role: SocketRole::Listen,
         queue_pairs: 1,
         queue_size: 256,
+        rings: RingFeatures::default(),
         mac: [2, 0, 0, 0, 0, 1],
     }];
     config.vhost_pci = vec![VhostPciConfig {

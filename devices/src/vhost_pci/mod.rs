@@ -36,8 +36,8 @@ pub const DEVICE_TYPE: u16 = 61;
 const QUEUE_SIZE: u16 = 256;
 /// The first queue index behind `rxq` and `txq`.
 const FIRST_SPECIAL: u16 = 2;
-/// As many as a vhost-user message can name.
-const MAX_QUEUES: u16 = 256;
+/// How many vhost-user queues a device can serve: as many as a message can name.
+pub const MAX_QUEUES: u16 = 256;
 const MIN_WINDOW: u64 = 4096;
 
 /// Bit of the `status` field: the driver is ready for a front-end.
@@ -54,7 +54,7 @@ pub struct VhostPciConfig {
     pub role: SocketRole,
     /// Size of the window in bytes, a power of two.
     pub window: u64,
-    /// How many vhost-user queue indices can be served: two for each pair of a network device.
+    /// How many vhost-user queue indices can be served, 1 to [`MAX_QUEUES`]: two for each pair of a network device.
     pub queues: u16,
     /// Identifies the device to its guest; zero where that is not wanted.
     pub uuid: [u8; 16],

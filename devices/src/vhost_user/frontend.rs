@@ -26,6 +26,12 @@ use super::wire::{
 };
 use super::{VHOST_USER_F_PROTOCOL_FEATURES, sys};
 use crate::host;
+use crate::virtio::F_RING_PACKED;
+
+/// The base of a packed ring that nobody has used yet (payload "vring descriptor indices for packed virtqueues"): the index of the
+/// next available descriptor in bits 0 to 14 and that of the next used one in bits 16 to 30, both 0; the driver's wrap counter
+/// in bit 15 and the device's in bit 31, both 1 (VIRTIO 1.3, section 2.8.1).
+pub const PACKED_BASE: u32 = 0x8000_8000;
 
 /// The protocol features that this front-end makes use of.
 const PROTOCOL_FEATURES: u64 =
@@ -135,8 +141,8 @@ pub struct Vring {
     pub driver: u64,
     /// Device area.
     pub device: u64,
-    /// Where the back-end starts: split layout, the next entry of the available ring.
-    pub base: u16,
+    /// Where the back-end starts. Split layout: the next entry of the available ring, 16 bits; packed layout: see [`PACKED_BASE`].
+    pub base: u32,
     /// Signalled by the driver.
     pub kick: Arc<EventFd>,
     /// Signalled by the back-end.
@@ -151,7 +157,9 @@ pub enum Event {
     /// The back-end has taken everything that [`Frontend::start`] sent.
     Started,
     /// The back-end has stopped; for each vring its index and the base from which it would go on.
-    Stopped(Vec<(u8, u16)>),
+    Stopped(Vec<(u8, u32)>),
+    /// The back-end has stopped the vring of this index ([`Frontend::stop_vring`]), and would go on from this base.
+    VringStopped(u8, u32),
 }
 
 /// A reply that is owed.
@@ -165,8 +173,10 @@ enum Owed {
     Ack(u32),
     /// GET_FEATURES for the sake of its place in the order.
     Barrier,
-    /// The base of this vring.
+    /// The base of this vring, as one of all.
     Base(u8),
+    /// The base of this vring, by itself.
+    SingleBase(u8),
 }
 
 impl Owed {
@@ -177,7 +187,7 @@ impl Owed {
             Self::QueueNum => requests::GET_QUEUE_NUM,
             Self::MaxMemSlots => requests::GET_MAX_MEM_SLOTS,
             Self::Ack(request) => request,
-            Self::Base(_) => requests::GET_VRING_BASE,
+            Self::Base(_) | Self::SingleBase(_) => requests::GET_VRING_BASE,
         }
     }
 }
@@ -206,7 +216,11 @@ pub struct Frontend {
     memory_sent: bool,
     /// The vrings that were started.
     vrings: Vec<u8>,
-    bases: Vec<(u8, u16)>,
+    /// Their layout.
+    packed: bool,
+    bases: Vec<(u8, u32)>,
+    /// The vring that has just been stopped by itself.
+    stopped: Option<(u8, u32)>,
 }
 
 impl AsRawFd for Frontend {
@@ -231,7 +245,9 @@ impl Frontend {
             max_mem_slots: 0,
             memory_sent: false,
             vrings: Vec::new(),
+            packed: false,
             bases: Vec::new(),
+            stopped: None,
         };
         frontend.ask(&Message::bare(requests::GET_FEATURES), Owed::Features)?;
         Ok(frontend)
@@ -247,6 +263,12 @@ impl Frontend {
     #[must_use]
     pub fn is_started(&self) -> bool {
         matches!(self.state, State::Starting | State::Running)
+    }
+
+    /// Whether this vring is started, or about to be.
+    #[must_use]
+    pub fn has_vring(&self, index: u8) -> bool {
+        self.vrings.contains(&index)
     }
 
     /// Whether the back-end owes a reply.
@@ -277,6 +299,7 @@ impl Frontend {
         }
         self.state = State::Starting;
         let mut features = features & self.offer.features;
+        self.packed = features & F_RING_PACKED != 0;
         if self.has_protocol_features {
             features |= VHOST_USER_F_PROTOCOL_FEATURES;
         }
@@ -285,7 +308,6 @@ impl Frontend {
             self.send_memory(memory)?;
             self.memory_sent = true;
         }
-        self.vrings = vrings.iter().map(|vring| vring.index).collect();
         for vring in vrings {
             self.start_vring(vring)?;
         }
@@ -308,16 +330,23 @@ impl Frontend {
             }
         }
         for &index in &vrings {
-            let state = VringState {
-                index: index.into(),
-                num: 0,
-            };
-            self.ask(
-                &Message::request(requests::GET_VRING_BASE, &state),
-                Owed::Base(index),
-            )?;
+            self.ask(&get_base(index), Owed::Base(index))?;
         }
         Ok(())
+    }
+
+    /// Stops one of the vrings while the others go on; [`Event::VringStopped`] follows when the back-end has answered. Then
+    /// [`Frontend::start_vring`] may start it again.
+    pub fn stop_vring(&mut self, index: u8) -> Result<(), Error> {
+        let at = self.vrings.iter().position(|&vring| vring == index);
+        let Some(at) = at.filter(|_| self.is_started()) else {
+            return Err(Error::State("stopping a vring"));
+        };
+        self.vrings.swap_remove(at);
+        if self.has_protocol_features {
+            self.connection.send(&enable(index, false))?;
+        }
+        self.ask(&get_base(index), Owed::SingleBase(index))
     }
 
     /// Sends and receives what is possible now. To be called again until it returns `None`.
@@ -339,6 +368,9 @@ impl Frontend {
 
     /// The state change that is due when nothing is owed any more.
     fn advance(&mut self) -> Option<Event> {
+        if let Some((index, base)) = self.stopped.take() {
+            return Some(Event::VringStopped(index, base));
+        }
         if self.waits() {
             return None;
         }
@@ -390,15 +422,26 @@ impl Frontend {
                 decode::<U64>(message)?;
             }
             Owed::Base(index) => {
-                let state = decode::<VringState>(message)?;
-                let value = u64::from(state.index) << 32 | u64::from(state.num);
-                match u16::try_from(state.num) {
-                    Ok(base) if state.index == u32::from(index) => self.bases.push((index, base)),
-                    _ => return Err(Violation::Value { request, value }.into()),
-                }
+                let base = self.base(index, message)?;
+                self.bases.push((index, base));
             }
+            Owed::SingleBase(index) => self.stopped = Some((index, self.base(index, message)?)),
         }
         Ok(())
+    }
+
+    /// The base in the reply to GET_VRING_BASE. That of a packed ring may be any: the specification calls its indices free-running.
+    fn base(&self, index: u8, message: &Message) -> Result<u32, Violation> {
+        let state = decode::<VringState>(message)?;
+        let known = self.packed || u16::try_from(state.num).is_ok();
+        if known && state.index == u32::from(index) {
+            Ok(state.num)
+        } else {
+            Err(Violation::Value {
+                request: message.request,
+                value: u64::from(state.index) << 32 | u64::from(state.num),
+            })
+        }
     }
 
     fn got_features(&mut self, features: u64) -> Result<(), Error> {
@@ -453,12 +496,15 @@ impl Frontend {
         }
     }
 
-    fn start_vring(&mut self, vring: &Vring) -> Result<(), Error> {
+    /// Starts one more vring beside those of [`Frontend::start`], with the same features and memory. A back-end that refuses a
+    /// step is a [`Violation::Refused`] where REPLY_ACK was negotiated; there is no event for its success.
+    pub fn start_vring(&mut self, vring: &Vring) -> Result<(), Error> {
+        if !self.is_started() || self.has_vring(vring.index) {
+            return Err(Error::State("starting a vring"));
+        }
+        self.vrings.push(vring.index);
         let index = u32::from(vring.index);
-        let state = |num: u16| VringState {
-            index,
-            num: num.into(),
-        };
+        let state = |num: u32| VringState { index, num };
         let fd = VringFd {
             index: vring.index,
             no_fd: false,
@@ -475,7 +521,7 @@ impl Frontend {
         let call = vec![duplicate(&*vring.call)?];
         self.step(Message::request(
             requests::SET_VRING_NUM,
-            &state(vring.size),
+            &state(vring.size.into()),
         ))?;
         self.step(Message::request(
             requests::SET_VRING_BASE,
@@ -514,6 +560,14 @@ impl Frontend {
         self.owed.push_back(owed);
         Ok(self.connection.send(message)?)
     }
+}
+
+fn get_base(index: u8) -> Message {
+    let state = VringState {
+        index: index.into(),
+        num: 0,
+    };
+    Message::request(requests::GET_VRING_BASE, &state)
 }
 
 fn enable(index: u8, enabled: bool) -> Message {

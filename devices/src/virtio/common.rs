@@ -1,6 +1,6 @@
 //! The registers of the common configuration (VIRTIO 1.3, section 4.1.4.3), without their effects on the machine.
 
-use super::{F_RING_PACKED, F_VERSION_1, status};
+use super::{F_RING_PACKED, F_RING_RESET, F_VERSION_1, MAX_QUEUE_SIZE, status};
 
 /// Length of the structure.
 pub(super) const LENGTH: u32 = 64;
@@ -18,7 +18,8 @@ const QUEUE_ENABLE: u64 = 28;
 const QUEUE_DESC: u64 = 32;
 const QUEUE_DRIVER: u64 = 40;
 const QUEUE_DEVICE: u64 = 48;
-const FIELDS: [(u64, usize); 12] = [
+const QUEUE_RESET: u64 = 58;
+const FIELDS: [(u64, usize); 13] = [
     (DEVICE_FEATURE_SELECT, 4),
     (DRIVER_FEATURE_SELECT, 4),
     (DRIVER_FEATURE, 4),
@@ -31,6 +32,7 @@ const FIELDS: [(u64, usize); 12] = [
     (QUEUE_DESC, 8),
     (QUEUE_DRIVER, 8),
     (QUEUE_DEVICE, 8),
+    (QUEUE_RESET, 2),
 ];
 
 /// What a write asks of the transport.
@@ -46,14 +48,22 @@ pub(super) enum Effect {
     Reset,
     /// 0 was written to the status while it was 0: there is only the transport to reset.
     ResetIdle,
+    /// This queue, which the device has, is to be reset.
+    ResetQueue(u16),
+    /// This queue was reset, and the device has not got it.
+    ResetQueueIdle(u16),
+    /// The device is to have this queue too.
+    EnableQueue(u16),
 }
 
 /// What the driver set for one virtqueue.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct QueueRegisters {
     max_size: u16,
-    pub(super) size: u16,
+    size: u16,
     pub(super) enabled: bool,
+    /// Between the write to `queue_reset` and the end of that: the registers do not change.
+    resetting: bool,
     pub(super) desc: u64,
     pub(super) driver: u64,
     pub(super) device: u64,
@@ -65,9 +75,18 @@ impl QueueRegisters {
             max_size,
             size: max_size,
             enabled: false,
+            resetting: false,
             desc: 0,
             driver: 0,
             device: 0,
+        }
+    }
+
+    /// What `queue_size` reads: without [`F_RING_PACKED`] it has to be a power of two, also where the maximum is none.
+    pub(super) fn size(&self, packed: bool) -> u16 {
+        match self.size.checked_ilog2() {
+            Some(log) if !packed => 1 << log,
+            _ => self.size,
         }
     }
 }
@@ -101,7 +120,7 @@ impl Common {
             queue_select: 0,
             queues: sizes
                 .iter()
-                .map(|&size| QueueRegisters::new(size))
+                .map(|&size| QueueRegisters::new(size.min(MAX_QUEUE_SIZE)))
                 .collect(),
             indices,
         }
@@ -122,6 +141,27 @@ impl Common {
 
     pub(super) fn has(&self, bits: u8) -> bool {
         self.status & bits == bits
+    }
+
+    /// Whether the driver has accepted a feature, or is about to.
+    fn accepts(&self, feature: u64) -> bool {
+        self.driver_features & self.offered & feature != 0
+    }
+
+    /// Whether the rings are packed ones.
+    pub(super) fn packed(&self) -> bool {
+        self.accepts(F_RING_PACKED)
+    }
+
+    /// The end of a queue's reset; returns whether there was one.
+    pub(super) fn queue_reset_done(&mut self, index: u16) -> bool {
+        match self.queues.get_mut(usize::from(index)) {
+            Some(queue) if queue.resetting => {
+                *queue = QueueRegisters::new(queue.max_size);
+                true
+            }
+            _ => false,
+        }
     }
 
     /// The half of a feature word that `select` means; there are none beyond 64 bits.
@@ -162,13 +202,14 @@ impl Common {
         put(18, &count.to_le_bytes());
         put(20, &[self.status, self.generation]);
         put(22, &self.queue_select.to_le_bytes());
-        put(24, &queue.size.to_le_bytes());
+        put(24, &queue.size(self.packed()).to_le_bytes());
         put(26, &queue_vector.to_le_bytes());
         put(28, &u16::from(queue.enabled).to_le_bytes());
         put(30, &notify_offset.to_le_bytes());
         put(32, &queue.desc.to_le_bytes());
         put(40, &queue.driver.to_le_bytes());
         put(48, &queue.device.to_le_bytes());
+        put(58, &u16::from(queue.resetting).to_le_bytes());
         image
     }
 
@@ -199,7 +240,8 @@ impl Common {
             DEVICE_STATUS => return self.set_status(byte),
             QUEUE_SELECT => self.queue_select = half,
             QUEUE_VECTOR => return Some(Effect::QueueVector(half)),
-            _ => self.set_queue(field, value, half),
+            QUEUE_RESET => return self.reset_queue(half),
+            _ => return self.set_queue(field, value, half),
         }
         None
     }
@@ -240,14 +282,35 @@ impl Common {
         None
     }
 
-    fn set_queue(&mut self, field: u64, value: u64, half: u16) {
+    /// Whether queues are reset and enabled one by one (section 2.6.1).
+    fn resets_queues(&self) -> bool {
+        self.has(status::FEATURES_OK) && self.accepts(F_RING_RESET)
+    }
+
+    fn reset_queue(&mut self, value: u16) -> Option<Effect> {
+        let (live, allowed) = (self.has(status::DRIVER_OK), self.resets_queues());
+        let index = self.queue_select;
+        let queue = self.queues.get_mut(usize::from(index))?;
+        if value != 1 || !allowed || queue.resetting {
+            return None;
+        }
+        if live && queue.enabled {
+            queue.resetting = true;
+            return Some(Effect::ResetQueue(index));
+        }
+        *queue = QueueRegisters::new(queue.max_size);
+        Some(Effect::ResetQueueIdle(index))
+    }
+
+    fn set_queue(&mut self, field: u64, value: u64, half: u16) -> Option<Effect> {
         let live = self.has(status::DRIVER_OK);
-        let packed = self.driver_features & F_RING_PACKED != 0;
-        let Some(queue) = self.queues.get_mut(usize::from(self.queue_select)) else {
-            return;
-        };
-        if live || queue.enabled {
-            return;
+        let locked = live && !self.resets_queues();
+        let packed = self.packed();
+        let index = self.queue_select;
+        let queue = self.queues.get_mut(usize::from(index))?;
+        // A queue in its reset is still enabled.
+        if locked || queue.enabled {
+            return None;
         }
         match field {
             // Split rings are powers of two (section 2.7), packed ones need not be (2.8.10.1).
@@ -256,11 +319,15 @@ impl Common {
             {
                 queue.size = half;
             }
-            QUEUE_ENABLE => queue.enabled = half == 1 && queue.size != 0,
+            QUEUE_ENABLE if half == 1 && queue.size != 0 => {
+                queue.enabled = true;
+                return live.then_some(Effect::EnableQueue(index));
+            }
             QUEUE_DESC => queue.desc = value,
             QUEUE_DRIVER => queue.driver = value,
             QUEUE_DEVICE => queue.device = value,
             _ => {}
         }
+        None
     }
 }

@@ -17,7 +17,10 @@ pub(crate) const NOTIFY: u64 = 0x4000;
 pub(crate) const DEVICE: u64 = 0x2000;
 pub(crate) const STATUS: u64 = 20;
 pub(crate) const QUEUE_SELECT: u64 = 22;
+pub(crate) const QUEUE_SIZE: u64 = 24;
 pub(crate) const QUEUE_VECTOR: u64 = 26;
+pub(crate) const QUEUE_ENABLE: u64 = 28;
+pub(crate) const QUEUE_RESET: u64 = 58;
 
 pub(crate) struct Driver {
     pub(crate) function: Arc<VirtioPci>,

@@ -24,8 +24,13 @@ pub use pci::{Error, VirtioPci};
 
 /// VIRTIO_F_VERSION_1: every device offers it and every driver has to accept it.
 pub const F_VERSION_1: u64 = 1 << 32;
-/// VIRTIO_F_RING_PACKED.
+/// VIRTIO_F_RING_PACKED: rings have the packed layout (VIRTIO 1.3, section 2.8).
 pub const F_RING_PACKED: u64 = 1 << 34;
+/// VIRTIO_F_RING_RESET: the driver may reset queues one by one (VIRTIO 1.3, section 2.6.1).
+pub const F_RING_RESET: u64 = 1 << 40;
+
+/// The longest ring that there is, in descriptors (VIRTIO 1.3, sections 2.7 and 2.8.10.1).
+pub const MAX_QUEUE_SIZE: u16 = 32768;
 
 /// Bits of `device_status` (VIRTIO 1.3, section 2.1).
 pub mod status {
@@ -46,7 +51,8 @@ pub mod status {
 /// One virtqueue as its driver set it up (VIRTIO 1.3, section 4.1.4.3).
 #[derive(Clone, Debug)]
 pub struct QueueSetup {
-    /// Number of descriptors, at most what [`VirtioDevice::queue_sizes`] says.
+    /// Number of descriptors, from 1 to what [`VirtioDevice::queue_sizes`] says; a power of two unless
+    /// [`F_RING_PACKED`] was accepted.
     pub size: u16,
     /// Guest physical address of the descriptor area.
     pub desc: u64,
@@ -90,6 +96,9 @@ pub trait Transport: Send + Sync {
     fn set_needs_reset(&self);
     /// The reset that [`VirtioDevice::reset`] asked for is complete: `device_status` reads 0.
     fn reset_done(&self);
+    /// The reset that [`VirtioDevice::reset_queue`] asked for is complete: `queue_reset` and `queue_enable` of the queue
+    /// read 0. Nothing happens where none was asked for.
+    fn queue_reset_done(&self, index: u16);
     /// A guest write to the notify address of special index `index` signals `event`; `None` takes that back.
     /// A signal that was on its way when the eventfd was replaced goes to the new one.
     ///
@@ -114,7 +123,8 @@ pub trait VirtioDevice: Send + Sync {
     fn device_type(&self) -> u16;
     /// The PCI class code: 24 bits, for example 0x020000.
     fn pci_class(&self) -> u32;
-    /// The maximum size of each queue.
+    /// The maximum size of each queue, at most [`MAX_QUEUE_SIZE`]. One that is no power of two is shown to a driver of split
+    /// rings as the next one below.
     fn queue_sizes(&self) -> Vec<u16>;
     /// The feature bits that are offered; the transport adds VERSION_1.
     fn features(&self) -> u64;
@@ -129,6 +139,19 @@ pub trait VirtioDevice: Send + Sync {
     /// 0 was written to `device_status` (vCPU thread): the device thread stops everything, then calls
     /// [`Transport::reset_done`]. Must not block.
     fn reset(&self);
+    /// 1 was written to `queue_reset` of a queue that the device has (vCPU thread): the device thread stops the queue and
+    /// forgets it, its eventfds included, then calls [`Transport::queue_reset_done`]. Must not block.
+    ///
+    /// A device reset makes it void. It does not come to a device that does not offer [`F_RING_RESET`], which is why there
+    /// is nothing to do by default.
+    fn reset_queue(&self, index: u16) {
+        let _ = index;
+    }
+    /// A queue was enabled after DRIVER_OK: one that was reset, or not enabled before (vCPU thread). It starts from nothing,
+    /// with eventfds of its own. Must not block. As [`VirtioDevice::reset_queue`], it needs [`F_RING_RESET`].
+    fn enable_queue(&self, index: u16, queue: QueueSetup) {
+        let _ = (index, queue);
+    }
     /// The queue indices beyond the virtqueues.
     fn special_queues(&self) -> SpecialQueues {
         SpecialQueues::default()

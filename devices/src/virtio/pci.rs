@@ -2,8 +2,8 @@
 //!
 //! # Locks
 //!
-//! `state` covers the registers and the wiring; the host is called with it, a device never is. `order` makes DRIVER_OK and reset
-//! reach the device in the order in which they were written; nothing that a device may call takes it.
+//! `state` covers the registers and the wiring; the host is called with it, a device never is. `order` makes DRIVER_OK, resets and what
+//! happens to single queues reach the device in the order in which they were written; nothing that a device may call takes it.
 
 use std::io;
 use std::ops::Range;
@@ -246,6 +246,8 @@ impl VirtioPci {
             match effect {
                 Some(Do::Activate(activation)) => self.device.activate(activation),
                 Some(Do::Reset) => self.device.reset(),
+                Some(Do::ResetQueue(index)) => self.device.reset_queue(index),
+                Some(Do::EnableQueue(index, queue)) => self.device.enable_queue(index, queue),
                 None => {}
             }
         }
@@ -268,6 +270,8 @@ impl VirtioPci {
 enum Do {
     Activate(Activation),
     Reset,
+    ResetQueue(u16),
+    EnableQueue(u16, QueueSetup),
 }
 
 impl State {
@@ -303,27 +307,35 @@ impl State {
                 self.reset(false);
                 None
             }
+            Effect::ResetQueue(index) => Some(Do::ResetQueue(index)),
+            Effect::ResetQueueIdle(index) => {
+                self.wiring.set_vector(index, NO_VECTOR, &self.msix);
+                None
+            }
+            Effect::EnableQueue(index) => {
+                let queue = self.queue(index.into())?;
+                Some(Do::EnableQueue(index, queue))
+            }
         }
     }
 
+    /// A virtqueue as the driver has set it up.
+    fn queue(&self, index: usize) -> Option<QueueSetup> {
+        let queue = self.common.queues.get(index)?;
+        let (kick, call) = self.wiring.events(index)?;
+        Some(QueueSetup {
+            size: queue.size(self.common.packed()),
+            desc: queue.desc,
+            driver: queue.driver,
+            device: queue.device,
+            enabled: queue.enabled,
+            kick,
+            call,
+        })
+    }
+
     fn activation(&self) -> Activation {
-        let queues = self
-            .common
-            .queues
-            .iter()
-            .enumerate()
-            .filter_map(|(index, queue)| {
-                let (kick, call) = self.wiring.events(index)?;
-                Some(QueueSetup {
-                    size: queue.size,
-                    desc: queue.desc,
-                    driver: queue.driver,
-                    device: queue.device,
-                    enabled: queue.enabled,
-                    kick,
-                    call,
-                })
-            });
+        let queues = (0..self.common.queues.len()).filter_map(|index| self.queue(index));
         Activation {
             features: self.common.driver_features,
             queues: queues.collect(),
@@ -478,6 +490,14 @@ impl Transport for VirtioPci {
         }
         let renew = state.common.has(status::DRIVER_OK);
         state.reset(renew);
+    }
+
+    fn queue_reset_done(&self, index: u16) {
+        let state = &mut *self.state();
+        if state.common.queue_reset_done(index) {
+            state.wiring.set_vector(index, NO_VECTOR, &state.msix);
+            state.wiring.renew(index.into());
+        }
     }
 
     fn set_doorbell(&self, index: u16, event: Option<Arc<EventFd>>) -> io::Result<()> {

@@ -1,3 +1,5 @@
+mod queues;
+
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, OnceLock};
 
@@ -16,10 +18,14 @@ const NONE: [u32; 0] = [];
 
 /// Two queues, four special indices, a window; resets are finished by the test or at once.
 struct Device {
+    features: u64,
+    sizes: [u16; 2],
     window: Arc<dyn Window>,
     transport: OnceLock<Weak<dyn Transport>>,
     activations: Mutex<Vec<Activation>>,
     resets: Mutex<u32>,
+    /// Single queues that are to be reset (`None`) or that were enabled.
+    orders: Mutex<Vec<(u16, Option<QueueSetup>)>>,
     config_writes: Mutex<Vec<(u64, Vec<u8>)>>,
     /// Whether `reset` calls `reset_done` from inside.
     eager: AtomicBool,
@@ -39,10 +45,10 @@ impl VirtioDevice for Device {
         0xff_0000
     }
     fn queue_sizes(&self) -> Vec<u16> {
-        vec![256, 64]
+        self.sizes.to_vec()
     }
     fn features(&self) -> u64 {
-        FEATURE
+        self.features
     }
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         for (at, byte) in (offset..16).zip(data) {
@@ -69,6 +75,15 @@ impl VirtioDevice for Device {
             self.transport().reset_done();
         }
     }
+    fn reset_queue(&self, index: u16) {
+        self.orders.lock().unwrap().push((index, None));
+        if self.eager.load(Ordering::Relaxed) {
+            self.transport().queue_reset_done(index);
+        }
+    }
+    fn enable_queue(&self, index: u16, queue: QueueSetup) {
+        self.orders.lock().unwrap().push((index, Some(queue)));
+    }
     fn special_queues(&self) -> SpecialQueues {
         SpecialQueues {
             indices: 4,
@@ -81,12 +96,19 @@ impl VirtioDevice for Device {
 }
 
 fn rig() -> (Arc<Device>, Driver) {
+    rig_with(FEATURE, [256, 64])
+}
+
+fn rig_with(features: u64, sizes: [u16; 2]) -> (Arc<Device>, Driver) {
     let host = FakeHost::new();
     let device = Arc::new(Device {
+        features,
+        sizes,
         window: host.window(WINDOW).unwrap(),
         transport: OnceLock::new(),
         activations: Mutex::default(),
         resets: Mutex::default(),
+        orders: Mutex::default(),
         config_writes: Mutex::default(),
         eager: AtomicBool::new(true),
     });
@@ -606,9 +628,16 @@ fn offsets() -> impl Strategy<Value = u64> {
 proptest! {
     #[test]
     fn no_sequence_of_register_accesses_panics_or_activates_twice(
+        eager: bool,
+        ready: bool,
         accesses in prop::collection::vec((0..5u8, offsets(), prop::collection::vec(any::<u8>(), 0..9)), 0..200),
     ) {
-        let (device, driver) = rig();
+        let (device, driver) = rig_with(F_RING_PACKED | F_RING_RESET, [768, 64]);
+        device.eager.store(eager, Ordering::Relaxed);
+        if ready {
+            driver.negotiate(F_VERSION_1 | F_RING_RESET);
+            driver.set_status(status::DRIVER_OK);
+        }
         for (kind, offset, mut data) in accesses {
             let register = u16::try_from(offset % 280).unwrap();
             match kind {
@@ -625,5 +654,12 @@ proptest! {
         let activations = device.activations.lock().unwrap().len();
         let resets = usize::try_from(*device.resets.lock().unwrap()).unwrap();
         prop_assert!(activations <= resets + 1);
+        // Between two of its resets a queue is enabled.
+        let orders = device.orders.lock().unwrap();
+        for index in 0..2 {
+            let mine: Vec<_> = orders.iter().filter(|(i, _)| *i == index).map(|(_, queue)| queue.is_some()).collect();
+            prop_assert!(resets > 0 || mine.windows(2).all(|pair| pair[0] != pair[1]), "{mine:?}");
+            prop_assert!(orders.iter().all(|(i, _)| *i < 2));
+        }
     }
 }

@@ -240,25 +240,31 @@ impl Wiring {
         }
     }
 
-    /// Back to the state after power-on, except for where the BARs are. `renew` gives the virtqueues new eventfds: whoever was
-    /// handed the old ones can neither signal nor steal from what comes next.
+    /// Gives a virtqueue that has no vector new eventfds: whoever was handed the old ones can neither signal nor steal from what
+    /// comes next.
+    pub(super) fn renew(&mut self, queue: usize) {
+        match event::new().and_then(|kick| Ok((Arc::new(kick), Arc::new(event::new()?)))) {
+            Ok((kick, call)) => {
+                self.unregister(queue);
+                if let Some(line) = self.lines.get_mut(queue) {
+                    line.doorbell = Some(kick);
+                    line.source = Some(call);
+                }
+                if let Err(error) = self.register(queue) {
+                    self.warn("add a doorbell", &error);
+                }
+            }
+            Err(error) => self.warn("make new eventfds for a queue", &error),
+        }
+    }
+
+    /// Back to the state after power-on, except for where the BARs are. `renew` gives the virtqueues new eventfds.
     pub(super) fn reset(&mut self, msix: &Msix, renew: bool) {
         for (at, index) in (0..self.lines.len()).zip(0u16..) {
             self.set_vector(index, NO_VECTOR, msix);
             if at < self.queues {
-                if !renew {
-                    continue;
-                }
-                match event::new().and_then(|kick| Ok((Arc::new(kick), Arc::new(event::new()?)))) {
-                    Ok((kick, call)) => {
-                        self.unregister(at);
-                        self.lines[at].doorbell = Some(kick);
-                        self.lines[at].source = Some(call);
-                        if let Err(error) = self.register(at) {
-                            self.warn("add a doorbell", &error);
-                        }
-                    }
-                    Err(error) => self.warn("make new eventfds for a queue", &error),
+                if renew {
+                    self.renew(at);
                 }
             } else {
                 self.unregister(at);

@@ -8,6 +8,18 @@
 //!   over with the next.
 //!
 //! A back-end that was cut off keeps what it was given: plain vhost-user cannot take shared memory back from a process.
+//!
+//! # Losing a back-end
+//!
+//! Split rings say how far they have been used, so the next back-end goes on there. Packed rings do not: where the last back-end
+//! stood was known to it alone. So the device then sets DEVICE_NEEDS_RESET, unless the driver had not put anything into the
+//! rings yet; and the link is down until the driver has reset the device, whoever comes.
+//!
+//! # Resetting a queue
+//!
+//! VIRTIO_F_RING_RESET (VIRTIO 1.3, section 2.6.1) is offered with any back-end, because it takes no more than ordinary vhost-user:
+//! SET_VRING_ENABLE 0 and GET_VRING_BASE stop the vring, and what starts a vring starts it again. A back-end that does not answer
+//! within a second is cut off, and then the reset is complete too.
 
 mod rings;
 #[cfg(test)]
@@ -26,7 +38,10 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::host::Host;
 use crate::vhost_user::{Socket, SocketError, SocketRole};
-use crate::virtio::{Activation, F_VERSION_1, Transport, VirtioDevice, event};
+use crate::virtio::{
+    Activation, F_RING_PACKED, F_RING_RESET, F_VERSION_1, MAX_QUEUE_SIZE, QueueSetup, Transport,
+    VirtioDevice, event,
+};
 use worker::Worker;
 
 /// VIRTIO_NET_F_MAC: the configuration has the address.
@@ -43,16 +58,55 @@ const F_EVENT_IDX: u64 = 1 << 29;
 const F_IN_ORDER: u64 = 1 << 35;
 
 /// What this device answers for itself, whatever the back-end offers.
-const OWN_FEATURES: u64 = F_MAC | F_STATUS;
-/// What is offered where the back-end offers it.
-const PASSED_FEATURES: u64 = F_VERSION_1 | F_EVENT_IDX | F_INDIRECT_DESC | F_IN_ORDER | F_MRG_RXBUF;
+const OWN_FEATURES: u64 = F_MAC | F_STATUS | F_RING_RESET;
 
 /// VIRTIO_NET_S_LINK_UP.
 const LINK_UP: u16 = 1;
 /// Length of the device configuration: mac, status, max_virtqueue_pairs.
 const CONFIG_SIZE: usize = 10;
-/// The longest split ring (VIRTIO 1.3, section 2.7).
-const MAX_QUEUE_SIZE: u16 = 32768;
+
+/// Which features of rings the driver is offered where the back-end offers them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RingFeatures {
+    /// VIRTIO_F_RING_PACKED: packed rings in place of split ones.
+    pub packed: bool,
+    /// VIRTIO_F_IN_ORDER: buffers are used in the order in which they were made available.
+    pub in_order: bool,
+    /// VIRTIO_F_EVENT_IDX: each side says at which buffer it wants the next notification.
+    pub event_idx: bool,
+    /// VIRTIO_NET_F_MRG_RXBUF: a frame may fill several rx buffers.
+    pub mrg_rxbuf: bool,
+    /// VIRTIO_F_INDIRECT_DESC: a descriptor may refer to a table of descriptors.
+    pub indirect: bool,
+}
+
+impl Default for RingFeatures {
+    /// Split rings, with everything else.
+    fn default() -> Self {
+        Self {
+            packed: false,
+            in_order: true,
+            event_idx: true,
+            mrg_rxbuf: true,
+            indirect: true,
+        }
+    }
+}
+
+impl RingFeatures {
+    /// As feature bits.
+    fn bits(self) -> u64 {
+        let bits = [
+            (self.packed, F_RING_PACKED),
+            (self.in_order, F_IN_ORDER),
+            (self.event_idx, F_EVENT_IDX),
+            (self.mrg_rxbuf, F_MRG_RXBUF),
+            (self.indirect, F_INDIRECT_DESC),
+        ];
+        let on = bits.iter().filter(|(on, _)| *on);
+        on.fold(0, |all, (_, bit)| all | bit)
+    }
+}
 
 /// What the user decides.
 #[derive(Clone, Debug)]
@@ -63,8 +117,11 @@ pub struct NetConfig {
     pub role: SocketRole,
     /// Number of rx/tx queue pairs; 1 is the only number there is so far.
     pub queue_pairs: u16,
-    /// Maximum size of each queue: a power of two.
+    /// Maximum size of each queue, in descriptors: 1 to [`MAX_QUEUE_SIZE`], and a power of two unless `rings.packed`. (With that, a
+    /// driver that has split rings all the same is shown the power of two below.)
     pub queue_size: u16,
+    /// What the rings may be like.
+    pub rings: RingFeatures,
     /// The device's Ethernet address.
     pub mac: [u8; 6],
 }
@@ -79,7 +136,9 @@ pub enum Error {
     #[error("{0} queue pairs: a network device has one")]
     QueuePairs(u16),
     /// A size that no ring can have.
-    #[error("queue size {0}: a power of two from 2 to {MAX_QUEUE_SIZE} is needed")]
+    #[error(
+        "queue size {0}: from 1 to {MAX_QUEUE_SIZE}, and a power of two unless rings are packed"
+    )]
     QueueSize(u16),
     /// The host gives no eventfd.
     #[error("cannot make an eventfd: {0}")]
@@ -89,6 +148,12 @@ pub enum Error {
     Timer(#[source] errno::Error),
 }
 
+/// What is to happen to one queue.
+enum QueueOrder {
+    Reset(u16),
+    Enable(u16, QueueSetup),
+}
+
 /// What vCPU threads want of the device thread.
 #[derive(Default)]
 struct Mailbox {
@@ -96,10 +161,14 @@ struct Mailbox {
     reset: bool,
     /// Start with this, after the reset where there is one.
     activation: Option<Activation>,
+    /// Then do these. The transport waits for the end of one queue reset before it asks for the next of that queue, so that
+    /// there are at most two orders a queue.
+    queues: Vec<QueueOrder>,
 }
 
 /// What both sides of the device, vCPU threads and the device thread, have in common.
 struct Shared {
+    rings: RingFeatures,
     features: AtomicU64,
     link_up: AtomicBool,
     mailbox: Mutex<Mailbox>,
@@ -138,12 +207,14 @@ impl VirtioNet {
         if config.queue_pairs != 1 {
             return Err(Error::QueuePairs(config.queue_pairs));
         }
-        let size = config.queue_size;
-        if !size.is_power_of_two() || size < 2 {
+        let (size, rings) = (config.queue_size, config.rings);
+        let fits = (1..=MAX_QUEUE_SIZE).contains(&size);
+        if !fits || !(rings.packed || size.is_power_of_two()) {
             return Err(Error::QueueSize(size));
         }
         let shared = Arc::new(Shared {
-            features: AtomicU64::new(offered(0)),
+            rings,
+            features: AtomicU64::new(offered(0, rings)),
             link_up: AtomicBool::new(false),
             mailbox: Mutex::default(),
             wake: event::new().map_err(Error::EventFd)?,
@@ -230,13 +301,24 @@ impl VirtioDevice for VirtioNet {
     fn reset(&self) {
         *self.shared.mailbox() = Mailbox {
             reset: true,
-            activation: None,
+            ..Mailbox::default()
         };
+        self.shared.wake();
+    }
+
+    fn reset_queue(&self, index: u16) {
+        self.shared.mailbox().queues.push(QueueOrder::Reset(index));
+        self.shared.wake();
+    }
+
+    fn enable_queue(&self, index: u16, queue: QueueSetup) {
+        let order = QueueOrder::Enable(index, queue);
+        self.shared.mailbox().queues.push(order);
         self.shared.wake();
     }
 }
 
 /// The features that a driver is offered with a back-end that offers `backend`.
-fn offered(backend: u64) -> u64 {
-    (backend & PASSED_FEATURES) | OWN_FEATURES | F_VERSION_1
+fn offered(backend: u64, rings: RingFeatures) -> u64 {
+    (backend & rings.bits()) | OWN_FEATURES | F_VERSION_1
 }

@@ -8,13 +8,16 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use crate::host::MemoryRegion;
 use crate::virtio::QueueSetup;
 
+/// Length of a descriptor, in either layout.
+const DESCRIPTOR: u64 = 16;
+
 /// A ring that cannot be: a fault of the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub(super) enum RingError {
-    /// Not a power of two, or larger than the device allows.
+    /// Zero, larger than the device allows, or a split ring whose size is no power of two.
     #[error("a queue of {0} descriptors")]
     Size(u16),
-    /// A part of the ring is not aligned as VIRTIO 1.3, section 2.7 wants it.
+    /// A part of the ring is not aligned as VIRTIO 1.3, sections 2.7 and 2.8.10.1 want it.
     #[error("a ring at {0:#x}, which is not aligned")]
     Alignment(u64),
     /// A part of the ring is not in memory, or not in one piece of it.
@@ -22,20 +25,28 @@ pub(super) enum RingError {
     Memory(u64),
 }
 
-/// Checks size, alignment and place of a split ring (VIRTIO 1.3, section 2.7).
+/// Checks size, alignment and place of a ring (VIRTIO 1.3, section 2.7; packed: sections 2.8.10.1 and 2.8.14).
 pub(super) fn check(
     queue: &QueueSetup,
+    packed: bool,
     max_size: u16,
     memory: &[MemoryRegion],
 ) -> Result<(), RingError> {
-    if !queue.size.is_power_of_two() || queue.size > max_size {
+    let fits = (1..=max_size).contains(&queue.size);
+    if !fits || !(packed || queue.size.is_power_of_two()) {
         return Err(RingError::Size(queue.size));
     }
     let size = u64::from(queue.size);
+    // Packed: the driver and the device area are one event suppression structure each.
+    let [(driver, driver_align), (device, device_align)] = if packed {
+        [(4, 4), (4, 4)]
+    } else {
+        [(6 + 2 * size, 2), (6 + 8 * size, 4)]
+    };
     for (gpa, len, align) in [
-        (queue.desc, 16 * size, 16),
-        (queue.driver, 6 + 2 * size, 2),
-        (queue.device, 6 + 8 * size, 4),
+        (queue.desc, DESCRIPTOR * size, 16),
+        (queue.driver, driver, driver_align),
+        (queue.device, device, device_align),
     ] {
         if gpa % align != 0 {
             return Err(RingError::Alignment(gpa));
@@ -63,6 +74,21 @@ pub(super) fn used_index(queue: &QueueSetup, memory: &GuestMemoryMmap) -> Result
         .load::<u16>(GuestAddress(gpa), Ordering::Acquire)
         .map(u16::from_le)
         .map_err(|_| outside)
+}
+
+/// Whether a packed ring has not been touched: the driver has not made anything available, so no back-end has used anything.
+///
+/// This is told from the first descriptor alone. It is zero in a ring that was not touched, provided that the driver cleared it,
+/// and a descriptor that has been made available has an address ever after, because using it does not overwrite that. (Its
+/// flags tell less: after two laps they are those of the beginning.)
+pub(super) fn is_blank(queue: &QueueSetup, memory: &GuestMemoryMmap) -> bool {
+    let words = [0, 8].map(|offset| {
+        let gpa = queue.desc.checked_add(offset)?;
+        memory
+            .load::<u64>(GuestAddress(gpa), Ordering::Acquire)
+            .ok()
+    });
+    words == [Some(0); 2]
 }
 
 #[cfg(test)]
@@ -104,9 +130,9 @@ mod tests {
         let end = 0x2_0000;
         let memory = &memory()[..1];
         let fits = queue(256, end - 4096, 0x1_0000, 0x1_1000);
-        assert_eq!(check(&fits, 256, memory), Ok(()));
+        assert_eq!(check(&fits, false, 256, memory), Ok(()));
         let fits = queue(256, 0x1_0000, end - 518, 0x1_1000);
-        assert_eq!(check(&fits, 256, memory), Ok(()));
+        assert_eq!(check(&fits, false, 256, memory), Ok(()));
         for (desc, driver, device) in [
             (end - 4080, 0x1_1000, 0x1_2000),
             (0x1_0000, end - 516, 0x1_2000),
@@ -114,7 +140,7 @@ mod tests {
             (0x0_fff0, 0x1_1000, 0x1_2000),
             (u64::MAX - 15, 0x1_1000, 0x1_2000),
         ] {
-            let result = check(&queue(256, desc, driver, device), 256, memory);
+            let result = check(&queue(256, desc, driver, device), false, 256, memory);
             assert!(matches!(result, Err(RingError::Memory(_))), "{result:?}");
         }
     }
@@ -122,7 +148,7 @@ mod tests {
     #[test]
     fn a_ring_across_two_regions_is_refused() {
         let across = queue(256, 0x2_0000 - 2048, 0x1_0000, 0x1_1000);
-        let result = check(&across, 256, &memory());
+        let result = check(&across, false, 256, &memory());
         assert_eq!(result, Err(RingError::Memory(0x2_0000 - 2048)));
     }
 
@@ -130,12 +156,17 @@ mod tests {
     fn sizes_and_alignments_that_split_rings_cannot_have_are_refused() {
         let memory = memory();
         for size in [0, 3, 255, 512] {
-            let result = check(&queue(size, 0x1_0000, 0x1_1000, 0x1_2000), 256, &memory);
+            let result = check(
+                &queue(size, 0x1_0000, 0x1_1000, 0x1_2000),
+                false,
+                256,
+                &memory,
+            );
             assert_eq!(result, Err(RingError::Size(size)));
         }
         for (desc, driver, device) in [(8, 0, 0), (0, 1, 0), (0, 0, 2)] {
             let ring = queue(16, 0x1_0000 + desc, 0x1_1000 + driver, 0x1_2000 + device);
-            let result = check(&ring, 256, &memory);
+            let result = check(&ring, false, 256, &memory);
             assert!(matches!(result, Err(RingError::Alignment(_))), "{result:?}");
         }
     }

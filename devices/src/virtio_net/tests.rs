@@ -1,5 +1,7 @@
 //! The device with a fake machine, a fake transport, and back-ends that the tests play.
 
+mod queues;
+
 use std::io::Write;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
@@ -29,6 +31,8 @@ struct FakeTransport {
     config_changes: AtomicU32,
     needs_reset: AtomicU32,
     resets_done: AtomicU32,
+    /// The queues whose resets are complete, in order.
+    queue_resets: Mutex<Vec<u16>>,
 }
 
 impl Transport for FakeTransport {
@@ -40,6 +44,9 @@ impl Transport for FakeTransport {
     }
     fn reset_done(&self) {
         self.resets_done.fetch_add(1, Ordering::Relaxed);
+    }
+    fn queue_reset_done(&self, index: u16) {
+        self.queue_resets.lock().unwrap().push(index);
     }
 }
 
@@ -75,6 +82,10 @@ struct World {
 
 impl World {
     fn new(role: SocketRole) -> Self {
+        Self::with_rings(role, RingFeatures::default())
+    }
+
+    fn with_rings(role: SocketRole, rings: RingFeatures) -> Self {
         let place = Place::new();
         let path = place.0.join("s");
         let config = NetConfig {
@@ -82,6 +93,7 @@ impl World {
             role,
             queue_pairs: 1,
             queue_size: 256,
+            rings,
             mac: MAC,
         };
         let host = FakeHost::new();
@@ -292,22 +304,37 @@ impl Backend {
 // ---- what the driver sees ----
 
 #[test]
-fn a_driver_is_offered_what_the_device_passes_and_the_back_end_has() {
-    for (backend, expected) in [
-        (F_VERSION_1, F_VERSION_1 | F_MAC | F_STATUS),
-        (u64::MAX, PASSED_FEATURES | F_MAC | F_STATUS),
-        (
-            BACKEND | F_IN_ORDER,
-            BACKEND | F_IN_ORDER | F_MAC | F_STATUS,
-        ),
-    ] {
-        let mut world = World::new(SocketRole::Listen);
-        assert_eq!(world.net.features(), F_VERSION_1 | F_MAC | F_STATUS);
+fn a_driver_is_offered_what_the_keys_and_the_back_end_both_have() {
+    type Choose = fn(&mut RingFeatures) -> &mut bool;
+    let keys: [(Choose, u64); 5] = [
+        (|rings| &mut rings.packed, F_RING_PACKED),
+        (|rings| &mut rings.in_order, F_IN_ORDER),
+        (|rings| &mut rings.event_idx, F_EVENT_IDX),
+        (|rings| &mut rings.mrg_rxbuf, F_MRG_RXBUF),
+        (|rings| &mut rings.indirect, F_INDIRECT_DESC),
+    ];
+    let own = F_VERSION_1 | F_MAC | F_STATUS | F_RING_RESET;
+    let mut none = RingFeatures::default();
+    for (key, _) in keys {
+        *key(&mut none) = false;
+    }
+    let offered = |rings, backend| {
+        let mut world = World::with_rings(SocketRole::Listen, rings);
+        assert_eq!(world.net.features(), own, "before there is a back-end");
         let mut peer = world.connect(backend);
         world.until(&mut peer, |world, _| world.is_ready());
-        assert_eq!(world.net.features(), expected);
-        assert_eq!(world.net.features() & crate::virtio::F_RING_PACKED, 0);
+        world.net.features()
+    };
+    assert_eq!(offered(none, u64::MAX), own);
+    for (key, bit) in keys {
+        let mut rings = none;
+        *key(&mut rings) = true;
+        assert_eq!(offered(rings, u64::MAX), own | bit);
+        assert_eq!(offered(rings, !bit), own);
+        assert_eq!(offered(rings, F_VERSION_1 | bit), own | bit);
     }
+    let default = F_IN_ORDER | F_EVENT_IDX | F_MRG_RXBUF | F_INDIRECT_DESC;
+    assert_eq!(offered(RingFeatures::default(), u64::MAX), own | default);
 }
 
 #[test]
@@ -353,6 +380,7 @@ fn configurations_that_cannot_be_are_refused_by_name() {
         role: SocketRole::Listen,
         queue_pairs: 1,
         queue_size: 256,
+        rings: RingFeatures::default(),
         mac: MAC,
     };
     for queue_pairs in [0, 2] {
@@ -363,13 +391,28 @@ fn configurations_that_cannot_be_are_refused_by_name() {
         let error = VirtioNet::new(config, FakeHost::new()).err().unwrap();
         assert!(matches!(error, Error::QueuePairs(n) if n == queue_pairs));
     }
-    for queue_size in [0, 1, 100, u16::MAX] {
-        let config = NetConfig {
+    for (packed, sizes) in [
+        (false, &[0, 3, 768, 32769, u16::MAX][..]),
+        (true, &[0, 32769, u16::MAX]),
+    ] {
+        for &queue_size in sizes {
+            let mut config = NetConfig {
+                queue_size,
+                ..config.clone()
+            };
+            config.rings.packed = packed;
+            let error = VirtioNet::new(config, FakeHost::new()).err().unwrap();
+            assert!(matches!(error, Error::QueueSize(n) if n == queue_size));
+        }
+    }
+    for (packed, queue_size) in [(false, 1), (false, 32768), (true, 1), (true, 768)] {
+        let mut config = NetConfig {
             queue_size,
             ..config.clone()
         };
-        let error = VirtioNet::new(config, FakeHost::new()).err().unwrap();
-        assert!(matches!(error, Error::QueueSize(n) if n == queue_size));
+        config.rings.packed = packed;
+        let net = VirtioNet::new(config, FakeHost::new()).unwrap();
+        assert_eq!(net.queue_sizes(), [queue_size; 2]);
     }
     let first = VirtioNet::new(config.clone(), FakeHost::new()).unwrap();
     let error = VirtioNet::new(config, FakeHost::new()).err().unwrap();
@@ -500,7 +543,7 @@ fn a_next_back_end_without_the_drivers_features_leaves_the_link_down_until_the_d
     let lesser = F_VERSION_1;
     let mut next = world.connect(lesser);
     world.until(&mut next, |world, _| {
-        world.net.features() == lesser | F_MAC | F_STATUS
+        world.net.features() == lesser | F_MAC | F_STATUS | F_RING_RESET
     });
     world.turn();
     next.serve();

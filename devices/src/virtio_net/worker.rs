@@ -1,26 +1,29 @@
 //! The device thread's part: finding a back-end, starting and stopping the rings, and starting over.
 
+use std::fmt;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
-use log::{debug, error, info, warn};
+use log::{Level, debug, error, info, log, warn};
+use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::errno;
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::rings::{self, RingError};
-use super::{OWN_FEATURES, Shared, offered};
+use super::{OWN_FEATURES, QueueOrder, Shared, offered};
 use crate::host::Host;
-use crate::vhost_user::frontend::{self, Event, Frontend, Offer, Vring};
+use crate::vhost_user::frontend::{self, Event, Frontend, Offer, PACKED_BASE, Vring};
 use crate::vhost_user::{Connection, RateLimit, Socket};
-use crate::virtio::{Activation, F_VERSION_1, event};
+use crate::virtio::{Activation, F_RING_PACKED, F_VERSION_1, QueueSetup, event};
 
 /// How often a back-end that is not there is looked for.
 const RECONNECT: Duration = Duration::from_millis(100);
-/// How long a back-end may take to stop. There is no such bound on a handshake: a connection can wait long in the
-/// backlog of a back-end that is not up yet, and nobody waits for it but the one who started it.
+/// How long a back-end may take to stop, or to stop the next of several vrings that the driver resets. There is no such bound on a
+/// handshake: a connection can wait long in the backlog of a back-end that is not up yet, and nobody waits for it but the one who
+/// started it.
 pub(super) const STOP_DEADLINE: Duration = Duration::from_secs(1);
 /// How often something that a peer or a guest can bring about may be logged.
 const LOG_INTERVAL: Duration = Duration::from_secs(1);
@@ -32,11 +35,29 @@ const PEER: u32 = 2;
 const RECONNECT_TIMER: u32 = 3;
 const DEADLINE_TIMER: u32 = 4;
 
+/// One queue as the driver wants it.
+struct Queue {
+    setup: QueueSetup,
+    /// A back-end has had this ring: the next one goes on where it stopped.
+    served: bool,
+}
+
 /// What the driver asked for.
 struct Active {
-    activation: Activation,
-    /// A back-end has had these rings: the next one goes on where it stopped.
-    served: bool,
+    features: u64,
+    queues: Vec<Queue>,
+}
+
+impl Active {
+    fn packed(&self) -> bool {
+        self.features & F_RING_PACKED != 0
+    }
+
+    /// The enabled queues with their vring indices.
+    fn enabled(&mut self) -> impl Iterator<Item = (u8, &mut Queue)> {
+        let queues = (0u8..).zip(&mut self.queues);
+        queues.filter(|(_, queue)| queue.setup.enabled)
+    }
 }
 
 struct Peer {
@@ -54,8 +75,12 @@ pub(super) struct Worker {
     deadline: TimerFd,
     peer: Option<Peer>,
     active: Option<Active>,
+    /// The device needs a reset: nothing is started before.
+    broken: bool,
     /// The transport waits for `reset_done`, and that for the back-end.
     resetting: bool,
+    /// The vrings of the queues for which the transport waits for `queue_reset_done`, and that for the back-end.
+    queue_resets: Vec<u8>,
     limit: RateLimit,
 }
 
@@ -75,7 +100,9 @@ impl Worker {
             deadline: TimerFd::new()?,
             peer: None,
             active: None,
+            broken: false,
             resetting: false,
+            queue_resets: Vec::new(),
             limit: RateLimit::new(LOG_INTERVAL),
         })
     }
@@ -167,15 +194,49 @@ impl Worker {
 
     /// The connection is of no more use: drops it and everything that hangs on it.
     fn lost(&mut self, error: &frontend::Error, ops: &mut EventOps) {
+        // A peer that ends is no fault: of two VMs one ends first.
+        let (level, what) = if error.is_disconnect() {
+            (Level::Info, "is gone")
+        } else {
+            (Level::Warn, "was cut off")
+        };
+        self.drop_peer(level, format_args!("{what}: {error}"), ops);
+    }
+
+    /// Drops the connection, with one line that says why and what comes of it.
+    fn drop_peer(&mut self, level: Level, why: fmt::Arguments, ops: &mut EventOps) {
+        let stranded = self.strand();
         if self.may_log() {
-            let what = if error.is_disconnect() {
-                "the back-end is gone"
+            let then = if stranded {
+                "where it stood in the packed rings is not known, the driver has to reset the device"
             } else {
-                "the back-end was cut off"
+                "waiting for another"
             };
-            warn!("{}: {what}: {error}; waiting for another", self.path());
+            log!(level, "{}: the back-end {why}; {then}", self.path());
         }
         self.disconnect(ops);
+        if stranded && let Some(transport) = self.shared.transport() {
+            transport.set_needs_reset();
+        }
+    }
+
+    /// Gives up packed rings that no other back-end could go on with; returns whether there are any. A ring that the driver has
+    /// not put anything into can be started anew.
+    fn strand(&mut self) -> bool {
+        let memory = self.host.memory();
+        let started = self.peer.as_ref().is_some_and(|p| p.frontend.is_started());
+        let active = self.active.as_mut().filter(|active| active.packed());
+        let Some(active) = active.filter(|_| started) else {
+            return false;
+        };
+        let stranded = active
+            .enabled()
+            .any(|(_, queue)| !rings::is_blank(&queue.setup, memory));
+        if stranded {
+            self.active = None;
+            self.broken = true;
+        }
+        stranded
     }
 
     fn disconnect(&mut self, ops: &mut EventOps) {
@@ -186,6 +247,9 @@ impl Worker {
             }
         }
         self.update_link();
+        for index in std::mem::take(&mut self.queue_resets) {
+            self.queue_reset_done(index);
+        }
         if self.resetting {
             self.finish_reset();
         }
@@ -207,6 +271,10 @@ impl Worker {
                     self.finish_reset();
                     self.try_start(ops);
                 }
+                Ok(Some(Event::VringStopped(index, base))) => {
+                    debug!("{}: vring {index} stopped at {base:#x}", self.path());
+                    self.vring_stopped(index, ops);
+                }
                 Ok(None) => return,
                 Err(error) => return self.lost(&error, ops),
             }
@@ -215,9 +283,10 @@ impl Worker {
 
     fn handshake_done(&mut self, offer: Offer, ops: &mut EventOps) {
         debug!("{}: the back-end offers {:#x}", self.path(), offer.features);
-        self.shared
-            .features
-            .store(offered(offer.features), Ordering::Release);
+        self.shared.features.store(
+            offered(offer.features, self.shared.rings),
+            Ordering::Release,
+        );
         self.try_start(ops);
         self.update_link();
         if let Err(error) = self.shared.ready.write(1) {
@@ -227,14 +296,14 @@ impl Worker {
 
     /// What the driver uses, or would have to use, and the back-end does not offer.
     fn missing(&self, offer: Offer) -> u64 {
-        let accepted = self.active.as_ref().map_or(0, |a| a.activation.features);
+        let accepted = self.active.as_ref().map_or(0, |active| active.features);
         ((accepted & !OWN_FEATURES) | F_VERSION_1) & !offer.features
     }
 
     /// The link is up while there is a back-end that serves the driver, or could.
     fn update_link(&self) {
         let offer = self.peer.as_ref().and_then(|peer| peer.frontend.offer());
-        let up = offer.is_some_and(|offer| self.missing(offer) == 0);
+        let up = !self.broken && offer.is_some_and(|offer| self.missing(offer) == 0);
         if self.shared.link_up.swap(up, Ordering::AcqRel) != up
             && let Some(transport) = self.shared.transport()
         {
@@ -259,54 +328,36 @@ impl Worker {
             }
             return;
         }
-        let Some(active) = &self.active else { return };
-        let vrings = match self.vrings(active) {
+        let Some(active) = &mut self.active else {
+            return;
+        };
+        let packed = active.packed();
+        let vrings = active
+            .enabled()
+            .map(|(index, queue)| vring(index, queue, packed, self.host.memory()))
+            .collect::<Result<Vec<_>, _>>();
+        let vrings = match vrings {
             Ok(vrings) => vrings,
             Err(error) => return self.refuse(error),
         };
-        let features = active.activation.features;
-        let (Some(peer), Some(active)) = (&mut self.peer, &mut self.active) else {
-            return;
-        };
+        let features = active.features;
+        let again = active.enabled().filter(|(_, queue)| queue.served);
+        let again: Vec<_> = again.map(|(_, queue)| queue.setup.clone()).collect();
+        for (_, queue) in active.enabled() {
+            queue.served = true;
+        }
+        let Some(peer) = &mut self.peer else { return };
         let result = peer
             .frontend
             .start(features, self.host.memory_regions(), &vrings);
-        let again = std::mem::replace(&mut active.served, true);
         if let Err(error) = result {
             return self.lost(&error, ops);
         }
-        if again {
+        for queue in again {
             // The last back-end may have taken a kick and died, or used buffers and died before its call.
-            for vring in &vrings {
-                event::signal(&vring.kick);
-                event::signal(&vring.call);
-            }
+            event::signal(&queue.kick);
+            event::signal(&queue.call);
         }
-    }
-
-    /// The enabled queues as vrings.
-    fn vrings(&self, active: &Active) -> Result<Vec<Vring>, RingError> {
-        (0u8..)
-            .zip(&active.activation.queues)
-            .filter(|(_, queue)| queue.enabled)
-            .map(|(index, queue)| {
-                let base = if active.served {
-                    rings::used_index(queue, self.host.memory())?
-                } else {
-                    0
-                };
-                Ok(Vring {
-                    index,
-                    size: queue.size,
-                    desc: queue.desc,
-                    driver: queue.driver,
-                    device: queue.device,
-                    base,
-                    kick: queue.kick.clone(),
-                    call: queue.call.clone(),
-                })
-            })
-            .collect()
     }
 
     // ---- what the driver wants ----
@@ -320,22 +371,116 @@ impl Worker {
         if let Some(activation) = mail.activation {
             self.activate(activation, ops);
         }
+        for order in mail.queues {
+            match order {
+                QueueOrder::Reset(index) => self.reset_queue(index, ops),
+                QueueOrder::Enable(index, queue) => self.enable_queue(index, queue, ops),
+            }
+        }
     }
 
     fn activate(&mut self, activation: Activation, ops: &mut EventOps) {
-        let memory = self.host.memory_regions();
-        let enabled = activation.queues.iter().filter(|queue| queue.enabled);
-        for queue in enabled {
-            if let Err(error) = rings::check(queue, self.queue_size, memory) {
+        let Activation { features, queues } = activation;
+        let queues = queues.into_iter().map(|setup| Queue {
+            setup,
+            served: false,
+        });
+        let mut active = Active {
+            features,
+            queues: queues.collect(),
+        };
+        let packed = active.packed();
+        for (_, queue) in active.enabled() {
+            if let Err(error) = self.check(&queue.setup, packed) {
                 return self.refuse(error);
             }
         }
-        self.active = Some(Active {
-            activation,
-            served: false,
-        });
+        self.active = Some(active);
         self.try_start(ops);
         self.update_link();
+    }
+
+    fn check(&self, queue: &QueueSetup, packed: bool) -> Result<(), RingError> {
+        rings::check(queue, packed, self.queue_size, self.host.memory_regions())
+    }
+
+    /// The driver resets one queue.
+    fn reset_queue(&mut self, index: u16, ops: &mut EventOps) {
+        let Ok(index) = u8::try_from(index) else {
+            return;
+        };
+        let queue = self
+            .active
+            .as_mut()
+            .and_then(|active| active.queues.get_mut(usize::from(index)));
+        if let Some(queue) = queue {
+            queue.setup.enabled = false;
+            queue.served = false;
+        }
+        let running = self.peer.as_mut().filter(|p| p.frontend.has_vring(index));
+        let Some(peer) = running else {
+            return self.queue_reset_done(index);
+        };
+        let result = peer.frontend.stop_vring(index);
+        self.queue_resets.push(index);
+        if let Err(error) = result {
+            return self.lost(&error, ops);
+        }
+        if self.arm_deadline(ops) {
+            self.drive(ops);
+        }
+    }
+
+    /// The back-end has stopped a vring; where it was not asked any more, a device reset came in between.
+    fn vring_stopped(&mut self, index: u8, ops: &mut EventOps) {
+        let Some(at) = self.queue_resets.iter().position(|&i| i == index) else {
+            return;
+        };
+        self.queue_resets.swap_remove(at);
+        self.queue_reset_done(index);
+        if self.queue_resets.is_empty() {
+            let _ = self.deadline.clear();
+        } else {
+            self.arm_deadline(ops);
+        }
+    }
+
+    fn queue_reset_done(&self, index: u8) {
+        if let Some(transport) = self.shared.transport() {
+            transport.queue_reset_done(index.into());
+        }
+    }
+
+    /// The driver enables one queue while the others are at work.
+    fn enable_queue(&mut self, index: u16, setup: QueueSetup, ops: &mut EventOps) {
+        // Where there is none, the device needs a reset already.
+        let Some(active) = &self.active else { return };
+        let packed = active.packed();
+        if let Err(error) = self.check(&setup, packed) {
+            return self.refuse(error);
+        }
+        let queues = self.active.as_mut().map(|active| &mut active.queues);
+        let (Some(queue), Ok(index)) = (
+            queues.and_then(|queues| queues.get_mut(usize::from(index))),
+            u8::try_from(index),
+        ) else {
+            return;
+        };
+        *queue = Queue {
+            setup,
+            served: false,
+        };
+        // Where the others have not been started, this one comes with them.
+        let running = self.peer.as_mut().filter(|p| p.frontend.is_started());
+        let Some(peer) = running else { return };
+        let vring = match vring(index, queue, packed, self.host.memory()) {
+            Ok(vring) => vring,
+            Err(error) => return self.refuse(error),
+        };
+        queue.served = true;
+        if let Err(error) = peer.frontend.start_vring(&vring) {
+            self.lost(&error, ops);
+        }
     }
 
     /// The guest's driver has set up what cannot be.
@@ -344,6 +489,8 @@ impl Worker {
             warn!("{}: the driver set up {error}", self.path());
         }
         self.active = None;
+        self.broken = true;
+        self.update_link();
         if let Some(transport) = self.shared.transport() {
             transport.set_needs_reset();
         }
@@ -351,6 +498,8 @@ impl Worker {
 
     fn reset(&mut self, ops: &mut EventOps) {
         self.active = None;
+        self.broken = false;
+        self.queue_resets.clear();
         if self.resetting {
             return;
         }
@@ -363,11 +512,19 @@ impl Worker {
             }
             _ => return self.finish_reset(),
         }
-        if let Err(error) = self.deadline.reset(STOP_DEADLINE, None) {
-            error!("{}: cannot arm a timer: {error}", self.path());
-            return self.disconnect(ops);
+        if self.arm_deadline(ops) {
+            self.drive(ops);
         }
-        self.drive(ops);
+    }
+
+    /// Gives the back-end time to stop; returns whether there still is one.
+    fn arm_deadline(&mut self, ops: &mut EventOps) -> bool {
+        let result = self.deadline.reset(STOP_DEADLINE, None);
+        if let Err(error) = &result {
+            let why = format_args!("was cut off: cannot arm a timer: {error}");
+            self.drop_peer(Level::Error, why, ops);
+        }
+        result.is_ok()
     }
 
     fn finish_reset(&mut self) {
@@ -384,14 +541,9 @@ impl Worker {
         // Setting the timer anew is what makes it unreadable; there is nothing to read from it.
         let _ = self.deadline.clear();
         self.drive(ops);
-        if self.resetting {
-            if self.may_log() {
-                warn!(
-                    "{}: the back-end was cut off: it did not stop within {STOP_DEADLINE:?}",
-                    self.path()
-                );
-            }
-            self.disconnect(ops);
+        if self.resetting || !self.queue_resets.is_empty() {
+            let why = format_args!("was cut off: it did not stop within {STOP_DEADLINE:?}");
+            self.drop_peer(Level::Warn, why, ops);
         }
     }
 
@@ -409,10 +561,35 @@ impl Worker {
         peer.interest = interest;
         let fd = peer.frontend.as_raw_fd();
         if let Err(error) = ops.modify(Events::with_data_raw(fd, PEER, interest)) {
-            error!("{}: cannot watch the connection: {error}", self.path());
-            self.disconnect(ops);
+            let why = format_args!("was cut off: cannot watch the connection: {error}");
+            self.drop_peer(Level::Error, why, ops);
         }
     }
+}
+
+/// A queue as a back-end gets it.
+fn vring(
+    index: u8,
+    queue: &Queue,
+    packed: bool,
+    memory: &GuestMemoryMmap,
+) -> Result<Vring, RingError> {
+    let setup = &queue.setup;
+    let base = match (packed, queue.served) {
+        (true, _) => PACKED_BASE,
+        (false, true) => rings::used_index(setup, memory)?.into(),
+        (false, false) => 0,
+    };
+    Ok(Vring {
+        index,
+        size: setup.size,
+        desc: setup.desc,
+        driver: setup.driver,
+        device: setup.device,
+        base,
+        kick: setup.kick.clone(),
+        call: setup.call.clone(),
+    })
 }
 
 impl MutEventSubscriber for Worker {

@@ -1,5 +1,10 @@
 //! Commands: the kernel command line, and lines on the control channel (docs/bare-metal.md).
 
+use guest_driver::net_port::{Shape, TxShape};
+
+/// Smallest receive buffer.
+const MIN_RX_BUFFER: u16 = 128;
+
 /// What to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Work {
@@ -89,6 +94,8 @@ pub struct BadWord<'a>(pub &'a str);
 pub enum Command {
     /// Run a workload.
     Run(Run),
+    /// Reset the rings and start them anew (front-end).
+    ResetRings,
     /// Power off with an exit code.
     Exit(u8),
 }
@@ -113,6 +120,10 @@ impl Command {
                 run.work = work.ok_or(BadWord(line))?;
                 Ok(Some(Self::Run(run)))
             }
+            Some("reset-rings") => match words.next() {
+                None => Ok(Some(Self::ResetRings)),
+                Some(word) => Err(BadWord(word)),
+            },
             Some("exit") => {
                 let mut code = 0;
                 for word in words {
@@ -158,12 +169,14 @@ impl Run {
 }
 
 /// What the kernel command line says.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Boot {
     /// Frequency of the time-stamp counter.
     pub tsc_khz: u64,
     /// Where PCI configuration space is.
     pub ecam: u64,
+    /// How the front-end lays out frames in buffers.
+    pub shape: Shape,
     /// A workload to run at once; otherwise commands are read from the control channel.
     pub run: Option<Run>,
 }
@@ -178,6 +191,12 @@ impl Boot {
             let understood = match word.split_once('=') {
                 Some(("tsc_khz", value)) => number(value).map(|n| boot.tsc_khz = n).is_some(),
                 Some(("ecam", value)) => number(value).map(|n| boot.ecam = n).is_some(),
+                Some(("tx", shape)) => tx_shape(shape).map(|tx| boot.shape.tx = tx).is_some(),
+                Some(("rx_buffer", value)) => number(value)
+                    .and_then(|n| u16::try_from(n).ok())
+                    .filter(|n| (MIN_RX_BUFFER..=Shape::default().rx_buffer).contains(n))
+                    .map(|n| boot.shape.rx_buffer = n)
+                    .is_some(),
                 Some(("work", "control")) => true,
                 Some(("work", name)) => Work::parse(name)
                     .map(|parsed| work = Some(parsed))
@@ -190,6 +209,16 @@ impl Boot {
         }
         boot.run = work.map(|work| Run { work, ..run });
         boot
+    }
+}
+
+/// How frames to send are given to the device, by name.
+fn tx_shape(name: &str) -> Option<TxShape> {
+    match name {
+        "direct" => Some(TxShape::Direct),
+        "chain" => Some(TxShape::Chain),
+        "indirect" => Some(TxShape::Indirect),
+        _ => None,
     }
 }
 
@@ -223,6 +252,7 @@ mod tests {
         };
         assert_eq!(Command::parse(line), Ok(Some(Command::Run(want))));
         assert_eq!(Command::parse("exit code=9"), Ok(Some(Command::Exit(9))));
+        assert_eq!(Command::parse("reset-rings"), Ok(Some(Command::ResetRings)));
         assert_eq!(Command::parse("  "), Ok(None));
     }
 
@@ -238,6 +268,7 @@ mod tests {
             ("run size=64", "run size=64"),
             ("stop", "stop"),
             ("exit now", "now"),
+            ("reset-rings now", "now"),
             ("exit code=256", "code=256"),
         ] {
             assert_eq!(Command::parse(line), Err(BadWord(word)));
@@ -261,6 +292,16 @@ mod tests {
             })
         );
         assert_eq!(unknown, ["quiet", "size=1"]);
+        let boot = Boot::parse("tx=indirect rx_buffer=512", |word| panic!("{word}"));
+        assert_eq!(
+            (boot.shape.tx, boot.shape.rx_buffer),
+            (TxShape::Indirect, 512)
+        );
+        let mut unknown = Vec::new();
+        Boot::parse("tx=fast rx_buffer=127 rx_buffer=1531", |word| {
+            unknown.push(word)
+        });
+        assert_eq!(unknown, ["tx=fast", "rx_buffer=127", "rx_buffer=1531"]);
         assert_eq!(Boot::parse("work=control", |_| ()).run, None);
     }
 }

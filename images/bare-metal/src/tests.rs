@@ -8,7 +8,7 @@ use std::vec;
 use std::vec::Vec;
 use std::{format, thread};
 
-use guest_driver::joined::{self, JoinedBackEnd, JoinedFrontEnd};
+use guest_driver::joined::{self, JoinConfig, JoinedBackEnd, JoinedFrontEnd, Silent};
 use guest_driver::{Frame, Port, Slot};
 use virtqueue::linear::Linear;
 
@@ -50,7 +50,12 @@ impl<P: Port> Link for Thread<P> {
     }
 }
 
-const SIZE: u16 = 64;
+fn join_config() -> JoinConfig {
+    JoinConfig {
+        size: 64,
+        ..JoinConfig::default()
+    }
+}
 
 struct Bed {
     _words: Vec<[u64; 512]>,
@@ -58,13 +63,19 @@ struct Bed {
 }
 
 fn bed() -> Bed {
-    let pages = usize::try_from(joined::memory_needed(SIZE)).unwrap() / 4096 + 1;
+    let pages = usize::try_from(joined::memory_needed(&join_config()).unwrap()).unwrap() / 4096 + 1;
     let mut words = vec![[0u64; 512]; pages];
     let base = words.as_mut_ptr().cast::<u8>();
     let skip = base.align_offset(4096);
     #[allow(unsafe_code)]
     // SAFETY: the vector outlives the test's threads and is not touched otherwise.
-    let memory = unsafe { Linear::new(base.add(skip), 0, joined::memory_needed(SIZE)) };
+    let memory = unsafe {
+        Linear::new(
+            base.add(skip),
+            0,
+            joined::memory_needed(&join_config()).unwrap(),
+        )
+    };
     Bed {
         _words: words,
         memory,
@@ -75,11 +86,11 @@ fn bed() -> Bed {
 fn run_with<P: Port + Send>(
     front: Run,
     back: Run,
-    meddle: impl FnOnce(JoinedFrontEnd) -> P,
+    meddle: impl FnOnce(JoinedFrontEnd<Silent>) -> P,
 ) -> (Outcome, Outcome) {
     let bed = bed();
-    let (front_port, back_port): (_, JoinedBackEnd) =
-        joined::join(bed.memory, 0, SIZE, false).unwrap();
+    let (front_port, back_port): (_, JoinedBackEnd<Silent>) =
+        joined::join(bed.memory, 0, &join_config(), Silent, Silent, false).unwrap();
     let start = Instant::now();
     let mut front_end = Thread {
         end: End::FrontEnd,
@@ -201,7 +212,7 @@ enum Fault {
 
 /// Does one fault to the 100th frame that arrives.
 struct Meddler {
-    inner: JoinedFrontEnd,
+    inner: JoinedFrontEnd<Silent>,
     fault: Fault,
     seen: AtomicU64,
     held: Vec<u8>,

@@ -4,6 +4,7 @@ use super::*;
 use crate::bench::pairs::{BoundSample, VmSample};
 use crate::bench::plan::Case;
 use crate::bench::record::SampleResult;
+use crate::bench::requests::{Request, RequestCase};
 use crate::tempdir::TempDir;
 use vmm::MemoryConfig;
 
@@ -33,6 +34,10 @@ fn pair(mpps: f64, bound: f64, probe_ns: f64) -> Pair {
 fn measured(direction: Direction, pairs: Vec<Pair>) -> Measured {
     Measured {
         case: Case {
+            ring: Ring {
+                layout: Layout::Split,
+                in_order: false,
+            },
             direction,
             size: 64,
             batch: 32,
@@ -52,7 +57,11 @@ fn setup() -> Setup {
         warmup_ms: 5,
         mode: Mode::Poll,
         cores: [0, 1],
-        queue_size: 256,
+        rings: RingSetup {
+            size: 256,
+            tx: Some(Tx::Direct),
+            ..RingSetup::default()
+        },
         memory: MemoryConfig {
             size: 1 << 28,
             hugepages: HugePages::Size2M,
@@ -62,7 +71,7 @@ fn setup() -> Setup {
 }
 
 fn json(measured: &[Measured]) -> Value {
-    serde_json::to_value(Report::new(&setup(), 2_596_000, measured)).unwrap()
+    serde_json::to_value(Report::new(&setup(), 2_596_000, measured, &[])).unwrap()
 }
 
 #[test]
@@ -84,6 +93,11 @@ fn every_key_of_the_contract_is_there() {
         ("path", "\"window\""),
         ("ring", "\"split\""),
         ("in_order", "false"),
+        ("event_idx", "false"),
+        ("mrg_rxbuf", "false"),
+        ("indirect", "false"),
+        ("tx", "\"direct\""),
+        ("queue_size", "256"),
         ("iommu", "\"off\""),
         ("frame_size", "64"),
         ("batch", "32"),
@@ -117,6 +131,112 @@ fn every_key_of_the_contract_is_there() {
     assert_eq!(result["cpu"]["other_threads_percent"][0], 0.01);
     assert_eq!(result["dropped_samples"]["cores_moved"], 2);
     assert!(result.get("latency_ns").is_none());
+    assert!(json.get("requests").is_none() && json.get("counters").is_none());
+}
+
+#[test]
+fn the_rings_that_were_asked_for_are_in_the_entry() {
+    let mut case = measured(Direction::BeToFe, vec![]);
+    case.case.ring = Ring {
+        layout: Layout::Packed,
+        in_order: true,
+    };
+    let mut setup = setup();
+    setup.rings.mrg_rxbuf = Some(true);
+    setup.rings.rx_buffer = Some(512);
+    setup.rings.size = 768;
+    let json = serde_json::to_value(Report::new(&setup, 1, &[case], &[])).unwrap();
+    let result = &json["results"][0];
+    for (key, value) in [
+        ("ring", "\"packed\""),
+        ("in_order", "true"),
+        ("event_idx", "false"),
+        ("mrg_rxbuf", "true"),
+        ("rx_buffer", "512"),
+        ("queue_size", "768"),
+    ] {
+        assert_eq!(result[key].to_string(), value, "{key}");
+    }
+}
+
+fn requests(place: Where, samples: &[(f64, f64)]) -> Requests {
+    let sample = |&(ns, probe_ns)| Request {
+        ns,
+        misses: None,
+        probe_ns,
+    };
+    Requests {
+        case: RequestCase {
+            ring: Ring {
+                layout: Layout::Packed,
+                in_order: true,
+            },
+            batch: 8,
+            place,
+        },
+        samples: samples.iter().map(sample).collect(),
+        dropped: 2,
+    }
+}
+
+#[test]
+fn request_times_have_a_distance_between_two_cores_and_none_on_one() {
+    let samples = [(10.0, 100.0), (30.0, 110.0), (99.0, 400.0), (20.0, 90.0)];
+    let all = [
+        requests(Where::SameCore, &samples),
+        requests(Where::CrossCore, &samples),
+        requests(Where::CrossCore, &[]),
+    ];
+    let json = serde_json::to_value(Report::new(&setup(), 1, &[], &all)).unwrap();
+    let [same, near, far, none] = &json["requests"].as_array().unwrap()[..] else {
+        panic!("{json}");
+    };
+    for (key, value) in [
+        ("ring", "\"packed\""),
+        ("in_order", "true"),
+        ("batch", "8"),
+        ("where", "\"cross-core\""),
+        ("distance", "\"near\""),
+        ("probe_ns", "100.0"),
+    ] {
+        assert_eq!(near[key].to_string(), value, "{key}");
+    }
+    assert_eq!(near["ns"]["median"], 20.0);
+    assert_eq!(near["ns"]["min"], 10.0);
+    assert_eq!(near["ns"]["max"], 30.0);
+    assert_eq!(near["ns"]["samples"].as_array().unwrap().len(), 3);
+    assert_eq!(
+        (&far["distance"], &far["ns"]["median"]),
+        (&"far".into(), &99.0.into())
+    );
+    assert_eq!(same["where"], "same-core");
+    assert_eq!(same["ns"]["median"], 25.0);
+    assert!(same.get("distance").is_none() && same.get("probe_ns").is_none());
+    assert!(none.get("ns").is_none() && none.get("distance").is_none());
+    assert_eq!(none["dropped_samples"], 2);
+    let counters = json["counters"].as_str().unwrap();
+    assert!(counters.starts_with("not available: ") || counters.starts_with("cache-misses"));
+}
+
+#[test]
+fn the_table_has_a_column_for_the_ring_where_there_is_more_than_one() {
+    let pairs = || vec![pair(10.0, 12.5, 100.0)];
+    let split = measured(Direction::BeToFe, pairs());
+    let mut packed = measured(Direction::BeToFe, pairs());
+    packed.case.ring.layout = Layout::Packed;
+    let text = |measured: &[Measured], requests: &[Requests]| {
+        crate::bench::table::render(&Report::new(&setup(), 1, measured, requests))
+    };
+    let one = text(std::slice::from_ref(&split), &[]);
+    assert!(!one.contains("ring") && !one.contains("split"), "{one}");
+    let two = text(&[split, packed], &[]);
+    assert!(two.contains(" ring ") && two.contains(" split ") && two.contains(" packed "));
+    let times = text(&[], &[requests(Where::CrossCore, &[(12.5, 100.0)])]);
+    let line = times.lines().find(|line| line.starts_with("cross-core"));
+    assert_eq!(
+        line.unwrap().split_whitespace().collect::<Vec<_>>(),
+        ["cross-core", "packed+in-order", "near", "12.5"]
+    );
 }
 
 #[test]
@@ -191,7 +311,7 @@ fn the_file_appears_complete_or_not_at_all() {
     drop(file);
     assert_eq!(directory.path().read_dir().unwrap().count(), 0);
 
-    let report = Report::new(&setup(), 1, &[]);
+    let report = Report::new(&setup(), 1, &[], &[]);
     JsonFile::create(&path).unwrap().write(&report).unwrap();
     let text = std::fs::read_to_string(&path).unwrap();
     let _: Value = serde_json::from_str(&text).unwrap();

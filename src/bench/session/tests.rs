@@ -6,9 +6,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 
 use super::*;
+use crate::cli::rings::Layout;
 use vmm::{HugePages, MemoryConfig};
 
+const RING: Ring = Ring {
+    layout: Layout::Split,
+    in_order: false,
+};
 const CASE: Case = Case {
+    ring: RING,
     direction: Direction::BeToFe,
     size: 64,
     batch: 32,
@@ -20,7 +26,10 @@ fn setup() -> Setup {
         warmup_ms: 1,
         mode: Mode::Poll,
         cores: [0, 1],
-        queue_size: 256,
+        rings: RingSetup {
+            size: 256,
+            ..RingSetup::default()
+        },
         memory: MemoryConfig {
             size: 1 << 20,
             hugepages: HugePages::Off,
@@ -61,9 +70,12 @@ fn session(
         sides,
         waiting: VecDeque::new(),
         signals: None,
-        setup: setup(),
+        setup: Rc::new(setup()),
+        rings: RingSetup {
+            event_idx: Some(true),
+            ..setup().rings.with(RING)
+        },
         tsc_khz: 1_000_000,
-        event_idx: false,
         bound: None,
         id: 0,
         _directory: None,
@@ -170,7 +182,11 @@ fn a_guest_that_says_nothing_is_not_waited_for_for_ever() {
 #[test]
 fn both_guests_have_to_be_ready_and_stay_so() {
     let (mut session, _threads) = session(|side, _| {
-        let ready = "{\"record\":\"ready\",\"role\":\"x\",\"tsc_khz\":2000000,\"features\":0}\n";
+        // What the back-end says of itself is no matter: EVENT_IDX (bit 29) is the front-end's to have.
+        let features = (side as u64) << 29;
+        let ready = &format!(
+            "{{\"record\":\"ready\",\"role\":\"x\",\"tsc_khz\":2000000,\"features\":{features}}}\n"
+        );
         Some(match side {
             0 => format!("{ready}{{\"record\":\"down\"}}\n{ready}"),
             _ => ready.to_owned(),
@@ -179,7 +195,25 @@ fn both_guests_have_to_be_ready_and_stay_so() {
     session.send(0, "go").unwrap();
     session.send(1, "go").unwrap();
     session.wait_until_ready(Instant::now() + ANSWER).unwrap();
-    assert_eq!(session.tsc_khz(), 2_000_000);
+    assert_eq!(session.tsc_khz, 2_000_000);
+}
+
+#[test]
+fn guests_that_agreed_on_other_features_are_not_measured() {
+    for (features, want) in [
+        (0_u64, "VIRTIO_F_EVENT_IDX"),
+        (1 << 29 | 1 << 34, "packed=off"),
+    ] {
+        let (mut session, _threads) = session(move |_, _| {
+            Some(format!(
+                "{{\"record\":\"ready\",\"tsc_khz\":1,\"features\":{features}}}\n"
+            ))
+        });
+        session.send(FRONT_END, "go").unwrap();
+        let error = session.wait_until_ready(Instant::now() + ANSWER);
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains(want), "{error}");
+    }
 }
 
 #[test]

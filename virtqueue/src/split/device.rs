@@ -3,9 +3,10 @@
 use core::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
 
 use super::{
-    Areas, DESC_INDIRECT, DESC_LEN, DESC_NEXT, DESC_WRITE, FLAGS, IDX, NO_NOTIFY, avail_entry,
-    passes, used_entry,
+    Areas, DESC_INDIRECT, DESC_NEXT, DESC_WRITE, FLAGS, IDX, NO_NOTIFY, avail_entry, passes,
+    used_entry,
 };
+use crate::chain::{Collector, DESC_LEN, open_table};
 use crate::{Buffer, Chain, DeviceRing, Error, Memory, Region, RingConfig};
 
 /// How many chains ahead the descriptor is fetched. More than the processor sees by itself.
@@ -24,6 +25,7 @@ pub struct Device<M: Memory> {
     mask: u16,
     event_idx: bool,
     in_order: bool,
+    indirect: bool,
     broken: bool,
     /// Kicks are asked for.
     armed: bool,
@@ -46,6 +48,16 @@ struct Descriptor {
 }
 
 impl Descriptor {
+    /// Copies the descriptor with this index out of a table.
+    #[inline]
+    fn read(table: &impl Region, index: u16) -> Self {
+        let at = DESC_LEN * usize::from(index);
+        Self {
+            addr: table.load_u64(at, Relaxed),
+            word: table.load_u64(at + 8, Relaxed),
+        }
+    }
+
     #[inline]
     fn buffer(self) -> Buffer {
         let [l0, l1, l2, l3, ..] = self.word.to_le_bytes();
@@ -110,6 +122,7 @@ impl<M: Memory> Device<M> {
             mask: config.size.wrapping_sub(1),
             event_idx: config.event_idx,
             in_order: config.in_order,
+            indirect: config.indirect,
             broken: false,
             armed: false,
             next,
@@ -136,21 +149,14 @@ impl<M: Memory> Device<M> {
             return Ok(wanted);
         }
         let seen = self.areas.avail.load_u16(IDX, Acquire);
+        // With more chains than descriptors, some are there that the driver has not got back.
+        let out = self.next.wrapping_sub(self.published);
         let count = seen.wrapping_sub(self.next);
-        if count > self.size {
+        if count > self.size.saturating_sub(out) {
             return Err(Error::IndexOutOfRange);
         }
         self.seen = seen;
         Ok(usize::from(count).min(wanted))
-    }
-
-    #[inline]
-    fn descriptor(&self, index: u16) -> Descriptor {
-        let at = DESC_LEN * usize::from(index);
-        Descriptor {
-            addr: self.areas.desc.load_u64(at, Relaxed),
-            word: self.areas.desc.load_u64(at + 8, Relaxed),
-        }
     }
 
     /// The body of [`DeviceRing::get`]; the caller latches the error.
@@ -163,9 +169,10 @@ impl<M: Memory> Device<M> {
         let mut filled = 0u16;
         let mut next = self.next;
         for (chain, ahead) in chains.iter_mut().take(available).zip(usize::from(AHEAD)..) {
-            let Some((buffer, rest)) = core::mem::take(&mut room).split_first_mut() else {
+            let place = core::mem::take(&mut room);
+            if place.is_empty() {
                 break;
-            };
+            }
             // Not beyond what is published: that would take lines away which the driver is about to write.
             if ahead < available {
                 let entry = avail_entry(next.wrapping_add(AHEAD) & self.mask);
@@ -177,25 +184,24 @@ impl<M: Memory> Device<M> {
             if head >= self.size {
                 return Err(Error::BadId);
             }
-            let first = self.descriptor(head);
-            let checked = first.buffer();
-            if !self.memory.contains(checked.addr, checked.len) {
-                return Err(Error::BadAddress);
-            }
-            *buffer = checked;
-            let mut count = 1;
-            if first.has(DESC_NEXT | DESC_INDIRECT) {
-                match self.follow(first, rest)? {
-                    Some(more) => {
-                        count += more;
-                        room = rest.get_mut(usize::from(more)..).unwrap_or_default();
-                    }
+            let first = Descriptor::read(&self.areas.desc, head);
+            let count = if first.has(DESC_NEXT | DESC_INDIRECT) {
+                match self.follow(first, place)? {
+                    Some(count) => count,
                     None if filled == 0 => return Err(Error::ChainTooLong),
                     None => break,
                 }
             } else {
-                room = rest;
-            }
+                let checked = first.buffer();
+                if !self.memory.contains(checked.addr, checked.len) {
+                    return Err(Error::BadAddress);
+                }
+                if let Some(buffer) = place.first_mut() {
+                    *buffer = checked;
+                }
+                1
+            };
+            room = place.get_mut(usize::from(count)..).unwrap_or_default();
             *chain = Chain {
                 id: head,
                 first: filled,
@@ -209,42 +215,53 @@ impl<M: Memory> Device<M> {
         Ok(usize::from(taken))
     }
 
-    /// Follows a chain behind its first descriptor. Returns how many more it has, or `None` where they do not fit in `out`.
+    /// Follows a chain of more than one descriptor. Returns how many buffers it has, or `None` where they do not fit in `out`.
     #[inline(never)]
     fn follow(&self, first: Descriptor, out: &mut [Buffer]) -> Result<Option<u16>, Error> {
-        let mut last = first;
-        let mut total = first.buffer().len;
-        let mut more = 0u16;
-        let mut out = out.iter_mut();
-        loop {
-            if last.has(DESC_INDIRECT) {
-                return Err(Error::BadFlags);
+        let mut chain = Collector::new(&self.memory, out);
+        let mut this = first;
+        while !this.has(DESC_INDIRECT) {
+            if !chain.push(this.buffer())? {
+                return Ok(None);
             }
-            if !last.has(DESC_NEXT) {
-                return Ok(Some(more));
+            if !this.has(DESC_NEXT) {
+                return Ok(Some(chain.count()));
             }
             // Longer than the table: some descriptor is there twice.
-            if more == self.mask {
+            if chain.count() == self.size {
                 return Err(Error::ChainTooLong);
             }
-            if last.next() >= self.size {
+            if this.next() >= self.size {
                 return Err(Error::BadId);
             }
-            let this = self.descriptor(last.next());
-            let buffer = this.buffer();
-            if !self.memory.contains(buffer.addr, buffer.len) {
-                return Err(Error::BadAddress);
-            }
-            if last.has(DESC_WRITE) && !buffer.device_writes {
+            this = Descriptor::read(&self.areas.desc, this.next());
+        }
+        // Section 2.7.5.3: the rest of the chain is in a table. Not without the feature, and nothing comes behind it.
+        if !self.indirect || this.has(DESC_NEXT) {
+            return Err(Error::BadFlags);
+        }
+        let length = this.buffer().len;
+        let (table, length) = open_table(&self.memory, this.addr, length, self.size)?;
+        let mut index = 0;
+        loop {
+            this = Descriptor::read(&table, index);
+            if this.has(DESC_INDIRECT) {
                 return Err(Error::BadFlags);
             }
-            total = total.checked_add(buffer.len).ok_or(Error::BadLength)?;
-            let Some(place) = out.next() else {
+            // Neither longer than the ring, nor a descriptor twice.
+            if chain.count() == self.size {
+                return Err(Error::ChainTooLong);
+            }
+            if !chain.push(this.buffer())? {
                 return Ok(None);
-            };
-            *place = buffer;
-            more += 1;
-            last = this;
+            }
+            if !this.has(DESC_NEXT) {
+                return Ok(Some(chain.count()));
+            }
+            index = this.next();
+            if index >= length {
+                return Err(Error::BadId);
+            }
         }
     }
 

@@ -3,7 +3,8 @@
 use alloc::boxed::Box;
 use core::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
 
-use super::{Areas, DESC_LEN, FLAGS, IDX, NO_NOTIFY, avail_entry, pack, passes, used_entry};
+use super::{Areas, DESC_INDIRECT, FLAGS, IDX, NO_NOTIFY, avail_entry, pack, passes, used_entry};
+use crate::chain::{self, DESC_LEN};
 use crate::{Buffer, DriverRing, Error, Memory, Region, RingConfig, Used};
 
 /// What is known of the descriptor with this index, and one cell of the queue of free descriptors.
@@ -29,12 +30,14 @@ struct Slot {
 /// the table, so `in_order` (section 2.7.9) needs nothing else when adding.
 #[derive(Debug)]
 pub struct Driver<M: Memory> {
+    memory: M,
     areas: Areas<M::Region>,
     slots: Box<[Slot]>,
     size: u16,
     mask: u16,
     event_idx: bool,
     in_order: bool,
+    indirect: bool,
     broken: bool,
     /// Calls are asked for.
     armed: bool,
@@ -93,12 +96,14 @@ impl<M: Memory> Driver<M> {
             ring.store_u16(IDX, base, Release);
         }
         Ok(Self {
+            memory,
             areas,
             slots,
             size,
             mask: size.wrapping_sub(1),
             event_idx: config.event_idx,
             in_order: config.in_order,
+            indirect: config.indirect,
             broken: false,
             armed: true,
             free: size,
@@ -142,6 +147,20 @@ impl<M: Memory> Driver<M> {
             next = Some(index);
         }
         next
+    }
+
+    /// Books a chain that has been written, and puts it into the available ring.
+    #[inline]
+    fn make_available(&mut self, head: u16, count: u16, writable: u32) -> Option<u16> {
+        let slot = self.slots.get_mut(usize::from(head))?;
+        slot.writable = writable;
+        slot.count = count;
+        self.free_head = self.free_head.wrapping_add(count);
+        self.free = self.free.wrapping_sub(count);
+        let entry = avail_entry(self.next & self.mask);
+        self.areas.avail.store_u16(entry, head, Relaxed);
+        self.next = self.next.wrapping_add(1);
+        Some(head)
     }
 
     /// Frees a chain of `count` descriptors.
@@ -312,19 +331,26 @@ impl<M: Memory> DriverRing for Driver<M> {
         } else {
             self.write_chain(buffers, count)?
         };
-        let writable = buffers
-            .iter()
-            .filter(|buffer| buffer.device_writes)
-            .fold(0u32, |sum, buffer| sum.saturating_add(buffer.len));
-        let slot = self.slots.get_mut(usize::from(head))?;
-        slot.writable = writable;
-        slot.count = count;
-        self.free_head = self.free_head.wrapping_add(count);
-        self.free = self.free.wrapping_sub(count);
-        let entry = avail_entry(self.next & self.mask);
-        self.areas.avail.store_u16(entry, head, Relaxed);
-        self.next = self.next.wrapping_add(1);
-        Some(head)
+        self.make_available(head, count, chain::writable(buffers))
+    }
+
+    fn add_indirect(&mut self, table: u64, buffers: &[Buffer]) -> Option<u16> {
+        if !self.indirect || self.free == 0 {
+            return None;
+        }
+        let (region, len) = chain::make_table(&self.memory, table, buffers.len(), self.size)?;
+        let head = self.free_at(self.free_head)?;
+        for (buffer, n) in buffers.iter().zip(1u16..) {
+            let at = DESC_LEN * usize::from(n - 1);
+            let next = (usize::from(n) < buffers.len()).then_some(n);
+            region.store_u64(at, buffer.addr, Relaxed);
+            region.store_u64(at + 8, pack(buffer, next), Relaxed);
+        }
+        let at = DESC_LEN * usize::from(head);
+        let word = u64::from(len) | u64::from(DESC_INDIRECT) << 32;
+        self.areas.desc.store_u64(at, table, Relaxed);
+        self.areas.desc.store_u64(at + 8, word, Relaxed);
+        self.make_available(head, 1, chain::writable(buffers))
     }
 
     #[inline]

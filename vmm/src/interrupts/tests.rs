@@ -128,16 +128,22 @@ fn an_eventfd_of_another_interrupt_is_refused() {
 }
 
 #[test]
-fn sources_and_interrupts_are_bounded() {
-    let monitor = Monitor::new();
+fn one_interrupt_takes_every_queue_of_the_largest_device_and_no_more() {
+    let mut monitor = Monitor::new();
     let first = interrupt(&monitor);
-    for _ in 1..SOURCES {
-        first.attach(&eventfd()).unwrap();
+    let sources: Vec<_> = (0..256 + 2).map(|_| eventfd()).collect();
+    for source in &sources {
+        first.attach(source).unwrap();
     }
     assert_eq!(
         first.attach(&eventfd()).unwrap_err().kind(),
         io::ErrorKind::QuotaExceeded
     );
+    first.set_message(Some(Monitor::message())).unwrap();
+    for (source, count) in [&sources[0], &sources[257]].into_iter().zip(1..) {
+        source.write(1).unwrap();
+        assert_eq!(monitor.interrupts(count), count);
+    }
 }
 
 #[test]

@@ -84,6 +84,42 @@ fn what_the_device_cannot_carry_is_taken_out_of_the_replies_and_refused_when_use
 }
 
 #[test]
+fn rings_of_any_layout_pass_because_the_device_does_not_look_at_them() {
+    let (mut rig, mut peer) = Rig::connected();
+    // In order, packed, ring reset, event index, indirect, mergeable buffers.
+    let rings = 1u64 << 35 | 1 << 34 | 1 << 40 | 1 << 29 | 1 << 28 | 1 << 15;
+    rig.request(&mut peer, &Message::bare(requests::GET_FEATURES));
+    rig.received().unwrap();
+    rig.reply(requests::GET_FEATURES, &U64(rings));
+    let reply = peer.receive().unwrap().unwrap();
+    assert_eq!(reply.payload, U64(rings).encode());
+    let state = |num| VringState { index: 1, num };
+    let address = VringAddr {
+        index: 1,
+        flags: 0,
+        desc: 0x1000,
+        used: 0x7ffc,
+        avail: 0x7ff8,
+        log: 0,
+    };
+    for message in [
+        Message::request(requests::SET_FEATURES, &U64(rings)),
+        Message::request(requests::SET_VRING_NUM, &state(768)),
+        Message::request(requests::SET_VRING_BASE, &state(0x8000_8000)),
+        Message::request(requests::SET_VRING_ADDR, &address),
+        Message::request(requests::SET_VRING_ENABLE, &state(0)),
+        Message::request(requests::GET_VRING_BASE, &state(0)),
+    ] {
+        rig.request(&mut peer, &message);
+        let passed = (message.request, flags::VERSION, message.payload);
+        assert_eq!(rig.received(), Some(passed));
+    }
+    rig.reply(requests::GET_VRING_BASE, &state(0xffff_7fff));
+    let reply = peer.receive().unwrap().unwrap();
+    assert_eq!(reply.payload, state(0xffff_7fff).encode());
+}
+
+#[test]
 fn memory_is_shown_at_its_guest_physical_address_before_the_driver_hears_of_it() {
     let (mut rig, mut peer) = Rig::connected();
     let regions = [region(0, 0xa_0000), region(0x10_0000, 0x20_0000)];

@@ -15,8 +15,8 @@ use vmm_sys_util::tempfile::TempFile;
 use super::*;
 use crate::fake::{FakeHost, FakeWindow};
 use crate::vhost_user::{
-    Connection, MemoryRegion, MemoryTable, Message, Payload, U64, VringFd, flags,
-    protocol_features, requests,
+    Connection, MemoryRegion, MemoryTable, Message, Payload, U64, VringAddr, VringFd, VringState,
+    flags, protocol_features, requests,
 };
 use crate::virtio::harness::*;
 use crate::virtio::{F_VERSION_1, VirtioPci, status};

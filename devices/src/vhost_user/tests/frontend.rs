@@ -12,14 +12,16 @@ use vmm_sys_util::tempfile::TempFile;
 
 use super::{bytes, connections, descriptors, pair};
 use crate::host;
-use crate::vhost_user::frontend::{Error, Event, Frontend, Offer, Violation, Vring};
+use crate::vhost_user::frontend::{Error, Event, Frontend, Offer, PACKED_BASE, Violation, Vring};
 use crate::vhost_user::{
     Connection, DecodeError, MemoryRegion, MemoryTable, Message, Payload, SingleMemoryRegion, U64,
     VHOST_USER_F_PROTOCOL_FEATURES, VringAddr, VringFd, VringState, protocol_features, requests,
 };
-use crate::virtio::{F_VERSION_1, event};
+use crate::virtio::{F_RING_PACKED, F_VERSION_1, event};
 
 const FEATURES: u64 = F_VERSION_1 | 1 << 29;
+/// What the peer offers; the tests start split rings unless they say otherwise.
+const OFFERED: u64 = FEATURES | F_RING_PACKED;
 const ALL: u64 =
     protocol_features::MQ | protocol_features::REPLY_ACK | protocol_features::CONFIGURE_MEM_SLOTS;
 
@@ -47,7 +49,7 @@ pub(super) fn vring(index: u8) -> Vring {
         desc: base + 0x1000,
         driver: base + 0x2000,
         device: base + 0x3000,
-        base: 17 + u16::from(index),
+        base: 17 + u32::from(index),
         kick: Arc::new(event::new().unwrap()),
         call: Arc::new(event::new().unwrap()),
     }
@@ -109,7 +111,7 @@ impl Play {
         play.expect(requests::GET_FEATURES);
         play.quiet();
         let bit = protocol.map_or(0, |_| VHOST_USER_F_PROTOCOL_FEATURES);
-        play.reply(requests::GET_FEATURES, FEATURES | bit);
+        play.reply(requests::GET_FEATURES, OFFERED | bit);
         let mut queues = 1;
         if let Some(protocol) = protocol {
             play.quiet();
@@ -138,7 +140,7 @@ impl Play {
             }
         }
         let offer = Offer {
-            features: FEATURES,
+            features: OFFERED,
             queues,
         };
         assert_eq!(play.process().unwrap(), Some(Event::Ready(offer)));
@@ -154,9 +156,13 @@ impl Play {
 
     /// Started, with two vrings and all protocol features.
     fn started() -> Self {
+        Self::started_with(FEATURES)
+    }
+
+    fn started_with(features: u64) -> Self {
         let mut play = Self::ready();
         play.frontend
-            .start(FEATURES, &memory(2), &[vring(0), vring(1)])
+            .start(features, &memory(2), &[vring(0), vring(1)])
             .unwrap();
         while let Some(message) = play.peer.receive().unwrap() {
             assert!(message.needs_reply(), "{message:?}");
@@ -164,6 +170,12 @@ impl Play {
         }
         assert_eq!(play.process().unwrap(), Some(Event::Started));
         play
+    }
+
+    fn reply_base(&mut self, index: u32, num: u32) {
+        let state = VringState { index, num };
+        let message = Message::reply(requests::GET_VRING_BASE, &state);
+        self.peer.send(&message).unwrap();
     }
 
     /// The violation that comes out of the next turn.
@@ -231,7 +243,7 @@ fn starting_sends_features_memory_and_vrings_in_the_order_of_the_protocol() {
         assert_eq!(num, state(256));
         asked.push(message);
         let (base, message) = play.expect_payload::<VringState>(requests::SET_VRING_BASE);
-        assert_eq!(base, state(vring.base.into()));
+        assert_eq!(base, state(vring.base));
         asked.push(message);
         let (addr, message) = play.expect_payload::<VringAddr>(requests::SET_VRING_ADDR);
         let expected = VringAddr {
@@ -368,6 +380,126 @@ fn stopping_in_the_middle_of_a_start_takes_the_replies_of_both() {
 }
 
 #[test]
+fn one_vring_stops_and_starts_again_while_the_other_goes_on() {
+    let mut play = Play::started();
+    play.frontend.stop_vring(0).unwrap();
+    assert!(!play.frontend.has_vring(0) && play.frontend.has_vring(1));
+    let (state, _) = play.expect_payload::<VringState>(requests::SET_VRING_ENABLE);
+    assert_eq!(state, VringState { index: 0, num: 0 });
+    let (state, _) = play.expect_payload::<VringState>(requests::GET_VRING_BASE);
+    assert_eq!(state.index, 0);
+    play.expect_nothing();
+    play.quiet();
+    play.reply_base(0, 40);
+    assert_eq!(play.process().unwrap(), Some(Event::VringStopped(0, 40)));
+    assert!(play.frontend.is_started());
+    play.quiet();
+
+    let again = Vring {
+        size: 64,
+        base: 0,
+        ..vring(0)
+    };
+    play.frontend.start_vring(&again).unwrap();
+    let (state, _) = play.expect_payload::<VringState>(requests::SET_VRING_NUM);
+    assert_eq!(state, VringState { index: 0, num: 64 });
+    for request in [
+        requests::SET_VRING_BASE,
+        requests::SET_VRING_ADDR,
+        requests::SET_VRING_CALL,
+        requests::SET_VRING_KICK,
+        requests::SET_VRING_ENABLE,
+    ] {
+        assert!(play.expect(request).needs_reply());
+    }
+    play.expect_nothing();
+    // All of them stop in the end.
+    for request in [
+        requests::SET_VRING_NUM,
+        requests::SET_VRING_BASE,
+        requests::SET_VRING_ADDR,
+        requests::SET_VRING_CALL,
+        requests::SET_VRING_KICK,
+        requests::SET_VRING_ENABLE,
+    ] {
+        play.reply(request, 0);
+    }
+    play.quiet();
+    play.frontend.stop().unwrap();
+    play.reply_base(1, 7);
+    play.reply_base(0, 8);
+    let bases = vec![(1, 7), (0, 8)];
+    assert_eq!(play.process().unwrap(), Some(Event::Stopped(bases)));
+}
+
+#[test]
+fn one_vring_stops_in_the_middle_of_a_start_and_of_a_stop_of_all() {
+    let mut play = Play::ready();
+    play.frontend
+        .start(FEATURES, &memory(1), &[vring(0), vring(1)])
+        .unwrap();
+    play.frontend.stop_vring(1).unwrap();
+    play.frontend.stop().unwrap();
+    while let Some(message) = play.peer.receive().unwrap() {
+        if message.request == requests::GET_VRING_BASE {
+            let state = VringState::decode(&message.payload).unwrap();
+            play.reply_base(state.index, 3 + state.index);
+        } else if message.needs_reply() {
+            play.reply(message.request, 0);
+        }
+    }
+    assert_eq!(play.process().unwrap(), Some(Event::VringStopped(1, 4)));
+    assert_eq!(play.process().unwrap(), Some(Event::Stopped(vec![(0, 3)])));
+    play.quiet();
+}
+
+#[test]
+fn the_base_of_a_packed_ring_has_32_bits_both_ways() {
+    // Index 0 and wrap counter 1 for the driver, and the same for the device.
+    assert_eq!(PACKED_BASE, 1 << 15 | 1 << 31);
+    let mut play = Play::started_with(OFFERED);
+    play.frontend.stop_vring(1).unwrap();
+    play.expect(requests::SET_VRING_ENABLE);
+    play.expect(requests::GET_VRING_BASE);
+    play.reply_base(1, 0xffff_7fff);
+    let stopped = Event::VringStopped(1, 0xffff_7fff);
+    assert_eq!(play.process().unwrap(), Some(stopped));
+    let again = Vring {
+        base: PACKED_BASE,
+        ..vring(1)
+    };
+    play.frontend.start_vring(&again).unwrap();
+    play.expect(requests::SET_VRING_NUM);
+    let (state, _) = play.expect_payload::<VringState>(requests::SET_VRING_BASE);
+    let expected = VringState {
+        index: 1,
+        num: 0x8000_8000,
+    };
+    assert_eq!(state, expected);
+    let (addr, _) = play.expect_payload::<VringAddr>(requests::SET_VRING_ADDR);
+    assert_eq!(
+        (addr.desc, addr.avail, addr.used),
+        (again.desc, again.driver, again.device)
+    );
+}
+
+#[test]
+fn a_vring_that_runs_is_not_started_and_one_that_does_not_is_not_stopped() {
+    let mut play = Play::ready();
+    let state = |result| assert!(matches!(result, Err(Error::State(_))), "{result:?}");
+    state(play.frontend.start_vring(&vring(0)));
+    state(play.frontend.stop_vring(0));
+    let mut play = Play::started();
+    state(play.frontend.start_vring(&vring(1)));
+    state(play.frontend.stop_vring(2));
+    play.frontend.stop_vring(1).unwrap();
+    state(play.frontend.stop_vring(1));
+    play.frontend.stop().unwrap();
+    state(play.frontend.stop_vring(0));
+    state(play.frontend.start_vring(&vring(1)));
+}
+
+#[test]
 fn calls_that_do_not_fit_the_state_are_refused_and_harmless() {
     let mut play = Play::new();
     let memory = memory(1);
@@ -468,12 +600,19 @@ fn no_queues_and_bases_of_another_vring_or_beyond_a_split_ring_are_violations() 
             num: 0x1_0000,
         },
     ] {
-        let mut play = Play::started();
-        play.frontend.stop().unwrap();
-        let message = Message::reply(requests::GET_VRING_BASE, &state);
-        play.peer.send(&message).unwrap();
-        assert!(matches!(play.violation(), Violation::Value { .. }));
+        for stop in [Frontend::stop, |frontend: &mut Frontend| {
+            frontend.stop_vring(0)
+        }] {
+            let mut play = Play::started();
+            stop(&mut play.frontend).unwrap();
+            play.reply_base(state.index, state.num);
+            assert!(matches!(play.violation(), Violation::Value { .. }));
+        }
     }
+    let mut play = Play::started_with(OFFERED);
+    play.frontend.stop().unwrap();
+    play.reply_base(1, PACKED_BASE);
+    assert!(matches!(play.violation(), Violation::Value { .. }));
 }
 
 // ---- hostile bytes ----
@@ -512,6 +651,7 @@ fn stages() -> Vec<(&'static str, Frontend, UnixStream)> {
         "starting",
         "running",
         "stopping",
+        "stopping one",
     ]
     .into_iter()
     .enumerate()
@@ -533,8 +673,10 @@ fn stages() -> Vec<(&'static str, Frontend, UnixStream)> {
         if stage > 4 {
             step(&mut frontend, &acks);
         }
-        if stage > 5 {
-            frontend.stop().unwrap();
+        match name {
+            "stopping" => frontend.stop().unwrap(),
+            "stopping one" => frontend.stop_vring(0).unwrap(),
+            _ => {}
         }
         (name, frontend, theirs)
     })

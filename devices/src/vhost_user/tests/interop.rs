@@ -22,14 +22,16 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::frontend::{memory, vring};
 use super::pair;
-use crate::vhost_user::frontend::{Event, Frontend};
+use crate::vhost_user::frontend::{Event, Frontend, PACKED_BASE, Vring};
 use crate::vhost_user::{
     Connection, MemoryTable, Message, Payload, SingleMemoryRegion, U64,
     VHOST_USER_F_PROTOCOL_FEATURES, VringAddr, VringFd, VringState, protocol_features, requests,
 };
-use crate::virtio::{F_VERSION_1, event};
+use crate::virtio::{F_RING_PACKED, F_VERSION_1, event};
 
-const FEATURES: u64 = F_VERSION_1 | 1 << 29 | 1 << 15;
+const FEATURES: u64 = F_VERSION_1 | F_RING_PACKED | 1 << 29 | 1 << 15;
+/// What our front-end starts split rings with.
+const SPLIT: u64 = F_VERSION_1 | 1 << 29;
 
 // ---- our front-end, their back-end ----
 
@@ -274,17 +276,14 @@ fn our_frontend_their_backend(offers: VhostUserProtocolFeatures) {
 
     let memory = memory(3);
     let vrings = [vring(0), vring(1)];
-    frontend
-        .start(FEATURES & !(1 << 15), &memory, &vrings)
-        .unwrap();
+    frontend.start(SPLIT, &memory, &vrings).unwrap();
     assert_eq!(next(&mut frontend).unwrap(), Event::Started);
     {
         let told = told.lock().unwrap();
         let expected = offers | VhostUserProtocolFeatures::REPLY_ACK;
         assert_eq!(told.protocol_features, expected.bits());
         assert!(told.owned);
-        let features = FEATURES & !(1 << 15) | VHOST_USER_F_PROTOCOL_FEATURES;
-        assert_eq!(told.features, features);
+        assert_eq!(told.features, SPLIT | VHOST_USER_F_PROTOCOL_FEATURES);
         let regions: Vec<_> = memory
             .iter()
             .map(|region| {
@@ -329,6 +328,36 @@ fn our_front_end_starts_and_stops_their_back_end_with_single_regions_and_multiqu
     our_frontend_their_backend(
         VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS,
     );
+}
+
+#[test]
+fn our_front_end_stops_and_starts_one_packed_ring_of_their_back_end() {
+    let (mut frontend, told, server) = their_backend(VhostUserProtocolFeatures::MQ, false);
+    assert!(matches!(next(&mut frontend), Ok(Event::Ready(_))));
+    let packed = |index, size| Vring {
+        size,
+        base: PACKED_BASE,
+        ..vring(index)
+    };
+    let vrings = [packed(0, 768), packed(1, 768)];
+    frontend
+        .start(SPLIT | F_RING_PACKED, &memory(1), &vrings)
+        .unwrap();
+    assert_eq!(next(&mut frontend).unwrap(), Event::Started);
+    frontend.stop_vring(1).unwrap();
+    assert_eq!(next(&mut frontend).unwrap(), Event::VringStopped(1, 101));
+    frontend.start_vring(&packed(1, 100)).unwrap();
+    frontend.stop().unwrap();
+    let bases = vec![(0, 100), (1, 101)];
+    assert_eq!(next(&mut frontend).unwrap(), Event::Stopped(bases));
+    let told = told.lock().unwrap();
+    assert_eq!(told.sizes, [(0, 768), (1, 768), (1, 100)]);
+    let base = 0x8000_8000;
+    assert_eq!(told.bases, [(0, base), (1, base), (1, base)]);
+    let enabled = [(0, true), (1, true), (1, false), (1, true)];
+    assert_eq!(told.enabled[..4], enabled);
+    drop((frontend, told));
+    server.join().unwrap();
 }
 
 #[test]

@@ -3,11 +3,9 @@
 use bare_metal::Link;
 use bare_metal::frame::End;
 use bare_metal::workload::Stopped;
-use guest_driver::net::{NetDevice, NetPort};
+use guest_driver::net::{NetDevice, NetDevicePort};
 use guest_driver::vhost_pci::{Link as Change, VhostPci, VhostPciPort};
-use guest_driver::virtio_pci::Doorbell;
-use virtqueue::linear::Linear;
-use virtqueue::split;
+use guest_driver::virtio_pci;
 
 use crate::arch::{self, event};
 use crate::error;
@@ -37,6 +35,10 @@ pub trait Connection: Link {
     }
     /// A workload could not go on.
     fn stopped(&mut self, why: Stopped);
+    /// Resets the rings and starts them anew.
+    fn reset_rings(&mut self) -> Result<(), virtio_pci::Error> {
+        Err(virtio_pci::Error::Features)
+    }
 }
 
 /// How long a device may take to say that its peer is gone.
@@ -70,7 +72,7 @@ impl FrontEnd {
 }
 
 impl Link for FrontEnd {
-    type Port = NetPort<split::Driver<Linear>, Doorbell>;
+    type Port = NetDevicePort;
 
     fn end(&self) -> End {
         End::FrontEnd
@@ -111,6 +113,12 @@ impl Connection for FrontEnd {
     fn stopped(&mut self, why: Stopped) {
         // A broken ring stays broken until the device is set up anew.
         self.up &= !matches!(why, Stopped::Ring(_));
+    }
+
+    fn reset_rings(&mut self) -> Result<(), virtio_pci::Error> {
+        self.device.reset_rings()?;
+        self.up = self.device.link_up();
+        Ok(())
     }
 }
 

@@ -29,8 +29,6 @@ const EXIT_PORT: u16 = 0xf4;
 const EXIT_NOT_CLEAN: u8 = 2;
 /// The guest cannot go on.
 const EXIT_FAILED: u8 = 101;
-/// Largest rings that the drivers ask for.
-const QUEUE_SIZE: u16 = 1024;
 
 /// Prints a line for people.
 #[macro_export]
@@ -75,7 +73,7 @@ extern "C" fn user_main(zero_page: *const u8) -> ! {
         match function.device.wrapping_sub(DEVICE_BASE) {
             net::DEVICE_TYPE => {
                 print!("guest: virtio-net at {function}: front-end");
-                match NetDevice::new(&machine, function, machine.memory(), QUEUE_SIZE) {
+                match NetDevice::new(&machine, function, machine.memory(), boot.shape) {
                     Ok(device) => serve(&machine, FrontEnd::new(device, boot.tsc_khz), &boot),
                     Err(error) => fail(format_args!("{function}: {error}")),
                 }
@@ -125,6 +123,10 @@ fn serve<C: Connection>(machine: &Machine, mut link: C, boot: &Boot) -> ! {
                 Ok(Some(Command::Run(run))) => {
                     run_workload(&mut link, &run);
                 }
+                Ok(Some(Command::ResetRings)) => match link.reset_rings() {
+                    Ok(()) => announce(&link, link.is_up(), boot.tsc_khz),
+                    Err(why) => error(format_args!("reset-rings: {why}")),
+                },
                 Ok(Some(Command::Exit(code))) => exit(code),
                 Err(BadWord(word)) => error(format_args!("not understood: {word}")),
             });

@@ -6,7 +6,7 @@ use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 use super::*;
-use crate::linear::Linear;
+use crate::linear::{self, Linear};
 
 const LEN: usize = 0x20_0000;
 
@@ -55,7 +55,7 @@ fn mixed(
 #[test]
 fn another_device_sees_what_our_driver_adds() {
     for (size, base) in [(1, 65535), (2, 7), (16, 65530), (256, 0), (32768, 50000)] {
-        let config = config(size);
+        let config = config::<Split>(size);
         let (mut driver, mut queue, memory, _) = mixed(&config, base);
         let mut n = 0u32;
         for round in 0..20usize {
@@ -105,7 +105,7 @@ fn another_device_sees_what_our_driver_adds() {
 
 #[test]
 fn our_device_sees_what_another_reads_of_the_same_ring() {
-    let config = config(64);
+    let config = config::<Split>(64);
     let (mut driver, mut queue, memory, linear) = mixed(&config, 65520);
     let mut device = Device::with_base(linear, &config, 65520).unwrap();
     for round in 0..50u32 {
@@ -138,7 +138,7 @@ fn another_device_and_our_driver_agree_on_notifications() {
     for event_idx in [false, true] {
         let config = RingConfig {
             event_idx,
-            ..config(16)
+            ..config::<Split>(16)
         };
         let (mut driver, mut queue, memory, _) = mixed(&config, 65531);
         for _ in 0..20 {

@@ -3,8 +3,6 @@
 //! Three areas: the descriptor table (written by the driver), the available ring (by the driver), the used ring (by the device).
 //! [`Driver`] and [`Device`] keep every index and all their bookkeeping in private memory; from the shared areas each reads only what the other
 //! side is to write, once.
-//!
-//! Indirect descriptors are not accepted.
 
 mod device;
 mod driver;
@@ -14,7 +12,43 @@ mod tests;
 pub use device::Device;
 pub use driver::Driver;
 
-use crate::{Buffer, Error, Memory, RingConfig};
+use crate::chain::DESC_LEN;
+use crate::{Buffer, Error, Layout, Memory, RingConfig};
+
+/// The split layout (VIRTIO 1.3 section 2.7): powers of two up to [`MAX_SIZE`].
+#[derive(Clone, Copy, Debug)]
+pub struct Split;
+
+impl Layout for Split {
+    type Driver<M: Memory> = Driver<M>;
+    type Device<M: Memory> = Device<M>;
+
+    const ALIGN: [usize; 3] = [16, 2, 4];
+    const FRESH: u32 = 0;
+
+    fn area_sizes(size: u16) -> Option<[usize; 3]> {
+        // No power of two that fits is beyond `MAX_SIZE`. The event fields are always part of the rings.
+        size.is_power_of_two().then(|| {
+            [
+                DESC_LEN * usize::from(size),
+                avail_entry(size) + 2,
+                used_entry(size) + 2,
+            ]
+        })
+    }
+
+    fn driver_at<M: Memory>(memory: M, config: &RingConfig, base: u32) -> Result<Driver<M>, Error> {
+        Driver::with_base(memory, config, base)
+    }
+
+    fn device<M: Memory>(memory: M, config: &RingConfig) -> Result<Device<M>, Error> {
+        Device::new(memory, config)
+    }
+
+    fn device_at<M: Memory>(memory: M, config: &RingConfig, base: u32) -> Result<Device<M>, Error> {
+        Device::with_base(memory, config, base)
+    }
+}
 
 /// Largest number of descriptors (section 2.7).
 pub const MAX_SIZE: u16 = 32768;
@@ -26,8 +60,6 @@ const DESC_WRITE: u16 = 2;
 /// Descriptor flag: the buffer is a table of descriptors.
 const DESC_INDIRECT: u16 = 4;
 
-/// Size of a descriptor in bytes.
-const DESC_LEN: usize = 16;
 /// Offset of `flags`, in the available and in the used ring.
 const FLAGS: usize = 0;
 /// Offset of `idx`, in the available and in the used ring.
@@ -56,18 +88,15 @@ struct Areas<R> {
 }
 
 impl<R> Areas<R> {
-    /// Checks size, alignment and place (section 2.7: 16, 2 and 4 bytes; the event fields are always part of the rings).
+    /// Checks size, alignment and place.
     fn new<M: Memory<Region = R>>(memory: &M, config: &RingConfig) -> Result<Self, Error> {
-        let size = config.size;
-        // No power of two that fits is beyond `MAX_SIZE`.
-        if !size.is_power_of_two() {
-            return Err(Error::Config);
-        }
+        let [desc, avail, used] = Split::area_sizes(config.size).ok_or(Error::Config)?;
+        let [desc_align, avail_align, used_align] = Split::ALIGN;
         let area = |addr, len, align| memory.region(addr, len, align).ok_or(Error::Config);
         Ok(Self {
-            desc: area(config.desc, DESC_LEN * usize::from(size), 16)?,
-            avail: area(config.driver, avail_entry(size) + 2, 2)?,
-            used: area(config.device, used_entry(size) + 2, 4)?,
+            desc: area(config.desc, desc, desc_align)?,
+            avail: area(config.driver, avail, avail_align)?,
+            used: area(config.device, used, used_align)?,
         })
     }
 }

@@ -1,0 +1,372 @@
+//! The data path of a virtio-net driver (VIRTIO 1.3, section 5.1.6).
+//!
+//! Unsafe code: buffers are reached by address. Each block stands on the one check that [`NetPort::new`] makes of the whole pool.
+#![allow(unsafe_code)]
+
+use alloc::boxed::Box;
+use alloc::vec;
+use alloc::vec::Vec;
+
+use virtqueue::linear::Linear;
+use virtqueue::net::HEADER_LEN;
+use virtqueue::{Buffer, DriverRing, Used};
+
+use crate::bulk;
+use crate::port::{Frame, MAX_BURST, MAX_FRAME, Port, Slot};
+use crate::virtio_pci::{Error, Notify};
+
+/// Bytes from one buffer to the next: room for header, frame and an indirect table, and an odd number of cache lines, so that the starts
+/// of a ring's buffers spread over all sets of the caches.
+pub const BUFFER_STRIDE: usize = 25 * 64;
+/// Header and frame.
+const PACKET: u16 = 1530;
+const _: () = assert!(PACKET as usize == HEADER_LEN + MAX_FRAME);
+/// Where a transmit buffer has its indirect table of two descriptors.
+const TABLE: u16 = 1536;
+const _: () = assert!(TABLE as usize + 2 * 16 <= BUFFER_STRIDE && TABLE >= PACKET);
+/// Where the header says over how many buffers a received frame is spread.
+const NUM_BUFFERS: usize = 10;
+const HEADER: u16 = HEADER_LEN as u16;
+
+/// How a frame to send is given to the device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum TxShape {
+    /// Header and frame in one descriptor.
+    #[default]
+    Direct,
+    /// A chain of two descriptors: header, frame.
+    Chain,
+    /// One descriptor, whose indirect table has those two. (Without INDIRECT_DESC: as a chain.)
+    Indirect,
+}
+
+/// How frames are laid out in buffers.
+#[derive(Clone, Copy, Debug)]
+pub struct Shape {
+    /// Of frames to send.
+    pub tx: TxShape,
+    /// Bytes of a receive buffer, header included. Where it is shorter than a frame, only mergeable buffers receive long ones.
+    pub rx_buffer: u16,
+    /// VIRTIO_NET_F_MRG_RXBUF was negotiated: a frame may be spread over several buffers.
+    pub mergeable: bool,
+}
+
+impl Default for Shape {
+    fn default() -> Self {
+        Self {
+            tx: TxShape::Direct,
+            rx_buffer: PACKET,
+            mergeable: false,
+        }
+    }
+}
+
+/// One direction of the data path.
+#[derive(Debug)]
+struct Half<D, N> {
+    ring: D,
+    doorbell: N,
+    /// Device address and mapped address of the first buffer.
+    addr: u64,
+    ptr: *mut u8,
+    /// Which buffer a descriptor id stands for while it is with the device.
+    buffer_of: Vec<u16>,
+}
+
+impl<D: DriverRing, N: Notify> Half<D, N> {
+    fn new(memory: Linear, (ring, addr, doorbell): (D, u64, N)) -> Result<Self, Error> {
+        let buffers = usize::from(ring.free());
+        let ptr = memory
+            .ptr(addr, buffers * BUFFER_STRIDE)
+            .ok_or(Error::Memory)?;
+        Ok(Self {
+            ring,
+            doorbell,
+            addr,
+            ptr,
+            buffer_of: vec![0; buffers],
+        })
+    }
+
+    /// Where a buffer is.
+    #[inline(always)]
+    fn ptr(&self, buffer: u16) -> *mut u8 {
+        // SAFETY: buffer numbers are below `buffer_of.len()`, and the pool of that many was checked in `new`.
+        unsafe { self.ptr.add(usize::from(buffer) * BUFFER_STRIDE) }
+    }
+
+    /// A part of a buffer.
+    #[inline(always)]
+    fn piece(&self, buffer: u16, offset: u16, len: u16, device_writes: bool) -> Buffer {
+        Buffer {
+            addr: self.addr + u64::from(buffer) * BUFFER_STRIDE as u64 + u64::from(offset),
+            len: u32::from(len),
+            device_writes,
+        }
+    }
+
+    /// Notes which buffer a descriptor stands for; `false` where there was no descriptor.
+    #[inline(always)]
+    fn note(&mut self, id: Option<u16>, buffer: u16) -> bool {
+        match id.and_then(|id| self.buffer_of.get_mut(usize::from(id))) {
+            Some(slot) => {
+                *slot = buffer;
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// Which buffer a used descriptor stands for.
+    #[inline(always)]
+    fn buffer(&self, used: Used) -> u16 {
+        let id = usize::from(used.id);
+        self.buffer_of.get(id).copied().unwrap_or(0)
+    }
+
+    #[inline(always)]
+    fn publish(&mut self) {
+        if self.ring.publish() {
+            self.doorbell.notify();
+        }
+    }
+}
+
+/// A frame that is being put together from several buffers.
+#[derive(Debug)]
+struct Partial {
+    frame: Box<[u8]>,
+    len: usize,
+    /// Buffers that are still to come.
+    missing: u16,
+}
+
+impl Partial {
+    /// Adds the contents of a buffer. What is beyond the longest frame is counted, not kept.
+    ///
+    /// # Safety
+    /// `len` bytes from `from` are mapped.
+    unsafe fn push(&mut self, from: *const u8, len: usize) {
+        if let Some(to) = self.frame.get_mut(self.len..self.len + len) {
+            // SAFETY: the caller's promise; `to` is ours.
+            unsafe { bulk::copy(to.as_mut_ptr(), from, len) };
+        }
+        self.len += len;
+    }
+}
+
+/// The data path of a virtio-net driver: buffers of [`BUFFER_STRIDE`] bytes, as many as the ring has descriptors.
+#[derive(Debug)]
+pub struct NetPort<D, N> {
+    rx: Half<D, N>,
+    tx: Half<D, N>,
+    shape: Shape,
+    /// Transmit buffers that are not with the device.
+    tx_free: Vec<u16>,
+    used: [Used; MAX_BURST],
+    partial: Partial,
+}
+
+// SAFETY: the pointers are into memory that belongs to no thread; the port is used by one at a time.
+unsafe impl<D: Send, N: Send> Send for NetPort<D, N> {}
+
+impl<D: DriverRing, N: Notify> NetPort<D, N> {
+    /// A data path over two empty rings, each with the device address of its pool (ring size times [`BUFFER_STRIDE`] zeroed
+    /// bytes that nobody else uses) and its notification.
+    pub fn new(
+        memory: Linear,
+        shape: Shape,
+        rx: (D, u64, N),
+        tx: (D, u64, N),
+    ) -> Result<Self, Error> {
+        let (rx, tx) = (Half::new(memory, rx)?, Half::new(memory, tx)?);
+        let tx_free = (0..tx.ring.free()).collect();
+        let mut port = Self {
+            rx,
+            tx,
+            shape: Shape {
+                rx_buffer: shape.rx_buffer.clamp(HEADER + 1, PACKET),
+                ..shape
+            },
+            tx_free,
+            used: [Used::default(); MAX_BURST],
+            partial: Partial {
+                frame: vec![0; MAX_FRAME].into_boxed_slice(),
+                len: 0,
+                missing: 0,
+            },
+        };
+        port.disarm();
+        Ok(port)
+    }
+
+    /// Gives all receive buffers to the device.
+    pub fn fill(&mut self) {
+        for buffer in 0..self.rx.ring.free() {
+            self.add_rx(buffer);
+        }
+        self.rx.publish();
+    }
+
+    #[inline(always)]
+    fn add_rx(&mut self, buffer: u16) {
+        let piece = self.rx.piece(buffer, 0, self.shape.rx_buffer, true);
+        let id = self.rx.ring.add(&[piece]);
+        self.rx.note(id, buffer);
+    }
+
+    /// Gives a packet to the device; `false` where the ring is full.
+    #[inline(always)]
+    fn add_tx(&mut self, buffer: u16, packet: u16) -> bool {
+        let id = if self.shape.tx == TxShape::Direct {
+            self.tx.ring.add(&[self.tx.piece(buffer, 0, packet, false)])
+        } else {
+            let pieces = [
+                self.tx.piece(buffer, 0, HEADER, false),
+                self.tx.piece(buffer, HEADER, packet - HEADER, false),
+            ];
+            let table = self.tx.piece(buffer, TABLE, 0, false).addr;
+            let indirect = self.shape.tx == TxShape::Indirect;
+            let id = if indirect {
+                self.tx.ring.add_indirect(table, &pieces)
+            } else {
+                None
+            };
+            id.or_else(|| self.tx.ring.add(&pieces))
+        };
+        self.tx.note(id, buffer)
+    }
+
+    /// Takes back the transmit buffers that the device is done with.
+    #[inline(always)]
+    fn reclaim(&mut self) -> Result<(), virtqueue::Error> {
+        let n = self.tx.ring.take(&mut self.used)?;
+        for &used in self.used.iter().take(n) {
+            self.tx_free.push(self.tx.buffer(used));
+        }
+        Ok(())
+    }
+
+    /// Takes one buffer of a frame that is spread over several: the first, or one more.
+    #[cold]
+    fn merge(&mut self, buffer: u16, len: usize, receive: &mut impl FnMut(&Frame)) {
+        let skip = if self.partial.missing == 0 {
+            self.partial.len = 0;
+            self.partial.missing = self.num_buffers(buffer);
+            HEADER_LEN
+        } else {
+            0
+        };
+        // SAFETY: the ring checked that `len` does not exceed the buffer.
+        unsafe {
+            self.partial
+                .push(self.rx.ptr(buffer).add(skip), len.saturating_sub(skip))
+        };
+        self.partial.missing -= 1;
+        if self.partial.missing == 0
+            && let Some(frame) = self.partial.frame.get(..self.partial.len)
+        {
+            receive(&Frame::of(frame));
+        }
+    }
+
+    /// Over how many buffers the frame is spread that starts in `buffer`; at least one.
+    #[inline(always)]
+    fn num_buffers(&self, buffer: u16) -> u16 {
+        // SAFETY: the header lies in the buffer.
+        u16::from_le(unsafe { bulk::load::<u16>(self.rx.ptr(buffer).add(NUM_BUFFERS)) }).max(1)
+    }
+}
+
+impl<D: DriverRing, N: Notify> Port for NetPort<D, N> {
+    #[inline(always)]
+    fn tx_burst(
+        &mut self,
+        count: usize,
+        len: usize,
+        mut build: impl FnMut(usize, &mut Slot),
+    ) -> Result<usize, virtqueue::Error> {
+        let len = len.min(MAX_FRAME);
+        let packet = u16::try_from(HEADER_LEN + len).unwrap_or(PACKET);
+        let descriptors = if self.shape.tx == TxShape::Direct {
+            count
+        } else {
+            2 * count
+        };
+        if usize::from(self.tx.ring.free()) < descriptors {
+            self.reclaim()?;
+        }
+        let mut sent = 0;
+        while sent < count {
+            let Some(buffer) = self.tx_free.pop() else {
+                break;
+            };
+            // The header in front stays as the pool came: all zero, no offload. (num_buffers is the receiver's business.)
+            // SAFETY: header and frame fit in the buffer, which is not with the device.
+            let mut slot = unsafe { Slot::new(self.tx.ptr(buffer).add(HEADER_LEN), len) };
+            build(sent, &mut slot);
+            if !self.add_tx(buffer, packet) {
+                self.tx_free.push(buffer);
+                break;
+            }
+            sent += 1;
+        }
+        if sent > 0 {
+            self.tx.publish();
+        }
+        Ok(sent)
+    }
+
+    #[inline(always)]
+    fn rx_burst(
+        &mut self,
+        count: usize,
+        mut receive: impl FnMut(&Frame),
+    ) -> Result<usize, virtqueue::Error> {
+        let count = count.min(MAX_BURST);
+        let n = self.rx.ring.take(&mut self.used[..count])?;
+        if n == 0 {
+            return Ok(0);
+        }
+        let mut frames = 0;
+        for i in 0..n {
+            let used = self.used[i];
+            let buffer = self.rx.buffer(used);
+            // The ring checked it against the buffer's length.
+            let len = usize::try_from(used.len).unwrap_or(0);
+            let whole = self.partial.missing == 0
+                && (!self.shape.mergeable || self.num_buffers(buffer) == 1);
+            if whole {
+                // What is shorter than a header is no frame: an empty one is shown.
+                let len = len.saturating_sub(HEADER_LEN);
+                // SAFETY: header and frame lie in the buffer.
+                receive(&unsafe { Frame::new(self.rx.ptr(buffer).add(HEADER_LEN), len) });
+                frames += 1;
+            } else {
+                self.merge(buffer, len, &mut |frame| {
+                    receive(frame);
+                    frames += 1;
+                });
+            }
+            self.add_rx(buffer);
+        }
+        self.rx.publish();
+        Ok(frames)
+    }
+
+    fn drained(&mut self) -> Result<bool, virtqueue::Error> {
+        self.reclaim()?;
+        Ok(self.tx_free.len() == self.tx.buffer_of.len())
+    }
+
+    fn arm(&mut self, rx: bool, tx: bool) -> bool {
+        let rx = rx && self.rx.ring.enable_calls();
+        let tx = tx && self.tx.ring.enable_calls();
+        rx || tx
+    }
+
+    fn disarm(&mut self) {
+        self.rx.ring.disable_calls();
+        self.tx.ring.disable_calls();
+    }
+}

@@ -1,0 +1,395 @@
+//! The driver's side of a packed ring.
+
+use alloc::boxed::Box;
+use core::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
+
+use super::{
+    Areas, EVENT_DISABLE, EVENT_ENABLE, INDIRECT, NEXT, Position, STATE, id_of, in_word, len_of,
+    pack, wants, wish, write_flag,
+};
+use crate::chain::{self, DESC_LEN};
+use crate::{Buffer, DriverRing, Error, Memory, Region, RingConfig, Used};
+
+/// What is known of the chain with this id.
+#[derive(Clone, Copy, Debug, Default)]
+struct Sent {
+    /// Bytes that the device may write into it.
+    writable: u32,
+    /// Outstanding: how many descriptors it takes in the ring. Otherwise 0 (in order: whatever it was).
+    count: u16,
+    /// Where `count` waits while a chain that is not published is being hidden.
+    hidden: u16,
+}
+
+/// The driver's side of a packed ring (VIRTIO 1.3 section 2.8).
+///
+/// It allocates once, when it is made. It never reads back what it wrote: the device can write all of the ring.
+///
+/// Ids are a queue: the one that has been free longest is given next. Where the device uses chains in order (section 2.8.8) they
+/// simply count, modulo the ring's size.
+#[derive(Debug)]
+pub struct Driver<M: Memory> {
+    memory: M,
+    areas: Areas<M::Region>,
+    /// By id.
+    sent: Box<[Sent]>,
+    /// The queue of free ids, as a ring from `id_head` to `id_tail`. (In order every cell holds its own index, and
+    /// the array is not looked at.)
+    ids: Box<[u16]>,
+    size: u16,
+    event_idx: bool,
+    in_order: bool,
+    indirect: bool,
+    broken: bool,
+    /// Calls are asked for.
+    armed: bool,
+    /// How many descriptors are free.
+    free: u16,
+    /// The next id to give.
+    id_head: u16,
+    /// `id_head` at the last publish: the cells from there on hold the ids that are not published.
+    id_published: u16,
+    /// The next cell to put a free id into. In order: the id of the oldest outstanding chain.
+    id_tail: u16,
+    /// The next descriptor to write.
+    next: Position,
+    /// The first descriptor that is not published.
+    published: Position,
+    /// How many are not published.
+    pending: u16,
+    /// How many chains are not published.
+    pending_chains: u16,
+    /// How many chains are published and not taken.
+    waiting: u16,
+    /// The second half of the descriptor at `published`, while any are pending.
+    head: u64,
+    /// Where the next used descriptor will be.
+    last: Position,
+    /// In order: how many more chains the used descriptor stands for that was read last, and the length in it.
+    batch: (u16, u32),
+}
+
+impl<M: Memory> Driver<M> {
+    /// A fresh ring: clears the descriptors. Calls are asked for.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Config`] where the size is 0 or more than [`MAX_SIZE`](super::MAX_SIZE), or an area is not aligned or not in memory.
+    pub fn new(memory: M, config: &RingConfig) -> Result<Self, Error> {
+        Self::start(memory, config, Position::START)
+    }
+
+    /// A fresh ring that starts at the position `base` ([`Layout::device_at`](crate::Layout::device_at)), for a device that starts there too.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Driver::new`], and [`Error::Config`] where `base` is outside the ring, or not the same for available and used descriptors.
+    pub fn with_base(memory: M, config: &RingConfig, base: u32) -> Result<Self, Error> {
+        let [available, used] = Position::from_base(base, config.size)?;
+        if available != used {
+            return Err(Error::Config);
+        }
+        Self::start(memory, config, available)
+    }
+
+    fn start(memory: M, config: &RingConfig, first: Position) -> Result<Self, Error> {
+        let areas = Areas::new(&memory, config)?;
+        let size = config.size;
+        // As if each had been used one turn ago: neither available nor used as seen from `first`.
+        let mut at = first;
+        for _ in 0..size {
+            let stale = Position {
+                wrap: !at.wrap,
+                ..at
+            };
+            areas.desc.store_u64(at.offset(), 0, Relaxed);
+            let word = pack(0, 0, stale.used());
+            areas.desc.store_u64(at.offset() + 8, word, Relaxed);
+            at = at.step(1, size);
+        }
+        // A device that is there at the first chain wants to hear of it until it says otherwise.
+        areas.device.store_u32(0, EVENT_ENABLE, Relaxed);
+        let wish = wish(first, config.event_idx);
+        areas.driver.store_u32(0, wish, Release);
+        Ok(Self {
+            memory,
+            areas,
+            sent: (0..size).map(|_| Sent::default()).collect(),
+            ids: (0..size).collect(),
+            size,
+            event_idx: config.event_idx,
+            in_order: config.in_order,
+            indirect: config.indirect,
+            broken: false,
+            armed: true,
+            free: size,
+            id_head: 0,
+            id_published: 0,
+            id_tail: 0,
+            next: first,
+            published: first,
+            pending: 0,
+            pending_chains: 0,
+            waiting: 0,
+            head: 0,
+            last: first,
+            batch: (0, 0),
+        })
+    }
+
+    /// The cell behind another, of the queue of ids.
+    #[inline]
+    fn behind(&self, cell: u16) -> u16 {
+        let next = cell.wrapping_add(1);
+        if next == self.size { 0 } else { next }
+    }
+
+    /// The next free id. There is one wherever there is a free descriptor.
+    #[inline]
+    fn next_id(&self) -> Option<u16> {
+        if self.in_order {
+            Some(self.id_head)
+        } else {
+            self.ids.get(usize::from(self.id_head)).copied()
+        }
+    }
+
+    /// Writes the next descriptor. The first of a batch stays incomplete.
+    #[inline]
+    fn write_descriptor(&mut self, addr: u64, len: u32, id: u16, flags: u64) {
+        let at = self.next.offset();
+        let word = pack(len, id, flags | self.next.available());
+        self.areas.desc.store_u64(at, addr, Relaxed);
+        if self.pending == 0 {
+            self.head = word;
+        } else {
+            self.areas.desc.store_u64(at + 8, word, Relaxed);
+        }
+        self.pending = self.pending.wrapping_add(1);
+        self.next = self.next.step(1, self.size);
+    }
+
+    /// Books a chain of `count` descriptors that has been written.
+    #[inline]
+    fn sent(&mut self, id: u16, count: u16, writable: u32) -> Option<u16> {
+        let sent = self.sent.get_mut(usize::from(id))?;
+        sent.writable = writable;
+        sent.count = count;
+        self.id_head = self.behind(self.id_head);
+        self.free = self.free.wrapping_sub(count);
+        self.pending_chains = self.pending_chains.wrapping_add(1);
+        Some(id)
+    }
+
+    /// The second half of the descriptor at `last`, if it is used.
+    #[inline]
+    fn used_word(&self) -> Option<u64> {
+        let word = self.areas.desc.load_u64(self.last.offset() + 8, Acquire);
+        (word & STATE == self.last.used()).then_some(word)
+    }
+
+    /// Returns how many were taken.
+    #[inline]
+    fn take_any_order(&mut self, out: &mut [Used]) -> Result<usize, Error> {
+        let mut taken = 0;
+        for entry in out {
+            let Some(word) = self.used_word() else {
+                break;
+            };
+            // The length counts whether or not the flag is there that says that anything was written: not every device sets it.
+            let (id, len) = (id_of(word), len_of(word));
+            let sent = self.sent.get_mut(usize::from(id)).ok_or(Error::BadId)?;
+            let count = sent.count;
+            if count == 0 {
+                return Err(Error::BadId);
+            }
+            if len > sent.writable {
+                return Err(Error::BadLength);
+            }
+            sent.count = 0;
+            if let Some(cell) = self.ids.get_mut(usize::from(self.id_tail)) {
+                *cell = id;
+            }
+            self.id_tail = self.behind(self.id_tail);
+            self.free = self.free.wrapping_add(count);
+            self.waiting = self.waiting.wrapping_sub(1);
+            self.last = self.last.step(count, self.size);
+            *entry = Used { id, len };
+            taken += 1;
+        }
+        Ok(taken)
+    }
+
+    /// Section 2.8.8: a used descriptor stands for all chains up to the one that it names; it is in the place of the first of them. Returns
+    /// how many were taken.
+    #[inline]
+    fn take_in_order(&mut self, out: &mut [Used]) -> Result<usize, Error> {
+        let mut taken = 0;
+        let mut out = out.iter_mut();
+        while out.len() > 0 {
+            if self.batch.0 == 0 {
+                let Some(word) = self.used_word() else {
+                    break;
+                };
+                let id = id_of(word);
+                if id >= self.size {
+                    return Err(Error::BadId);
+                }
+                let others = if id >= self.id_tail {
+                    id.wrapping_sub(self.id_tail)
+                } else {
+                    id.wrapping_add(self.size).wrapping_sub(self.id_tail)
+                };
+                if others >= self.waiting {
+                    return Err(Error::BadId);
+                }
+                self.batch = (others.wrapping_add(1), len_of(word));
+            }
+            let (left, len) = self.batch;
+            let mut now = 0u16;
+            let mut descriptors = 0u16;
+            for entry in out.by_ref().take(usize::from(left)) {
+                let id = self.id_tail;
+                let sent = self.sent.get(usize::from(id)).ok_or(Error::BadId)?;
+                *entry = Used {
+                    id,
+                    len: sent.writable,
+                };
+                descriptors = descriptors.wrapping_add(sent.count);
+                now = now.wrapping_add(1);
+                self.id_tail = self.behind(id);
+                if now == left {
+                    if len > sent.writable {
+                        return Err(Error::BadLength);
+                    }
+                    entry.len = len;
+                }
+            }
+            self.batch.0 = left.wrapping_sub(now);
+            self.free = self.free.wrapping_add(descriptors);
+            self.waiting = self.waiting.wrapping_sub(now);
+            self.last = self.last.step(descriptors, self.size);
+            taken += usize::from(now);
+        }
+        Ok(taken)
+    }
+
+    /// Hides the chains that are added and not published, so that a device that guesses their ids finds nothing outstanding; done
+    /// twice, it shows them again. Their cells in the queue of ids are untouched: what is freed meanwhile was given before them.
+    #[inline(never)]
+    fn toggle_unpublished(&mut self) {
+        let mut cell = self.id_published;
+        for _ in 0..self.pending_chains {
+            let id = self.ids.get(usize::from(cell)).copied().unwrap_or_default();
+            if let Some(sent) = self.sent.get_mut(usize::from(id)) {
+                core::mem::swap(&mut sent.count, &mut sent.hidden);
+            }
+            cell = self.behind(cell);
+        }
+    }
+
+    /// The body of [`DriverRing::take`]; the caller latches the error.
+    #[inline]
+    fn reap(&mut self, out: &mut [Used]) -> Result<usize, Error> {
+        if self.in_order {
+            return self.take_in_order(out);
+        }
+        if self.pending == 0 {
+            return self.take_any_order(out);
+        }
+        self.toggle_unpublished();
+        let taken = self.take_any_order(out)?;
+        self.toggle_unpublished();
+        Ok(taken)
+    }
+}
+
+impl<M: Memory> DriverRing for Driver<M> {
+    #[inline]
+    fn free(&self) -> u16 {
+        self.free
+    }
+
+    #[inline]
+    fn add(&mut self, buffers: &[Buffer]) -> Option<u16> {
+        let count = u16::try_from(buffers.len()).ok()?;
+        if count == 0 || count > self.free {
+            return None;
+        }
+        let id = self.next_id()?;
+        for (buffer, left) in buffers.iter().zip((0..count).rev()) {
+            let next = if left > 0 { in_word(NEXT) } else { 0 };
+            self.write_descriptor(buffer.addr, buffer.len, id, write_flag(buffer) | next);
+        }
+        self.sent(id, count, chain::writable(buffers))
+    }
+
+    fn add_indirect(&mut self, table: u64, buffers: &[Buffer]) -> Option<u16> {
+        if !self.indirect || self.free == 0 {
+            return None;
+        }
+        let (region, len) = chain::make_table(&self.memory, table, buffers.len(), self.size)?;
+        let id = self.next_id()?;
+        for (buffer, at) in buffers.iter().zip((0..).step_by(DESC_LEN)) {
+            region.store_u64(at, buffer.addr, Relaxed);
+            let word = pack(buffer.len, 0, write_flag(buffer));
+            region.store_u64(at + 8, word, Relaxed);
+        }
+        self.write_descriptor(table, len, id, in_word(INDIRECT));
+        self.sent(id, 1, chain::writable(buffers))
+    }
+
+    #[inline]
+    fn publish(&mut self) -> bool {
+        let count = self.pending;
+        if count == 0 {
+            return false;
+        }
+        let first = self.published;
+        let at = first.offset() + 8;
+        self.areas.desc.store_u64(at, self.head, Release);
+        self.published = self.next;
+        self.pending = 0;
+        self.id_published = self.id_head;
+        self.waiting = self.waiting.wrapping_add(self.pending_chains);
+        self.pending_chains = 0;
+        // The device stores its wish and then looks at the descriptor; we store the descriptor and then look at its wish. Without a fence on
+        // both sides both can miss the other's store, and the device sleeps on available chains.
+        M::Region::fence(SeqCst);
+        let event = self.areas.device.load_u32(0, Relaxed);
+        wants(event, self.event_idx, first, count, self.size)
+    }
+
+    #[inline]
+    fn take(&mut self, out: &mut [Used]) -> Result<usize, Error> {
+        if self.broken {
+            return Err(Error::Broken);
+        }
+        let result = self.reap(out);
+        if result.is_err() {
+            self.broken = true;
+            // Nothing can be added or published any more.
+            self.free = 0;
+            self.pending = 0;
+        }
+        result
+    }
+
+    #[inline]
+    fn disable_calls(&mut self) {
+        if self.armed {
+            self.armed = false;
+            self.areas.driver.store_u32(0, EVENT_DISABLE, Relaxed);
+        }
+    }
+
+    #[inline]
+    fn enable_calls(&mut self) -> bool {
+        self.armed = true;
+        let wish = wish(self.last, self.event_idx);
+        self.areas.driver.store_u32(0, wish, Relaxed);
+        // The other half of the device's fence in `publish`.
+        M::Region::fence(SeqCst);
+        self.batch.0 > 0 || self.used_word().is_some()
+    }
+}
