@@ -53,6 +53,8 @@ impl Default for JoinConfig {
 pub type FrontEnd<L, N> = NetPort<<L as Layout>::Driver<Linear>, N>;
 /// The back-end of a joined pair over one layout.
 pub type BackEnd<L, N> = PeerPort<<L as Layout>::Device<Linear>, N>;
+/// Both ends over one layout.
+type Ends<L, C, K> = (FrontEnd<L, K>, BackEnd<L, C>);
 /// The front-end of a joined pair.
 pub type JoinedFrontEnd<N> = Either<FrontEnd<Split, N>, FrontEnd<Packed, N>>;
 /// The back-end of a joined pair.
@@ -107,7 +109,7 @@ fn join_layout<L: Layout, C: Notify + Clone, K: Notify + Clone>(
     kicks: K,
     calls: C,
     interrupts: bool,
-) -> Result<(FrontEnd<L, K>, BackEnd<L, C>), Error> {
+) -> Result<Ends<L, C, K>, Error> {
     let mut next = start;
     let mut area = |len| {
         let addr = next;

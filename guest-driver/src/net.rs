@@ -29,6 +29,10 @@ const USABLE: u64 = features::VERSION_1
     | F_MRG_RXBUF
     | F_STATUS;
 
+/// What a ring's memory and settings depend on.
+const RING_BITS: u64 =
+    features::EVENT_IDX | features::IN_ORDER | features::INDIRECT_DESC | features::RING_PACKED;
+
 /// The data path over rings of one layout.
 pub type Ports<L> = NetPort<<L as Layout>::Driver<Linear>, Doorbell>;
 /// The data path over rings of the layout that was negotiated.
@@ -58,6 +62,38 @@ impl NetDevice {
         shape: Shape,
     ) -> Result<Self, Error> {
         let transport = Transport::new(platform, function)?;
+        Self::set_up(platform, transport, memory, shape, None)
+    }
+
+    /// Resets the device and sets it up anew, as it asks for (DEVICE_NEEDS_RESET) when it lost its place in the rings. What was in them is lost.
+    pub fn restart<P: Platform>(self, platform: &P) -> Result<Self, Error> {
+        let Self {
+            transport,
+            features,
+            memory,
+            shape,
+            rings,
+            ..
+        } = self;
+        transport.reset()?;
+        transport.connect_config_vector()?;
+        Self::set_up(platform, transport, memory, shape, Some((features, rings)))
+    }
+
+    /// Whether the device asks to be reset. Reading it leaves the guest: to be asked when the configuration changed.
+    #[must_use]
+    pub fn needs_reset(&self) -> bool {
+        self.transport.needs_reset()
+    }
+
+    /// From a device that was reset to one that runs. The rings of an earlier life are used again where they have the same layout.
+    fn set_up<P: Platform>(
+        platform: &P,
+        transport: Transport,
+        memory: Linear,
+        shape: Shape,
+        earlier: Option<(u64, [(RingConfig, u64); 2])>,
+    ) -> Result<Self, Error> {
         let features = transport.negotiate(|offered| {
             (offered & features::VERSION_1 != 0).then_some(offered & USABLE)
         })?;
@@ -65,25 +101,18 @@ impl NetDevice {
             mergeable: features & F_MRG_RXBUF != 0,
             ..shape
         };
-        let packed = features & features::RING_PACKED != 0;
-        let ring = |index| {
-            let config = if packed {
-                transport.add_queue::<P, Packed>(platform, index, u16::MAX)
-            } else {
-                transport.add_queue::<P, Split>(platform, index, u16::MAX)
-            }?;
-            let pool = platform
-                .dma(usize::from(config.size) * BUFFER_STRIDE, 64)
-                .ok_or(Error::Memory)?;
-            let config = RingConfig {
-                event_idx: features & features::EVENT_IDX != 0,
-                in_order: features & features::IN_ORDER != 0,
-                indirect: features & features::INDIRECT_DESC != 0,
-                ..config
-            };
-            Ok::<_, Error>((config, pool.addr))
+        let rings = match earlier {
+            Some((before, rings)) if (before ^ features) & RING_BITS == 0 => {
+                for (index, (config, _)) in (0..).zip(&rings) {
+                    transport.enable_queue(index, config)?;
+                }
+                rings
+            }
+            _ => [
+                add_ring(platform, &transport, features, 0)?,
+                add_ring(platform, &transport, features, 1)?,
+            ],
         };
-        let rings = [ring(0)?, ring(1)?];
         let port = make_port(&transport, memory, features, shape, &rings)?;
         transport.start();
         let mut device = Self {
@@ -140,6 +169,30 @@ impl NetDevice {
         self.features & F_STATUS == 0
             || self.transport.device().read_u16(CONFIG_STATUS) & STATUS_LINK_UP != 0
     }
+}
+
+/// Allocates a ring and its pool, and tells the device.
+fn add_ring<P: Platform>(
+    platform: &P,
+    transport: &Transport,
+    features: u64,
+    index: u16,
+) -> Result<(RingConfig, u64), Error> {
+    let config = if features & features::RING_PACKED != 0 {
+        transport.add_queue::<P, Packed>(platform, index, u16::MAX)
+    } else {
+        transport.add_queue::<P, Split>(platform, index, u16::MAX)
+    }?;
+    let pool = platform
+        .dma(usize::from(config.size) * BUFFER_STRIDE, 64)
+        .ok_or(Error::Memory)?;
+    let config = RingConfig {
+        event_idx: features & features::EVENT_IDX != 0,
+        in_order: features & features::IN_ORDER != 0,
+        indirect: features & features::INDIRECT_DESC != 0,
+        ..config
+    };
+    Ok((config, pool.addr))
 }
 
 fn make_port(

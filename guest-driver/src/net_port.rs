@@ -26,7 +26,8 @@ const TABLE: u16 = 1536;
 const _: () = assert!(TABLE as usize + 2 * 16 <= BUFFER_STRIDE && TABLE >= PACKET);
 /// Where the header says over how many buffers a received frame is spread.
 const NUM_BUFFERS: usize = 10;
-const HEADER: u16 = HEADER_LEN as u16;
+const HEADER: u16 = 12;
+const _: () = assert!(HEADER as usize == HEADER_LEN);
 
 /// How a frame to send is given to the device.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -26,7 +26,6 @@ const STATUS_FEATURES_OK: u8 = 8;
 const STATUS_NEEDS_RESET: u8 = 64;
 const STATUS_FAILED: u8 = 128;
 
-const NO_VECTOR: u16 = 0xffff;
 /// MSI-X vector of configuration changes.
 const VECTOR_CONFIG: u16 = 0;
 /// MSI-X vector of all queues.
@@ -187,13 +186,18 @@ impl Transport {
         }
         msix.set(VECTOR_CONFIG, platform.message(Event::Config));
         msix.set(VECTOR_QUEUES, platform.message(Event::Queue));
-        transport
-            .common
-            .write_u16(common::CONFIG_VECTOR, VECTOR_CONFIG);
-        if transport.common.read_u16(common::CONFIG_VECTOR) == NO_VECTOR {
-            return Err(Error::Structure("configuration vector"));
-        }
+        transport.connect_config_vector()?;
         Ok(transport)
+    }
+
+    /// Lets configuration changes interrupt; a reset takes that away.
+    pub fn connect_config_vector(&self) -> Result<(), Error> {
+        self.common.write_u16(common::CONFIG_VECTOR, VECTOR_CONFIG);
+        if self.common.read_u16(common::CONFIG_VECTOR) == VECTOR_CONFIG {
+            Ok(())
+        } else {
+            Err(Error::Structure("configuration vector"))
+        }
     }
 
     /// Resets the device and waits for it.

@@ -117,6 +117,7 @@ fn a_size_chosen_for_packed_rings_is_rounded_when_the_driver_changes_its_mind() 
 #[test]
 fn a_device_that_asks_for_longer_rings_than_there_are_gets_the_longest() {
     let (_, driver) = rig_with(ALL, [u16::MAX, 32769]);
+    assert!(driver.negotiate(F_VERSION_1 | F_RING_PACKED));
     for queue in [0, 1] {
         driver.select(queue);
         assert_eq!(driver.u16(QUEUE_SIZE), 32768);

@@ -9,6 +9,7 @@ use guest_driver::virtio_pci;
 
 use crate::arch::{self, event};
 use crate::error;
+use crate::machine::Machine;
 
 /// What the main loop needs beside what a workload needs.
 pub trait Connection: Link {
@@ -53,25 +54,49 @@ fn sleep(until: u64) {
 }
 
 /// The virtio-net driver's end.
-pub struct FrontEnd {
-    device: NetDevice,
+pub struct FrontEnd<'a> {
+    machine: &'a Machine,
+    /// Absent where it could not be set up again.
+    device: Option<NetDevice>,
     up: bool,
     tsc_khz: u64,
 }
 
-impl FrontEnd {
+impl<'a> FrontEnd<'a> {
     /// A device that was started.
-    pub fn new(device: NetDevice, tsc_khz: u64) -> Self {
+    pub fn new(machine: &'a Machine, device: NetDevice, tsc_khz: u64) -> Self {
         let up = device.link_up();
         Self {
-            device,
+            machine,
+            device: Some(device),
             up,
             tsc_khz,
         }
     }
+
+    /// Looks at the device, and sets it up again where it asks for that.
+    fn look(&mut self) {
+        let Some(device) = self.device.take() else {
+            return;
+        };
+        let device = if device.needs_reset() {
+            match device.restart(self.machine) {
+                Ok(device) => device,
+                Err(why) => {
+                    error(format_args!("virtio-net: {why}"));
+                    self.up = false;
+                    return;
+                }
+            }
+        } else {
+            device
+        };
+        self.up = device.link_up();
+        self.device = Some(device);
+    }
 }
 
-impl Link for FrontEnd {
+impl Link for FrontEnd<'_> {
     type Port = NetDevicePort;
 
     fn end(&self) -> End {
@@ -79,12 +104,13 @@ impl Link for FrontEnd {
     }
 
     fn port(&mut self) -> Option<&mut Self::Port> {
-        self.up.then_some(&mut self.device.port)
+        let device = self.device.as_mut().filter(|_| self.up)?;
+        Some(&mut device.port)
     }
 
     fn service(&mut self) {
         if arch::take_events(event::CONFIG) != 0 {
-            self.up = self.device.link_up();
+            self.look();
         }
     }
 
@@ -101,13 +127,13 @@ impl Link for FrontEnd {
     }
 }
 
-impl Connection for FrontEnd {
+impl Connection for FrontEnd<'_> {
     fn is_up(&self) -> bool {
         self.up
     }
 
     fn features(&self) -> u64 {
-        self.device.features()
+        self.device.as_ref().map_or(0, NetDevice::features)
     }
 
     fn stopped(&mut self, why: Stopped) {
@@ -116,8 +142,9 @@ impl Connection for FrontEnd {
     }
 
     fn reset_rings(&mut self) -> Result<(), virtio_pci::Error> {
-        self.device.reset_rings()?;
-        self.up = self.device.link_up();
+        let device = self.device.as_mut().ok_or(virtio_pci::Error::Reset)?;
+        device.reset_rings()?;
+        self.up = device.link_up();
         Ok(())
     }
 }

@@ -74,7 +74,11 @@ extern "C" fn user_main(zero_page: *const u8) -> ! {
             net::DEVICE_TYPE => {
                 print!("guest: virtio-net at {function}: front-end");
                 match NetDevice::new(&machine, function, machine.memory(), boot.shape) {
-                    Ok(device) => serve(&machine, FrontEnd::new(device, boot.tsc_khz), &boot),
+                    Ok(device) => serve(
+                        &machine,
+                        FrontEnd::new(&machine, device, boot.tsc_khz),
+                        &boot,
+                    ),
                     Err(error) => fail(format_args!("{function}: {error}")),
                 }
             }
