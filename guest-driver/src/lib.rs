@@ -7,7 +7,7 @@
 //!
 //! * [`pci`] finds functions and capabilities, [`virtio_pci`] negotiates and sets up queues.
 //! * [`net::NetDevice`] and [`vhost_pci::VhostPci`] are the drivers: the control path.
-//! * [`net::NetPort`] and [`peer::PeerPort`] are the data paths: rings and buffers only, no device. Both are a [`Port`], so a workload
+//! * [`net_port::NetPort`] and [`peer::PeerPort`] are the data paths: rings and buffers only, no device. Both are a [`Port`], so a workload
 //!   does not know which end it runs at; the upper bound of the benchmarks puts the two on both sides of one piece of memory.
 #![no_std]
 
