@@ -9,6 +9,7 @@ mod host;
 mod image;
 mod logger;
 mod pair;
+mod plot;
 mod run;
 mod sys;
 mod tempdir;
@@ -31,6 +32,7 @@ fn main() -> ExitCode {
         Command::Run(args) => run::run(&args),
         Command::Pair(args) => pair::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Plot(args) => plot::run(&args),
         Command::Doctor(args) => doctor::run(&args),
     };
     ExitCode::from(result.unwrap_or_else(|error| {

@@ -41,12 +41,12 @@ fn each_wrong_argument_is_one_line_that_names_it_and_exit_code_3() {
         (&["run", "--net", "listen=on"], &["--net", "'socket'"]),
         (&["run", "--net", "socket=x,mac=zz"], &["--net", "mac=zz"]),
         (
-            &["run", "--net", "socket=x,queue-size=100"],
-            &["--net", "queue-size=100"],
+            &["run", "--net", "socket=x,size=100"],
+            &["--net", "size=100", "power of two"],
         ),
         (
             &["run", "--net", "socket=x,port=1"],
-            &["--net", "'port'", "socket, listen, mac, queue-size"],
+            &["--net", "'port'", "socket, listen, mac, size, packed"],
         ),
         (
             &["run", "--vhost-pci", "socket=x,window=7"],
@@ -80,7 +80,26 @@ fn each_wrong_argument_is_one_line_that_names_it_and_exit_code_3() {
             &["--direction", "up", "be-to-fe, fe-to-be, both, round-trip"],
         ),
         (&["pair", "--cores", "0:0"], &["--cores", "0:0"]),
-        (&["pair", "--queue-size", "3"], &["--queue-size", "3"]),
+        (
+            &["pair", "--queue-size", "3"],
+            &["--queue-size", "3", "power of two"],
+        ),
+        (
+            &["pair", "--queue-size", "32769", "--ring", "packed"],
+            &["--queue-size", "32769", "1 to 32768"],
+        ),
+        (
+            &["pair", "--ring", "round"],
+            &["--ring", "round", "split, packed"],
+        ),
+        (
+            &["pair", "--tx", "indirect", "--indirect", "off"],
+            &["--tx indirect", "--indirect on"],
+        ),
+        (
+            &["pair", "--rx-buffer", "127"],
+            &["--rx-buffer", "127", "128..=1530"],
+        ),
         (&["pair", "--count", "0"], &["--count", "0"]),
         (&["bench", "--sizes", "64,9000"], &["--sizes", "9000"]),
         (&["bench", "--batches", "257"], &["--batches", "257"]),
@@ -90,9 +109,16 @@ fn each_wrong_argument_is_one_line_that_names_it_and_exit_code_3() {
         ),
         (&["bench", "--samples", "0"], &["--samples", "0"]),
         (
-            &["bench", "--ring", "packed"],
-            &["--ring packed", "not available"],
+            &["bench", "--ring", "packed,split", "--queue-size", "768"],
+            &["--queue-size", "768", "split"],
         ),
+        (&["bench", "--in-order", "maybe"], &["--in-order", "maybe"]),
+        (
+            &["bench", "--sweep", "rings", "--quick"],
+            &["--sweep", "--quick"],
+        ),
+        (&["bench", "--sweep", "sizes"], &["--sweep", "sizes"]),
+        (&["plot", "x.json"], &["--out"]),
         (&["bench", "--memory", "sise=1"], &["--memory", "'sise'"]),
         (&["launch"], &["launch"]),
     ];
@@ -124,7 +150,12 @@ fn the_help_names_every_key_and_its_default() {
         "socket=PATH",
         "listen=on|off",
         "mac=ADDRESS",
-        "queue-size=N",
+        "size=N",
+        "packed=on|off",
+        "in-order=on|off",
+        "event-idx=on|off",
+        "mrg-rxbuf=on|off",
+        "indirect=on|off",
         "[default: 256]",
         "window=SIZE",
         "[default: 64G]",
@@ -157,6 +188,13 @@ fn every_command_explains_its_flags_and_exit_codes() {
                 "--batch",
                 "--mode",
                 "--cores",
+                "--ring",
+                "--in-order",
+                "--event-idx",
+                "--mrg-rxbuf",
+                "--indirect",
+                "--tx",
+                "--rx-buffer",
             ],
         ),
         (
@@ -174,8 +212,14 @@ fn every_command_explains_its_flags_and_exit_codes() {
                 "--cores",
                 "--json",
                 "--ring",
+                "--in-order",
+                "--event-idx",
+                "--mrg-rxbuf",
+                "--indirect",
+                "--sweep",
             ],
         ),
+        ("plot", &["REPORT.json", "--out"]),
         ("doctor", &["--json"]),
     ];
     for (command, flags) in cases {
@@ -197,6 +241,21 @@ fn a_json_file_that_cannot_be_written_is_said_before_anything_is_measured() {
     let path = dir.path().to_str().unwrap();
     let ended = run(&["bench", "--json", path]);
     ended.expect_code(1).expect_one_line(&["--json", path]);
+}
+
+#[test]
+fn a_report_that_is_missing_or_none_is_one_line() {
+    let dir = Dir::new();
+    let (missing, foreign) = (dir.file("missing.json"), dir.file("foreign.json"));
+    std::fs::write(&foreign, "{\"schema_version\": 1}").unwrap();
+    let out = dir.file("out.svg");
+    run(&["plot", &missing, "--out", &out])
+        .expect_code(1)
+        .expect_one_line(&[&missing]);
+    run(&["plot", &foreign, "--out", &out])
+        .expect_code(3)
+        .expect_one_line(&[&foreign, "no report"]);
+    assert!(!std::path::Path::new(&out).exists());
 }
 
 #[test]

@@ -103,6 +103,93 @@ fn guests_that_sleep_are_woken_and_lose_none() {
     pair(&["--mode", "irq", "--direction", "round-trip"], 2, 200);
 }
 
+/// Frames enough for the indices of a ring to pass 2^16 and for a packed ring of 768 to go round 90 times.
+const WRAPPING: u64 = 70_001;
+
+#[test]
+fn packed_rings_of_any_size_carry_frames_both_ways_in_order_or_not() {
+    let _machine = machine();
+    for in_order in ["off", "on"] {
+        let rings = ["--ring", "packed", "--in-order", in_order];
+        pair(
+            &[&rings[..], &["--queue-size", "768"]].concat(),
+            2,
+            WRAPPING,
+        );
+        // A ring that is shorter than a burst, of a length that divides nothing.
+        pair(&[&rings[..], &["--queue-size", "7"]].concat(), 2, 20_000);
+        pair(
+            &[&rings[..], &["--direction", "round-trip"]].concat(),
+            2,
+            2_000,
+        );
+    }
+}
+
+#[test]
+fn split_rings_carry_frames_both_ways_in_order_or_not() {
+    let _machine = machine();
+    for in_order in ["off", "on"] {
+        let rings = ["--ring", "split", "--in-order", in_order];
+        pair(&rings, 2, WRAPPING);
+        pair(&[&rings[..], &["--batch", "1"]].concat(), 2, 20_000);
+    }
+}
+
+/// Both layouts, with VIRTIO_F_IN_ORDER and without.
+const RINGS: [&[&str]; 4] = [
+    &["--ring", "split", "--in-order", "off"],
+    &["--ring", "split", "--in-order", "on"],
+    &["--ring", "packed", "--in-order", "off"],
+    &["--ring", "packed", "--in-order", "on"],
+];
+
+#[test]
+fn frames_that_are_longer_than_a_buffer_arrive_in_several() {
+    let _machine = machine();
+    for rings in RINGS {
+        let merged = ["--mrg-rxbuf", "on", "--rx-buffer", "512", "--size", "1518"];
+        pair(&[rings, &merged].concat(), 2, 20_000);
+        // As many buffers as a frame can need, and frames that fit exactly: 116 bytes and a header of 12.
+        let small = ["--mrg-rxbuf", "on", "--rx-buffer", "128"];
+        pair(
+            &[rings, &small, &["--size", "1518", "--batch", "3"]].concat(),
+            2,
+            5_000,
+        );
+        pair(&[rings, &small, &["--size", "116"]].concat(), 2, 5_000);
+    }
+}
+
+#[test]
+fn frames_in_chains_and_in_indirect_tables_arrive() {
+    let _machine = machine();
+    for rings in RINGS {
+        for size in ["60", "1518"] {
+            let frames = ["--size", size, "--tx"];
+            pair(&[rings, &frames, &["chain"]].concat(), 2, 20_000);
+            let tables = ["indirect", "--indirect", "on"];
+            pair(&[rings, &frames, &tables].concat(), 2, 20_000);
+        }
+    }
+}
+
+#[test]
+fn guests_that_sleep_are_woken_over_every_ring_with_event_indices_and_without() {
+    let _machine = machine();
+    for rings in RINGS {
+        for event_idx in ["on", "off"] {
+            let irq = ["--mode", "irq", "--event-idx", event_idx];
+            pair(&[rings, &irq].concat(), 2, 3_000);
+            pair(
+                &[rings, &irq, &["--direction", "round-trip"]].concat(),
+                2,
+                100,
+            );
+        }
+    }
+}
+
 #[test]
 fn a_second_vm_joins_the_first_whichever_starts_first() {
     let _machine = machine();
@@ -384,8 +471,11 @@ fn check_entry(entry: &Value) {
         assert_eq!(entry[key], 0, "{key}: {entry}");
     }
     assert_eq!(entry["path"], "window");
-    assert_eq!(entry["ring"], "split");
-    assert_eq!(entry["in_order"], false);
+    assert!(entry["ring"] == "split" || entry["ring"] == "packed");
+    for key in ["in_order", "event_idx", "mrg_rxbuf", "indirect"] {
+        assert!(entry[key].is_boolean(), "{key}: {entry}");
+    }
+    assert!(entry["queue_size"].is_u64() && entry["tx"].is_string());
     assert_eq!(entry["iommu"], "off");
     // Where no sample was fit to be reported there is no figure at all.
     let Some(distance) = entry.get("distance") else {
@@ -459,6 +549,12 @@ fn bench_writes_the_json_of_the_contract() {
         }
     }
     results.iter().for_each(check_entry);
+    for entry in results {
+        assert_eq!(
+            (&entry["ring"], &entry["in_order"]),
+            (&"split".into(), &false.into())
+        );
+    }
     // A host so busy that a figure has no sample at all is a failure, and the only one there may be.
     let complete = results.iter().all(|entry| entry.get("distance").is_some());
     ended.expect_code(if complete { 0 } else { 1 });
@@ -472,6 +568,115 @@ fn bench_writes_the_json_of_the_contract() {
         fs::read_dir(dir.path()).unwrap().count(),
         1,
         "only the file is left"
+    );
+}
+
+#[test]
+fn a_sweep_over_the_rings_writes_every_figure_and_can_be_drawn() {
+    let _machine = machine();
+    let dir = Dir::new();
+    let (path, svg) = (dir.file("rings.json"), dir.file("rings.svg"));
+    let ended = run(&[
+        "bench",
+        "--sweep",
+        "rings",
+        "--ms",
+        "3",
+        "--samples",
+        "1",
+        "--batches",
+        "1,64",
+        "--json",
+        &path,
+    ]);
+    let text = fs::read_to_string(&path).unwrap_or_else(|error| panic!("{error}: {ended:?}"));
+    let json: Value = serde_json::from_str(&text).unwrap();
+    let results = json["results"].as_array().unwrap();
+    results.iter().for_each(check_entry);
+    let requests = json["requests"].as_array().unwrap();
+    for ring in ["split", "packed"] {
+        for in_order in [false, true] {
+            for batch in [1, 64] {
+                let is = |entry: &&Value| {
+                    entry["ring"] == ring
+                        && entry["in_order"] == in_order
+                        && entry["batch"] == batch
+                };
+                for direction in ["be-to-fe", "fe-to-be"] {
+                    let mut found = results.iter().filter(is);
+                    assert!(
+                        found.any(|entry| entry["direction"] == direction),
+                        "no {ring} {in_order} {batch} {direction}: {json}"
+                    );
+                }
+                for place in ["same-core", "cross-core"] {
+                    let mut found = requests.iter().filter(is);
+                    let entry = found.find(|entry| entry["where"] == place);
+                    let entry = entry.unwrap_or_else(|| panic!("no {ring} {batch} {place}"));
+                    if let Some(ns) = entry.get("ns") {
+                        assert!(ns["median"].as_f64().unwrap() > 0.0, "{entry}");
+                        assert_eq!(entry.get("distance").is_some(), place == "cross-core");
+                    }
+                }
+            }
+        }
+    }
+    assert!(json["counters"].is_string());
+    // A host so busy that a figure has no sample at all is a failure, and the only one there may be.
+    let complete = results.iter().all(|entry| entry.get("distance").is_some())
+        && requests.iter().all(|entry| entry.get("ns").is_some());
+    ended.expect_code(if complete { 0 } else { 1 });
+
+    if complete {
+        run(&["plot", &path, "--out", &svg]).expect_code(0);
+        let svg = fs::read_to_string(&svg).unwrap();
+        assert!(svg.starts_with("<svg ") && svg.contains("packed + in-order"));
+    }
+}
+
+#[test]
+fn bench_measures_the_features_that_it_was_asked_for() {
+    let _machine = machine();
+    let dir = Dir::new();
+    let path = dir.file("out.json");
+    let ended = run(&[
+        "bench",
+        "--ring",
+        "packed",
+        "--in-order",
+        "on",
+        "--event-idx",
+        "on",
+        "--mrg-rxbuf",
+        "on",
+        "--indirect",
+        "on",
+        "--queue-size",
+        "768",
+        "--sizes",
+        "64",
+        "--batches",
+        "32",
+        "--directions",
+        "both",
+        "--ms",
+        "10",
+        "--samples",
+        "1",
+        "--json",
+        &path,
+    ]);
+    let text = fs::read_to_string(&path).unwrap_or_else(|error| panic!("{error}: {ended:?}"));
+    let json: Value = serde_json::from_str(&text).unwrap();
+    let entry = &json["results"][0];
+    check_entry(entry);
+    assert_eq!(entry["ring"], "packed");
+    for key in ["in_order", "event_idx", "mrg_rxbuf", "indirect"] {
+        assert_eq!(entry[key], true, "{key}");
+    }
+    assert_eq!(
+        (&entry["queue_size"], &entry["tx"]),
+        (&768.into(), &"indirect".into())
     );
 }
 

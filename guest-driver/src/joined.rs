@@ -53,8 +53,6 @@ impl Default for JoinConfig {
 pub type FrontEnd<L, N> = NetPort<<L as Layout>::Driver<Linear>, N>;
 /// The back-end of a joined pair over one layout.
 pub type BackEnd<L, N> = PeerPort<<L as Layout>::Device<Linear>, N>;
-/// Both ends over one layout.
-type Ends<L, C, K> = (FrontEnd<L, K>, BackEnd<L, C>);
 /// The front-end of a joined pair.
 pub type JoinedFrontEnd<N> = Either<FrontEnd<Split, N>, FrontEnd<Packed, N>>;
 /// The back-end of a joined pair.
@@ -81,8 +79,11 @@ fn pages(len: usize) -> u64 {
         .next_multiple_of(PAGE)
 }
 
-/// Builds both ends in the memory from device address `start` (page-aligned) on, which must be zeroed, [`memory_needed`] long, and theirs
-/// alone. `calls` notify the front-end, `kicks` the back-end; where there are none, [`Silent`] does.
+/// Both ends in the memory from device address `start` (page-aligned) on, which must be zeroed, [`memory_needed`] long, and theirs
+/// alone: [`front_end`], then [`back_end`].
+///
+/// For measurements, [`front_end`] and [`back_end`] are better called by the threads that use them: what the two allocate then
+/// does not share cache lines.
 pub fn join<C: Notify + Clone, K: Notify + Clone>(
     memory: Linear,
     start: u64,
@@ -91,25 +92,76 @@ pub fn join<C: Notify + Clone, K: Notify + Clone>(
     calls: C,
     interrupts: bool,
 ) -> Result<(JoinedFrontEnd<K>, JoinedBackEnd<C>), Error> {
+    let front = front_end(memory, start, config, kicks)?;
+    let back = back_end(memory, start, config, calls, interrupts)?;
+    Ok((front, back))
+}
+
+/// The front-end, which initialises the rings. `kicks` notify the back-end; where nobody is to be notified, [`Silent`] does.
+pub fn front_end<K: Notify + Clone>(
+    memory: Linear,
+    start: u64,
+    config: &JoinConfig,
+    kicks: K,
+) -> Result<JoinedFrontEnd<K>, Error> {
     Ok(if config.packed {
-        let (front, back) =
-            join_layout::<Packed, C, K>(memory, start, config, kicks, calls, interrupts)?;
-        (Either::Packed(front), Either::Packed(back))
+        Either::Packed(front::<Packed, K>(memory, start, config, kicks)?)
     } else {
-        let (front, back) =
-            join_layout::<Split, C, K>(memory, start, config, kicks, calls, interrupts)?;
-        (Either::Split(front), Either::Split(back))
+        Either::Split(front::<Split, K>(memory, start, config, kicks)?)
     })
 }
 
-fn join_layout<L: Layout, C: Notify + Clone, K: Notify + Clone>(
+/// The back-end, for rings that [`front_end`] has initialised. `calls` notify the front-end; `interrupts` says whether kicks arrive.
+pub fn back_end<C: Notify + Clone>(
+    memory: Linear,
+    start: u64,
+    config: &JoinConfig,
+    calls: C,
+    interrupts: bool,
+) -> Result<JoinedBackEnd<C>, Error> {
+    Ok(if config.packed {
+        Either::Packed(back::<Packed, C>(memory, start, config, calls, interrupts)?)
+    } else {
+        Either::Split(back::<Split, C>(memory, start, config, calls, interrupts)?)
+    })
+}
+
+fn front<L: Layout, K: Notify + Clone>(
     memory: Linear,
     start: u64,
     join: &JoinConfig,
     kicks: K,
+) -> Result<FrontEnd<L, K>, Error> {
+    let half = |(config, pool): (RingConfig, u64)| {
+        Ok::<_, Error>((L::driver(memory, &config)?, pool, kicks.clone()))
+    };
+    let [rx, tx] = rings::<L>(start, join)?;
+    let mut front = NetPort::new(memory, join.shape, half(rx)?, half(tx)?)?;
+    front.fill();
+    Ok(front)
+}
+
+fn back<L: Layout, C: Notify + Clone>(
+    memory: Linear,
+    start: u64,
+    join: &JoinConfig,
     calls: C,
     interrupts: bool,
-) -> Result<Ends<L, C, K>, Error> {
+) -> Result<BackEnd<L, C>, Error> {
+    let vring = |(config, _): (RingConfig, u64)| {
+        Ok::<_, Error>(Vring {
+            ring: L::device(memory, &config)?,
+            call: calls.clone(),
+            kicks: interrupts,
+        })
+    };
+    let [rx, tx] = rings::<L>(start, join)?;
+    let mergeable = join.shape.mergeable;
+    Ok(PeerPort::new(memory, mergeable, vring(rx)?, vring(tx)?))
+}
+
+/// Where the two rings and their pools are: receive, transmit.
+fn rings<L: Layout>(start: u64, join: &JoinConfig) -> Result<[(RingConfig, u64); 2], Error> {
     let mut next = start;
     let mut area = |len| {
         let addr = next;
@@ -129,20 +181,5 @@ fn join_layout<L: Layout, C: Notify + Clone, K: Notify + Clone>(
         };
         (config, area(usize::from(join.size) * BUFFER_STRIDE))
     };
-    let (rx, tx) = (ring(), ring());
-    let driver = |(config, pool): &(RingConfig, u64)| {
-        Ok::<_, Error>((L::driver(memory, config)?, *pool, kicks.clone()))
-    };
-    let mut front = NetPort::new(memory, join.shape, driver(&rx)?, driver(&tx)?)?;
-    let device = |(config, _): &(RingConfig, u64)| {
-        let (ring, call) = (L::device(memory, config)?, calls.clone());
-        Ok::<_, Error>(Vring {
-            ring,
-            call,
-            kicks: interrupts,
-        })
-    };
-    let back = PeerPort::new(memory, join.shape.mergeable, device(&rx)?, device(&tx)?);
-    front.fill();
-    Ok((front, back))
+    Ok([ring(), ring()])
 }

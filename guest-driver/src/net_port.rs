@@ -186,7 +186,11 @@ impl<D: DriverRing, N: Notify> NetPort<D, N> {
             rx,
             tx,
             shape: Shape {
-                rx_buffer: shape.rx_buffer.clamp(HEADER + 1, PACKET),
+                // Section 5.1.6.3.1: what cannot be merged has to hold a whole frame.
+                rx_buffer: match shape.mergeable {
+                    true => shape.rx_buffer.clamp(HEADER + 1, PACKET),
+                    false => PACKET,
+                },
                 ..shape
             },
             tx_free,

@@ -110,27 +110,49 @@ impl Bound {
     /// One sample.
     pub fn sample(&mut self, setup: &Setup, case: &Case) -> Result<BoundSample> {
         let (to_back, to_front) = (Bell::default(), Bell::default());
-        let (kicks, calls) = (to_back.clone(), to_front.clone());
-        let (front, back) = joined::join(self.memory, 0, &self.config, kicks, calls, true)
-            .map_err(|error| anyhow!("the upper bound's rings: {error}"))?;
-
-        let mut back = HostLink {
-            end: End::BackEnd,
-            port: back,
-            bell: to_back,
-            tsc_khz: self.tsc_khz,
-        };
-        let mut front = HostLink {
-            end: End::FrontEnd,
-            port: front,
-            bell: to_front,
-            tsc_khz: self.tsc_khz,
-        };
         let [back_run, front_run] = runs(setup, case);
-        let start = Barrier::new(2);
+        let Self {
+            memory,
+            config,
+            tsc_khz,
+        } = self;
+        let (memory, config, tsc_khz) = (*memory, &*config, *tsc_khz);
+        let (made, start) = (&Barrier::new(2), &Barrier::new(2));
+        let rings = |error| anyhow!("the upper bound's rings: {error}");
+        // Each thread makes its own end: what the ends allocate must not share cache lines.
         let (back, front) = thread::scope(|scope| {
-            let back = scope.spawn(|| work(&mut back, &back_run, setup.cores[0], &start));
-            let front = scope.spawn(|| work(&mut front, &front_run, setup.cores[1], &start));
+            let (bell, calls) = (to_back.clone(), to_front.clone());
+            let back = scope.spawn(move || {
+                let pinned = sys::pin_to(setup.cores[0]);
+                made.wait();
+                let port = joined::back_end(memory, 0, config, calls, true).map_err(rings);
+                start.wait();
+                pinned
+                    .with_context(|| format!("cannot pin a thread to core {}", setup.cores[0]))?;
+                let mut link = HostLink {
+                    end: End::BackEnd,
+                    port: port?,
+                    bell,
+                    tsc_khz,
+                };
+                work(&mut link, &back_run)
+            });
+            let front = scope.spawn(move || {
+                let pinned = sys::pin_to(setup.cores[1]);
+                let port = joined::front_end(memory, 0, config, to_back).map_err(rings);
+                // Before an error can return: the other end waits here.
+                made.wait();
+                start.wait();
+                pinned
+                    .with_context(|| format!("cannot pin a thread to core {}", setup.cores[1]))?;
+                let mut link = HostLink {
+                    end: End::FrontEnd,
+                    port: port?,
+                    bell: to_front,
+                    tsc_khz,
+                };
+                work(&mut link, &front_run)
+            });
             (back.join(), front.join())
         });
         let lost = |_| anyhow!("a thread of the upper bound was lost");
@@ -188,11 +210,7 @@ fn runs(setup: &Setup, case: &Case) -> [Run; 2] {
 }
 
 /// Runs one end; also returns how much of its core it had.
-fn work<L: Link>(link: &mut L, run: &Run, core: usize, start: &Barrier) -> Result<(Outcome, f64)> {
-    let pinned = sys::pin_to(core);
-    // Before an error can return: the other end waits here.
-    start.wait();
-    pinned.with_context(|| format!("cannot pin a thread to core {core}"))?;
+fn work<L: Link>(link: &mut L, run: &Run) -> Result<(Outcome, f64)> {
     let (wall, cpu) = (Instant::now(), sys::thread_cpu_ns()?);
     let outcome = execute(link, run).map_err(|error| anyhow!("the upper bound: {error}"))?;
     let used = sys::thread_cpu_ns()?.saturating_sub(cpu);
@@ -272,10 +290,14 @@ mod tests {
                         size: 200,
                         batch: 8,
                     };
-                    let sample = bound.sample(&setup, &case).unwrap();
-                    let result = &sample.result;
-                    let what = format!("{mode:?} {rings:?} {direction:?} {result:?}");
-                    assert!(!result.faults.any(), "{what}");
+                    // On a busy host a thread may hardly run in so short a time; nothing may be lost for that.
+                    let timed = (0..20).find_map(|_| {
+                        let result = bound.sample(&setup, &case).unwrap().result;
+                        let what = format!("{mode:?} {rings:?} {direction:?} {result:?}");
+                        assert!(!result.faults.any(), "{what}");
+                        result.timed.then_some(result)
+                    });
+                    let result = timed.expect("one sample of twenty has a time");
                     assert!(result.frames > 0 && result.verified > result.frames / 2);
                     assert_eq!(result.latency.is_some(), direction == Direction::RoundTrip);
                 }

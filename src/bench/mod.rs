@@ -39,6 +39,9 @@ const QUICK: Duration = Duration::from_secs(17);
 /// A sweep of the default length stops taking samples of the VMs again at this time; the request times come behind.
 const SWEEP: Duration = Duration::from_secs(180);
 
+/// So many figures with too few samples are named.
+const MOST_WARNINGS: usize = 8;
+
 /// What is the same for all samples, of the guests and of the upper bound.
 #[derive(Debug)]
 pub struct Setup {
@@ -94,10 +97,7 @@ pub fn run(args: &BenchArgs) -> Result<u8> {
     if let Some(json) = json {
         json.write(&report)?;
     }
-    Ok(exit::worse(
-        judge(&measured, samples)?,
-        judge_requests(&requests, samples),
-    ))
+    judge(&measured, &requests, samples)
 }
 
 /// When samples are no longer taken again.
@@ -225,18 +225,19 @@ fn totals(measured: &[Measured]) -> String {
 }
 
 /// Says what is not as it should be, and chooses the exit code.
-fn judge(measured: &[Measured], samples: usize) -> Result<u8> {
+fn judge(measured: &[Measured], requests: &[Requests], samples: usize) -> Result<u8> {
     let mut code = exit::OK;
+    let mut few = Vec::new();
     for case in measured {
         let name = describe(&case.case);
         let (found, dropped) = (case.pairs.len(), case.moved + case.disturbed);
         if found < samples {
-            log::warn!(
+            few.push(format!(
                 "{name}: {found} of {samples} samples; {dropped} were dropped ({} because the cores moved, {} because a thread \
                  did not get its core)",
                 case.moved,
                 case.disturbed
-            );
+            ));
         }
         if found == 0 {
             code = exit::worse(code, exit::HOST);
@@ -250,28 +251,35 @@ fn judge(measured: &[Measured], samples: usize) -> Result<u8> {
             case.bound_faults
         );
     }
-    Ok(code)
-}
-
-/// The same for the request times.
-fn judge_requests(requests: &[Requests], samples: usize) -> u8 {
-    let mut code = exit::OK;
-    for figure in requests {
-        let found = figure.samples.len();
+    for Requests {
+        case,
+        samples: good,
+        dropped,
+    } in requests
+    {
+        let found = good.len();
         if found < samples {
-            log::warn!(
-                "requests, {}, {}, batch {}: {found} of {samples} samples; {} were dropped",
-                figure.case.ring.name(),
-                figure.case.place.name(),
-                figure.case.batch,
-                figure.dropped
-            );
+            let (ring, place) = (case.ring.name(), case.place.name());
+            few.push(format!(
+                "requests, {ring}, {place}, batch {}: {found} of {samples} samples; {dropped} were dropped",
+                case.batch
+            ));
         }
         if found == 0 {
             code = exit::worse(code, exit::HOST);
         }
     }
-    code
+    for line in few.iter().take(MOST_WARNINGS) {
+        log::warn!("{line}");
+    }
+    if let Some(more) = few
+        .len()
+        .checked_sub(MOST_WARNINGS)
+        .filter(|&more| more > 0)
+    {
+        log::warn!("and {more} more figures with too few samples");
+    }
+    Ok(code)
 }
 
 #[cfg(test)]
@@ -311,7 +319,12 @@ mod tests {
         let fault = |set: fn(&mut Faults)| {
             let mut faults = Faults::default();
             set(&mut faults);
-            judge(&[measured(5, Faults::default()), measured(5, faults)], 5).unwrap()
+            judge(
+                &[measured(5, Faults::default()), measured(5, faults)],
+                &[],
+                5,
+            )
+            .unwrap()
         };
         assert_eq!(fault(|_| ()), exit::OK);
         assert_eq!(fault(|faults| faults.lost = 1), exit::FRAMES);
@@ -324,11 +337,11 @@ mod tests {
     #[test]
     fn few_samples_are_reported_and_none_is_a_failure() {
         assert_eq!(
-            judge(&[measured(2, Faults::default())], 5).unwrap(),
+            judge(&[measured(2, Faults::default())], &[], 5).unwrap(),
             exit::OK
         );
         assert_eq!(
-            judge(&[measured(0, Faults::default())], 5).unwrap(),
+            judge(&[measured(0, Faults::default())], &[], 5).unwrap(),
             exit::HOST
         );
     }
@@ -348,10 +361,24 @@ mod tests {
     }
 
     #[test]
+    fn a_request_time_without_a_sample_is_a_failure_too() {
+        let none = Requests {
+            case: requests::RequestCase {
+                ring: measured(1, Faults::default()).case.ring,
+                batch: 1,
+                place: requests::Where::SameCore,
+            },
+            samples: Vec::new(),
+            dropped: 15,
+        };
+        assert_eq!(judge(&[], &[none], 5).unwrap(), exit::HOST);
+    }
+
+    #[test]
     fn a_bound_that_loses_frames_is_no_bound() {
         let mut bad = measured(5, Faults::default());
         bad.bound_faults.lost = 1;
-        assert!(judge(&[bad], 5).is_err());
+        assert!(judge(&[bad], &[], 5).is_err());
     }
 
     #[test]

@@ -28,7 +28,7 @@ use crate::sys::{self, CacheMisses, Signals};
 /// What the driver in a guest aligns the parts of a ring to.
 const ALIGN: u64 = 4096;
 /// Bytes of a request's buffer. They are checked by the device, and read by nobody.
-const BUFFER: u64 = 64;
+const BUFFER: u32 = 64;
 /// The largest batch.
 const MOST: usize = 256;
 /// Requests, or looks at the ring in vain, between two looks at the clock.
@@ -181,7 +181,7 @@ impl Bed {
             start
         };
         let [desc, driver, device] = sizes.map(|len| area(len as u64));
-        let pool = area(u64::from(rings.size) * BUFFER);
+        let pool = area(u64::from(rings.size) * u64::from(BUFFER));
         let config = RingConfig {
             size: rings.size,
             desc,
@@ -264,8 +264,8 @@ impl<D: DriverRing> DriverHalf<D> {
         }
         for _ in 0..self.batch {
             let buffer = Buffer {
-                addr: self.pool + u64::from(self.next) * BUFFER,
-                len: BUFFER as u32,
+                addr: self.pool + u64::from(self.next) * u64::from(BUFFER),
+                len: BUFFER,
                 device_writes: false,
             };
             self.next += 1;
@@ -361,15 +361,11 @@ fn for_ms(ms: u64, work: &mut impl FnMut() -> Result<u64>) -> Result<u64> {
     Ok(done)
 }
 
-fn same_core<D: DriverRing, V: DeviceRing>(
+fn same_core<D: DriverRing + Send, V: DeviceRing + Send>(
     driver: &mut DriverHalf<D>,
     device: &mut DeviceHalf<V>,
     setup: &Setup,
-) -> Result<Timed>
-where
-    D: Send,
-    V: Send,
-{
+) -> Result<Timed> {
     let run = || -> Result<Timed> {
         let core = setup.cores[0];
         sys::pin_to(core).with_context(|| format!("cannot pin a thread to core {core}"))?;
@@ -391,15 +387,11 @@ where
         .map_err(|_| anyhow!("a thread of the request times was lost"))?
 }
 
-fn cross_core<D: DriverRing, V: DeviceRing>(
+fn cross_core<D: DriverRing + Send, V: DeviceRing + Send>(
     driver: &mut DriverHalf<D>,
     device: &mut DeviceHalf<V>,
     setup: &Setup,
-) -> Result<Timed>
-where
-    D: Send,
-    V: Send,
-{
+) -> Result<Timed> {
     let (stop, start) = (AtomicBool::new(false), Barrier::new(2));
     let pin = |core| {
         let pinned = sys::pin_to(core);
@@ -465,11 +457,13 @@ where
 }
 
 fn timed(start: &Watch, end: &Watch, done: u64, counted: bool) -> Timed {
+    // A thread that hardly ran may have nothing to show: that is no sample, and no time.
+    let share = if done > 0 { start.share(end) } else { 0.0 };
     let done = done.max(1) as f64;
     let misses = end.misses.saturating_sub(start.misses) as f64;
     Timed {
         ns: (end.wall - start.wall).as_nanos() as f64 / done,
-        share: start.share(end),
+        share,
         misses: counted.then_some(misses / done),
     }
 }

@@ -3,6 +3,7 @@
 pub mod bench;
 pub mod keys;
 pub mod machine;
+pub mod plot;
 pub mod rings;
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
@@ -37,6 +38,9 @@ pub enum Command {
     /// Measure throughput and latency from VM to VM, beside the upper bound of the same ring between two host threads
     #[command(after_help = exit::HELP)]
     Bench(Box<bench::BenchArgs>),
+    /// Draw charts (SVG) from a report of `bench --json`
+    #[command(after_help = exit::HELP)]
+    Plot(plot::PlotArgs),
     /// Say what this host is missing or what slows it down, and how to mend it
     #[command(after_help = exit::HELP)]
     Doctor(DoctorArgs),

@@ -64,7 +64,7 @@ impl Input<'_> {
         Buffer {
             addr: self.addr(),
             len: u32::from(self.half() % 300),
-            device_writes: self.byte() % 2 == 0,
+            device_writes: self.byte().is_multiple_of(2),
         }
     }
 
@@ -163,7 +163,11 @@ impl Bed {
                     0 => input.half(),
                     n => [0x80, 0x8000, 0x8080, 0][usize::from(n % 4)] | u16::from(n >> 2 & 3),
                 };
-                let flags_at = if input.byte() % 2 == 0 { 14 } else { 12 };
+                let flags_at = if input.byte().is_multiple_of(2) {
+                    14
+                } else {
+                    12
+                };
                 self.memory.poke(at + flags_at, flags.to_le_bytes());
                 let head = u16::try_from(slot).unwrap_or(0);
                 let entry = self.config.driver + 4 + 2 * u64::from(input.half() % self.config.size);

@@ -211,3 +211,7 @@ pub trait DeviceRing {
     /// The ring's position, as VHOST_USER_GET_VRING_BASE reports it; [`Layout::device_at`] says what it is made of.
     fn base(&self) -> u32;
 }
+
+#[cfg(doctest)]
+#[doc = include_str!("../../docs/virtqueue.md")]
+mod examples {}

@@ -57,6 +57,39 @@ struct Found {
     count: u16,
 }
 
+/// What is left of the caller's arrays, and how far the ring has been read.
+struct Burst<'a> {
+    chains: &'a mut [Chain],
+    room: &'a mut [Buffer],
+    /// Buffers that have been filled.
+    filled: u16,
+    next: Position,
+    taken: u64,
+}
+
+impl Burst<'_> {
+    /// Has used up some of the arrays.
+    #[inline]
+    fn skip(&mut self, chains: usize, buffers: u16) {
+        let rest = core::mem::take(&mut self.chains);
+        self.chains = rest.get_mut(chains..).unwrap_or_default();
+        let rest = core::mem::take(&mut self.room);
+        self.room = rest.get_mut(usize::from(buffers)..).unwrap_or_default();
+        self.filled = self.filled.wrapping_add(buffers);
+    }
+}
+
+/// Whether a chain is taken and not put, given what [`Device::by_id`] holds for its id.
+#[inline]
+fn is_out<const IN_ORDER: bool>(entry: u64, done: u64, taken: u64) -> bool {
+    if IN_ORDER {
+        // From 1 on, modulo 2^64.
+        entry.wrapping_sub(done).wrapping_sub(1) < taken.wrapping_sub(done)
+    } else {
+        entry != 0
+    }
+}
+
 /// The buffer of a descriptor.
 #[inline]
 fn buffer(addr: u64, word: u64) -> Buffer {
@@ -129,98 +162,142 @@ impl<M: Memory> Device<M> {
         &self.memory
     }
 
-    /// The second half of the descriptor at `at`, if it is available.
+    /// The second half of the descriptor at `at`.
     #[inline]
-    fn available(&self, at: Position) -> Option<u64> {
-        let word = self.areas.desc.load_u64(at.offset() + 8, Acquire);
-        (word & STATE == at.available()).then_some(word)
+    fn word(&self, at: Position) -> u64 {
+        self.areas.desc.load_u64(at.offset() + 8, Acquire)
     }
 
-    /// Whether a chain with this id is taken and not put, given what [`Device::by_id`] holds for it.
+    /// Books a chain of `length` descriptors, which `taken` counts as well. An id that is not in the ring, or outstanding, is a violation.
     #[inline]
-    fn is_out(&self, entry: u64, taken: u64) -> bool {
-        if self.in_order {
-            // From 1 on, modulo 2^64.
-            entry.wrapping_sub(self.done).wrapping_sub(1) < taken.wrapping_sub(self.done)
-        } else {
-            entry != 0
+    fn book<const IN_ORDER: bool>(
+        entry: Option<&mut u64>,
+        done: u64,
+        length: u64,
+        taken: u64,
+    ) -> Result<(), Error> {
+        let entry = entry.ok_or(Error::BadId)?;
+        if is_out::<IN_ORDER>(*entry, done, taken.wrapping_sub(length)) {
+            return Err(Error::BadId);
         }
+        *entry = if IN_ORDER { taken } else { length };
+        Ok(())
+    }
+
+    /// How many more descriptors can be available: what the driver has got back and what it never had.
+    #[inline]
+    fn free(&self, taken: u64) -> u64 {
+        u64::from(self.size).wrapping_sub(taken.wrapping_sub(self.shown))
+    }
+
+    /// Takes chains of one descriptor, up to the first other thing and not beyond the end of the ring. Returns how many, and the second half
+    /// of the descriptor that stopped it.
+    #[inline]
+    fn run<const IN_ORDER: bool>(
+        &mut self,
+        burst: &mut Burst<'_>,
+    ) -> Result<(u16, Option<u64>), Error> {
+        let expected = burst.next.available();
+        let done = self.done;
+        let free = usize::try_from(self.free(burst.taken)).unwrap_or(usize::MAX);
+        let slot = usize::from(burst.next.slot());
+        let mut at = burst.next.offset();
+        let mut taken = burst.taken;
+        let mut first = burst.filled;
+        let mut count = 0u16;
+        let ends = self.by_end.get_mut(slot..).unwrap_or_default();
+        let places = burst.chains.iter_mut().zip(burst.room.iter_mut()).zip(ends);
+        for ((chain, place), end) in places.take(free) {
+            let word = self.areas.desc.load_u64(at + 8, Acquire);
+            if word & (STATE | in_word(NEXT | INDIRECT)) != expected {
+                return Ok((count, Some(word)));
+            }
+            let checked = buffer(self.areas.desc.load_u64(at, Relaxed), word);
+            if !self.memory.contains(checked.addr, checked.len) {
+                return Err(Error::BadAddress);
+            }
+            taken = taken.wrapping_add(1);
+            let id = id_of(word);
+            Self::book::<IN_ORDER>(self.by_id.get_mut(usize::from(id)), done, 1, taken)?;
+            *place = checked;
+            *end = (id, 1);
+            *chain = Chain {
+                id,
+                first,
+                count: 1,
+            };
+            first = first.wrapping_add(1);
+            count = count.wrapping_add(1);
+            at = at.wrapping_add(DESC_LEN);
+        }
+        Ok((count, None))
     }
 
     /// The body of [`DeviceRing::get`]; the caller latches the error.
     #[inline]
-    fn walk(&mut self, chains: &mut [Chain], buffers: &mut [Buffer]) -> Result<usize, Error> {
+    fn walk<const IN_ORDER: bool>(
+        &mut self,
+        chains: &mut [Chain],
+        buffers: &mut [Buffer],
+    ) -> Result<usize, Error> {
         // A chain has at least one buffer. `Chain::first` is what limits the array.
         let limit = buffers.len().min(usize::from(u16::MAX));
-        let (mut room, _) = buffers.split_at_mut(limit);
-        let size = self.size;
-        let mut next = self.next;
-        let mut taken = self.taken;
-        let mut filled = 0u16;
-        let mut count = 0;
-        for chain in chains {
-            let Some(word) = self.available(next) else {
-                break;
+        let (room, _) = buffers.split_at_mut(limit);
+        let wanted = chains.len();
+        let mut burst = Burst {
+            chains,
+            room,
+            filled: 0,
+            next: self.next,
+            taken: self.taken,
+        };
+        while !burst.chains.is_empty() && !burst.room.is_empty() {
+            let (count, stopped) = self.run::<IN_ORDER>(&mut burst)?;
+            burst.skip(usize::from(count), count);
+            burst.next = burst.next.step(count, self.size);
+            burst.taken = burst.taken.wrapping_add(count.into());
+            let free = self.free(burst.taken);
+            let word = match stopped {
+                Some(word) => word,
+                None if burst.chains.is_empty() || burst.room.is_empty() => break,
+                // The end of the ring.
+                None if free > 0 => continue,
+                None => self.word(burst.next),
             };
-            // What the driver has got back and what it never had.
-            let free = u64::from(size).wrapping_sub(taken.wrapping_sub(self.shown));
+            if word & STATE != burst.next.available() {
+                break;
+            }
             if free == 0 {
                 return Err(Error::IndexOutOfRange);
             }
-            let place = core::mem::take(&mut room);
-            let found = if word & in_word(NEXT | INDIRECT) == 0 {
-                let Some(place) = place.first_mut() else {
-                    break;
-                };
-                let addr = self.areas.desc.load_u64(next.offset(), Relaxed);
-                let checked = buffer(addr, word);
-                if !self.memory.contains(checked.addr, checked.len) {
-                    return Err(Error::BadAddress);
-                }
-                *place = checked;
-                Found {
-                    id: id_of(word),
-                    descriptors: 1,
-                    count: 1,
-                }
-            } else {
-                if place.is_empty() {
-                    break;
-                }
-                match self.follow(next, word, free, place)? {
-                    Some(found) => found,
-                    None if filled == 0 => return Err(Error::ChainTooLong),
-                    None => break,
-                }
+            let found = match self.follow(burst.next, word, free, burst.room)? {
+                Some(found) => found,
+                None if burst.filled == 0 => return Err(Error::ChainTooLong),
+                None => break,
             };
-            let entry = *self.by_id.get(usize::from(found.id)).ok_or(Error::BadId)?;
-            if self.is_out(entry, taken) {
-                return Err(Error::BadId);
-            }
             let length = u64::from(found.descriptors);
-            taken = taken.wrapping_add(length);
-            if let Some(entry) = self.by_id.get_mut(usize::from(found.id)) {
-                *entry = if self.in_order { taken } else { length };
-            }
-            let end = next.step(found.descriptors - 1, size);
-            if let Some(end) = self.by_end.get_mut(usize::from(end.slot)) {
+            burst.taken = burst.taken.wrapping_add(length);
+            let entry = self.by_id.get_mut(usize::from(found.id));
+            Self::book::<IN_ORDER>(entry, self.done, length, burst.taken)?;
+            let end = burst
+                .next
+                .step(found.descriptors.wrapping_sub(1), self.size);
+            if let Some(end) = self.by_end.get_mut(usize::from(end.slot())) {
                 *end = (found.id, found.descriptors);
             }
-            next = end.step(1, size);
-            *chain = Chain {
-                id: found.id,
-                first: filled,
-                count: found.count,
-            };
-            filled += found.count;
-            room = place
-                .get_mut(usize::from(found.count)..)
-                .unwrap_or_default();
-            count += 1;
+            burst.next = end.next(self.size);
+            if let Some(chain) = burst.chains.first_mut() {
+                *chain = Chain {
+                    id: found.id,
+                    first: burst.filled,
+                    count: found.count,
+                };
+            }
+            burst.skip(1, found.count);
         }
-        self.next = next;
-        self.taken = taken;
-        Ok(count)
+        self.next = burst.next;
+        self.taken = burst.taken;
+        Ok(wanted.wrapping_sub(burst.chains.len()))
     }
 
     /// Follows a chain of more than one descriptor, `word` being the second half of its first, and at most `free` in the ring. `None` where it does not fit in `out`.
@@ -262,10 +339,10 @@ impl<M: Memory> Device<M> {
                     return Err(Error::ChainTooLong);
                 }
                 descriptors += 1;
-                at = at.step(1, self.size);
+                at = at.next(self.size);
                 // The driver has written all of the list before its first descriptor.
-                word = self.available(at).ok_or(Error::BadFlags)?;
-                if word & in_word(INDIRECT) != 0 {
+                word = self.word(at);
+                if word & STATE != at.available() || word & in_word(INDIRECT) != 0 {
                     return Err(Error::BadFlags);
                 }
             }
@@ -278,18 +355,40 @@ impl<M: Memory> Device<M> {
         }))
     }
 
-    /// How many descriptors are used with the chain of this id; `None` where it is not outstanding.
+    /// Writes used descriptors: ids, and how much was written. The first of a batch is held back.
     #[inline]
-    fn finish(&mut self, id: u16) -> Option<u16> {
-        let entry = *self.by_id.get(usize::from(id))?;
-        if !self.is_out(entry, self.taken) {
-            return None;
+    fn write_used<const IN_ORDER: bool>(&mut self, chains: impl Iterator<Item = (u16, u32)>) {
+        let mut used = self.used;
+        let mut done = self.done;
+        for (id, written) in chains {
+            let Some(entry) = self.by_id.get_mut(usize::from(id)) else {
+                continue;
+            };
+            if !is_out::<IN_ORDER>(*entry, done, self.taken) {
+                continue;
+            }
+            let length = if IN_ORDER {
+                entry.wrapping_sub(done)
+            } else {
+                core::mem::take(entry)
+            };
+            // Not more than the ring has.
+            let Ok(count) = u16::try_from(length) else {
+                continue;
+            };
+            let write = if written > 0 { in_word(WRITE) } else { 0 };
+            let word = pack(written, id, used.used() | write);
+            if done == self.shown {
+                self.head = word;
+            } else {
+                let at = used.offset() + 8;
+                self.areas.desc.store_u64(at, word, Relaxed);
+            }
+            used = used.step(count, self.size);
+            done = done.wrapping_add(length);
         }
-        if self.in_order {
-            return u16::try_from(entry.wrapping_sub(self.done)).ok();
-        }
-        *self.by_id.get_mut(usize::from(id))? = 0;
-        u16::try_from(entry).ok()
+        self.used = used;
+        self.done = done;
     }
 
     /// Asks for a kick at the next chain. The order of this store and a later look at the descriptor is up to the caller.
@@ -307,7 +406,11 @@ impl<M: Memory> DeviceRing for Device<M> {
         if self.broken {
             return Err(Error::Broken);
         }
-        let result = self.walk(chains, buffers);
+        let result = if self.in_order {
+            self.walk::<true>(chains, buffers)
+        } else {
+            self.walk::<false>(chains, buffers)
+        };
         if result.is_err() {
             self.broken = true;
         }
@@ -318,7 +421,7 @@ impl<M: Memory> DeviceRing for Device<M> {
         for _ in 0..n {
             // No further than what is taken and not put, whatever the caller says.
             let end = self.next.back(1, self.size);
-            let Some(&(id, count)) = self.by_end.get(usize::from(end.slot)) else {
+            let Some(&(id, count)) = self.by_end.get(usize::from(end.slot())) else {
                 return;
             };
             let out = self.taken.wrapping_sub(self.done);
@@ -338,19 +441,12 @@ impl<M: Memory> DeviceRing for Device<M> {
 
     #[inline]
     fn put(&mut self, id: u16, written: u32) {
-        let Some(count) = self.finish(id) else {
-            return;
-        };
-        let write = if written > 0 { in_word(WRITE) } else { 0 };
-        let word = pack(written, id, self.used.used() | write);
-        if self.done == self.shown {
-            self.head = word;
+        let one = core::iter::once((id, written));
+        if self.in_order {
+            self.write_used::<true>(one);
         } else {
-            let at = self.used.offset() + 8;
-            self.areas.desc.store_u64(at, word, Relaxed);
+            self.write_used::<false>(one);
         }
-        self.used = self.used.step(count, self.size);
-        self.done = self.done.wrapping_add(u64::from(count));
     }
 
     #[inline]
@@ -358,13 +454,9 @@ impl<M: Memory> DeviceRing for Device<M> {
         if self.in_order {
             // Section 2.8.8: one descriptor for all, in the place of the first, with the id of the last. The driver takes the others
             // to be used completely, which for chains that it only lets us read is the same as what we would write.
-            if let Some(last) = chains.last() {
-                self.put(last.id, 0);
-            }
+            self.write_used::<true>(chains.last().map(|chain| (chain.id, 0)).into_iter());
         } else {
-            for chain in chains {
-                self.put(chain.id, 0);
-            }
+            self.write_used::<false>(chains.iter().map(|chain| (chain.id, 0)));
         }
     }
 
@@ -399,11 +491,11 @@ impl<M: Memory> DeviceRing for Device<M> {
         self.arm();
         // The other half of the driver's fence in `publish`.
         M::Region::fence(SeqCst);
-        self.available(self.next).is_some()
+        self.word(self.next) & STATE == self.next.available()
     }
 
     #[inline]
     fn base(&self) -> u32 {
-        u32::from(self.next.bits()) | u32::from(self.published.bits()) << 16
+        u32::from(self.next.0) | u32::from(self.published.0) << 16
     }
 }

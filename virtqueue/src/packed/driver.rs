@@ -1,6 +1,7 @@
 //! The driver's side of a packed ring.
 
 use alloc::boxed::Box;
+use core::hint::cold_path;
 use core::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
 
 use super::{
@@ -55,18 +56,25 @@ pub struct Driver<M: Memory> {
     next: Position,
     /// The first descriptor that is not published.
     published: Position,
-    /// How many are not published.
-    pending: u16,
-    /// How many chains are not published.
-    pending_chains: u16,
-    /// How many chains are published and not taken.
+    /// In order: how many chains are published and not taken.
     waiting: u16,
-    /// The second half of the descriptor at `published`, while any are pending.
+    /// The second half of the descriptor at `published`, where that is not `next`.
     head: u64,
     /// Where the next used descriptor will be.
     last: Position,
     /// In order: how many more chains the used descriptor stands for that was read last, and the length in it.
     batch: (u16, u32),
+}
+
+/// The cell behind another, of the queue of ids.
+#[inline]
+fn behind(cell: u16, size: u16) -> u16 {
+    let next = cell.wrapping_add(1);
+    if next == size {
+        cold_path();
+        return 0;
+    }
+    next
 }
 
 impl<M: Memory> Driver<M> {
@@ -98,14 +106,10 @@ impl<M: Memory> Driver<M> {
         // As if each had been used one turn ago: neither available nor used as seen from `first`.
         let mut at = first;
         for _ in 0..size {
-            let stale = Position {
-                wrap: !at.wrap,
-                ..at
-            };
             areas.desc.store_u64(at.offset(), 0, Relaxed);
-            let word = pack(0, 0, stale.used());
+            let word = pack(0, 0, at.other_turn().used());
             areas.desc.store_u64(at.offset() + 8, word, Relaxed);
-            at = at.step(1, size);
+            at = at.next(size);
         }
         // A device that is there at the first chain wants to hear of it until it says otherwise.
         areas.device.store_u32(0, EVENT_ENABLE, Relaxed);
@@ -128,8 +132,6 @@ impl<M: Memory> Driver<M> {
             id_tail: 0,
             next: first,
             published: first,
-            pending: 0,
-            pending_chains: 0,
             waiting: 0,
             head: 0,
             last: first,
@@ -137,63 +139,69 @@ impl<M: Memory> Driver<M> {
         })
     }
 
-    /// The cell behind another, of the queue of ids.
+    /// The next free id, and its cell. There is one wherever there is a free descriptor.
     #[inline]
-    fn behind(&self, cell: u16) -> u16 {
-        let next = cell.wrapping_add(1);
-        if next == self.size { 0 } else { next }
-    }
-
-    /// The next free id. There is one wherever there is a free descriptor.
-    #[inline]
-    fn next_id(&self) -> Option<u16> {
-        if self.in_order {
-            Some(self.id_head)
+    fn next_id(&self) -> Option<(u16, u16)> {
+        let cell = self.id_head;
+        let id = if self.in_order {
+            cell
         } else {
-            self.ids.get(usize::from(self.id_head)).copied()
-        }
+            *self.ids.get(usize::from(cell))?
+        };
+        Some((id, cell))
     }
 
     /// Writes the next descriptor. The first of a batch stays incomplete.
     #[inline]
     fn write_descriptor(&mut self, addr: u64, len: u32, id: u16, flags: u64) {
-        let at = self.next.offset();
-        let word = pack(len, id, flags | self.next.available());
+        let next = self.next;
+        let at = next.offset();
+        let word = pack(len, id, flags | next.available());
         self.areas.desc.store_u64(at, addr, Relaxed);
-        if self.pending == 0 {
+        if next == self.published {
             self.head = word;
         } else {
             self.areas.desc.store_u64(at + 8, word, Relaxed);
         }
-        self.pending = self.pending.wrapping_add(1);
-        self.next = self.next.step(1, self.size);
+        self.next = next.next(self.size);
+    }
+
+    /// Writes a chain of more than one buffer.
+    #[inline(never)]
+    fn write_chain(&mut self, buffers: &[Buffer], count: u16, id: u16) {
+        for (buffer, left) in buffers.iter().zip((0..count).rev()) {
+            let next = if left > 0 { in_word(NEXT) } else { 0 };
+            self.write_descriptor(buffer.addr, buffer.len, id, write_flag(buffer) | next);
+        }
     }
 
     /// Books a chain of `count` descriptors that has been written.
     #[inline]
-    fn sent(&mut self, id: u16, count: u16, writable: u32) -> Option<u16> {
+    fn sent(&mut self, (id, cell): (u16, u16), count: u16, writable: u32) -> Option<u16> {
         let sent = self.sent.get_mut(usize::from(id))?;
         sent.writable = writable;
         sent.count = count;
-        self.id_head = self.behind(self.id_head);
+        self.id_head = behind(cell, self.size);
         self.free = self.free.wrapping_sub(count);
-        self.pending_chains = self.pending_chains.wrapping_add(1);
         Some(id)
     }
 
-    /// The second half of the descriptor at `last`, if it is used.
+    /// The second half of the descriptor at `at`, if it is used.
     #[inline]
-    fn used_word(&self) -> Option<u64> {
-        let word = self.areas.desc.load_u64(self.last.offset() + 8, Acquire);
-        (word & STATE == self.last.used()).then_some(word)
+    fn used_word(&self, at: Position) -> Option<u64> {
+        let word = self.areas.desc.load_u64(at.offset() + 8, Acquire);
+        (word & STATE == at.used()).then_some(word)
     }
 
     /// Returns how many were taken.
     #[inline]
     fn take_any_order(&mut self, out: &mut [Used]) -> Result<usize, Error> {
         let mut taken = 0;
+        let mut last = self.last;
+        let mut tail = self.id_tail;
+        let mut free = self.free;
         for entry in out {
-            let Some(word) = self.used_word() else {
+            let Some(word) = self.used_word(last) else {
                 break;
             };
             // The length counts whether or not the flag is there that says that anything was written: not every device sets it.
@@ -207,16 +215,18 @@ impl<M: Memory> Driver<M> {
                 return Err(Error::BadLength);
             }
             sent.count = 0;
-            if let Some(cell) = self.ids.get_mut(usize::from(self.id_tail)) {
+            if let Some(cell) = self.ids.get_mut(usize::from(tail)) {
                 *cell = id;
             }
-            self.id_tail = self.behind(self.id_tail);
-            self.free = self.free.wrapping_add(count);
-            self.waiting = self.waiting.wrapping_sub(1);
-            self.last = self.last.step(count, self.size);
+            tail = behind(tail, self.size);
+            free = free.wrapping_add(count);
+            last = last.step(count, self.size);
             *entry = Used { id, len };
             taken += 1;
         }
+        self.last = last;
+        self.id_tail = tail;
+        self.free = free;
         Ok(taken)
     }
 
@@ -224,54 +234,64 @@ impl<M: Memory> Driver<M> {
     /// how many were taken.
     #[inline]
     fn take_in_order(&mut self, out: &mut [Used]) -> Result<usize, Error> {
-        let mut taken = 0;
-        let mut out = out.iter_mut();
-        while out.len() > 0 {
-            if self.batch.0 == 0 {
-                let Some(word) = self.used_word() else {
+        let mut taken = 0u16;
+        let mut last = self.last;
+        let mut oldest = self.id_tail;
+        let mut free = self.free;
+        let waiting = self.waiting;
+        let (mut left, mut len) = self.batch;
+        for entry in out {
+            if left == 0 {
+                let Some(word) = self.used_word(last) else {
                     break;
                 };
                 let id = id_of(word);
-                if id >= self.size {
-                    return Err(Error::BadId);
-                }
-                let others = if id >= self.id_tail {
-                    id.wrapping_sub(self.id_tail)
+                let others = if id >= oldest {
+                    id.wrapping_sub(oldest)
                 } else {
-                    id.wrapping_add(self.size).wrapping_sub(self.id_tail)
+                    id.wrapping_add(self.size).wrapping_sub(oldest)
                 };
-                if others >= self.waiting {
+                if id >= self.size || others >= waiting.wrapping_sub(taken) {
                     return Err(Error::BadId);
                 }
-                self.batch = (others.wrapping_add(1), len_of(word));
+                left = others.wrapping_add(1);
+                len = len_of(word);
             }
-            let (left, len) = self.batch;
-            let mut now = 0u16;
-            let mut descriptors = 0u16;
-            for entry in out.by_ref().take(usize::from(left)) {
-                let id = self.id_tail;
-                let sent = self.sent.get(usize::from(id)).ok_or(Error::BadId)?;
-                *entry = Used {
-                    id,
-                    len: sent.writable,
-                };
-                descriptors = descriptors.wrapping_add(sent.count);
-                now = now.wrapping_add(1);
-                self.id_tail = self.behind(id);
-                if now == left {
-                    if len > sent.writable {
-                        return Err(Error::BadLength);
-                    }
-                    entry.len = len;
-                }
+            let sent = self.sent.get(usize::from(oldest)).ok_or(Error::BadId)?;
+            let written = if left == 1 { len } else { sent.writable };
+            if written > sent.writable {
+                return Err(Error::BadLength);
             }
-            self.batch.0 = left.wrapping_sub(now);
-            self.free = self.free.wrapping_add(descriptors);
-            self.waiting = self.waiting.wrapping_sub(now);
-            self.last = self.last.step(descriptors, self.size);
-            taken += usize::from(now);
+            *entry = Used {
+                id: oldest,
+                len: written,
+            };
+            left = left.wrapping_sub(1);
+            taken = taken.wrapping_add(1);
+            free = free.wrapping_add(sent.count);
+            last = last.step(sent.count, self.size);
+            oldest = behind(oldest, self.size);
         }
-        Ok(taken)
+        self.last = last;
+        self.id_tail = oldest;
+        self.free = free;
+        self.waiting = waiting.wrapping_sub(taken);
+        self.batch = (left, len);
+        Ok(taken.into())
+    }
+
+    /// How many chains are added and not published.
+    #[inline]
+    fn pending_chains(&self) -> u16 {
+        let (first, end) = (self.id_published, self.id_head);
+        if self.next == self.published {
+            0
+        } else if end > first {
+            end.wrapping_sub(first)
+        } else {
+            // Around the end; all of the ids where both are the same.
+            end.wrapping_add(self.size).wrapping_sub(first)
+        }
     }
 
     /// Hides the chains that are added and not published, so that a device that guesses their ids finds nothing outstanding; done
@@ -279,12 +299,12 @@ impl<M: Memory> Driver<M> {
     #[inline(never)]
     fn toggle_unpublished(&mut self) {
         let mut cell = self.id_published;
-        for _ in 0..self.pending_chains {
+        for _ in 0..self.pending_chains() {
             let id = self.ids.get(usize::from(cell)).copied().unwrap_or_default();
             if let Some(sent) = self.sent.get_mut(usize::from(id)) {
                 core::mem::swap(&mut sent.count, &mut sent.hidden);
             }
-            cell = self.behind(cell);
+            cell = behind(cell, self.size);
         }
     }
 
@@ -294,7 +314,7 @@ impl<M: Memory> Driver<M> {
         if self.in_order {
             return self.take_in_order(out);
         }
-        if self.pending == 0 {
+        if self.next == self.published {
             return self.take_any_order(out);
         }
         self.toggle_unpublished();
@@ -316,12 +336,13 @@ impl<M: Memory> DriverRing for Driver<M> {
         if count == 0 || count > self.free {
             return None;
         }
-        let id = self.next_id()?;
-        for (buffer, left) in buffers.iter().zip((0..count).rev()) {
-            let next = if left > 0 { in_word(NEXT) } else { 0 };
-            self.write_descriptor(buffer.addr, buffer.len, id, write_flag(buffer) | next);
+        let (id, cell) = self.next_id()?;
+        if let [buffer] = buffers {
+            self.write_descriptor(buffer.addr, buffer.len, id, write_flag(buffer));
+        } else {
+            self.write_chain(buffers, count, id);
         }
-        self.sent(id, count, chain::writable(buffers))
+        self.sent((id, cell), count, chain::writable(buffers))
     }
 
     fn add_indirect(&mut self, table: u64, buffers: &[Buffer]) -> Option<u16> {
@@ -329,30 +350,29 @@ impl<M: Memory> DriverRing for Driver<M> {
             return None;
         }
         let (region, len) = chain::make_table(&self.memory, table, buffers.len(), self.size)?;
-        let id = self.next_id()?;
+        let (id, cell) = self.next_id()?;
         for (buffer, at) in buffers.iter().zip((0..).step_by(DESC_LEN)) {
             region.store_u64(at, buffer.addr, Relaxed);
             let word = pack(buffer.len, 0, write_flag(buffer));
             region.store_u64(at + 8, word, Relaxed);
         }
         self.write_descriptor(table, len, id, in_word(INDIRECT));
-        self.sent(id, 1, chain::writable(buffers))
+        self.sent((id, cell), 1, chain::writable(buffers))
     }
 
     #[inline]
     fn publish(&mut self) -> bool {
-        let count = self.pending;
-        if count == 0 {
+        let first = self.published;
+        if self.next == first {
             return false;
         }
-        let first = self.published;
+        // At least one, and no more than there are.
+        let count = u16::try_from(self.next.ahead(first, self.size)).unwrap_or(self.size);
+        self.waiting = self.waiting.wrapping_add(self.pending_chains());
         let at = first.offset() + 8;
         self.areas.desc.store_u64(at, self.head, Release);
         self.published = self.next;
-        self.pending = 0;
         self.id_published = self.id_head;
-        self.waiting = self.waiting.wrapping_add(self.pending_chains);
-        self.pending_chains = 0;
         // The device stores its wish and then looks at the descriptor; we store the descriptor and then look at its wish. Without a fence on
         // both sides both can miss the other's store, and the device sleeps on available chains.
         M::Region::fence(SeqCst);
@@ -370,7 +390,7 @@ impl<M: Memory> DriverRing for Driver<M> {
             self.broken = true;
             // Nothing can be added or published any more.
             self.free = 0;
-            self.pending = 0;
+            self.next = self.published;
         }
         result
     }
@@ -390,6 +410,6 @@ impl<M: Memory> DriverRing for Driver<M> {
         self.areas.driver.store_u32(0, wish, Relaxed);
         // The other half of the device's fence in `publish`.
         M::Region::fence(SeqCst);
-        self.batch.0 > 0 || self.used_word().is_some()
+        self.batch.0 > 0 || self.used_word(self.last).is_some()
     }
 }

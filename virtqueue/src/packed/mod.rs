@@ -15,6 +15,8 @@ mod tests;
 pub use device::Device;
 pub use driver::Driver;
 
+use core::hint::cold_path;
+
 use crate::chain::DESC_LEN;
 use crate::{Buffer, Error, Layout, Memory, RingConfig};
 
@@ -97,99 +99,106 @@ impl<R> Areas<R> {
     }
 }
 
-/// A place in the ring, and the wrap counter there (section 2.8.1).
+/// A place in the ring and the wrap counter there (section 2.8.1), as they are in event suppression structures (section 2.8.14) and in
+/// a ring's base: 15 bits, and the counter on top. (As one number it is stored and loaded as one, by code that waits for it.)
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Position {
-    slot: u16,
-    wrap: bool,
-}
+struct Position(u16);
+
+/// The wrap counter in a [`Position`].
+const WRAP: u16 = 1 << 15;
 
 impl Position {
     /// Where both sides of a ring start.
-    const START: Self = Self {
-        slot: 0,
-        wrap: true,
-    };
-
-    /// As it is in event suppression structures (section 2.8.14) and in a ring's base: the wrap counter on top of 15 bits.
-    #[inline]
-    fn from_bits(bits: u16) -> Self {
-        Self {
-            slot: bits & 0x7fff,
-            wrap: bits & 0x8000 != 0,
-        }
-    }
-
-    #[inline]
-    fn bits(self) -> u16 {
-        self.slot | u16::from(self.wrap) << 15
-    }
+    const START: Self = Self(WRAP);
 
     /// The two positions of a base: available and used.
     fn from_base(base: u32, size: u16) -> Result<[Self; 2], Error> {
         let [a0, a1, u0, u1] = base.to_le_bytes();
-        let positions = [[a0, a1], [u0, u1]].map(|half| Self::from_bits(u16::from_le_bytes(half)));
-        if positions.iter().all(|position| position.slot < size) {
+        let positions = [[a0, a1], [u0, u1]].map(|half| Self(u16::from_le_bytes(half)));
+        if positions.iter().all(|position| position.slot() < size) {
             Ok(positions)
         } else {
             Err(Error::Config)
         }
     }
 
-    /// `count` descriptors further, at most a whole turn.
+    #[inline]
+    fn slot(self) -> u16 {
+        self.0 & !WRAP
+    }
+
+    #[inline]
+    fn wrap(self) -> bool {
+        self.0 & WRAP != 0
+    }
+
+    /// The same place one turn before or behind.
+    fn other_turn(self) -> Self {
+        Self(self.0 ^ WRAP)
+    }
+
+    /// One descriptor further. The end of the ring is a branch and no selection: the processor then knows the next place at once.
+    #[inline]
+    fn next(self, size: u16) -> Self {
+        if self.slot().wrapping_add(1) == size {
+            cold_path();
+            Self(self.0 & WRAP ^ WRAP)
+        } else {
+            Self(self.0.wrapping_add(1))
+        }
+    }
+
+    /// `count` descriptors further, at most a whole turn. One is a branch for the same reason: where the count comes from the ring, the
+    /// next place would have to wait for it.
     #[inline]
     fn step(self, count: u16, size: u16) -> Self {
+        if count == 1 {
+            return self.next(size);
+        }
+        cold_path();
         // Neither is more than 2^15.
-        let slot = self.slot.wrapping_add(count);
+        let slot = self.slot().wrapping_add(count);
+        let wrap = self.0 & WRAP;
         if slot < size {
-            Self { slot, ..self }
+            Self(slot | wrap)
         } else {
-            Self {
-                slot: slot.wrapping_sub(size),
-                wrap: !self.wrap,
-            }
+            Self(slot.wrapping_sub(size) | wrap ^ WRAP)
         }
     }
 
     /// `count` descriptors back, at most a whole turn.
     #[inline]
     fn back(self, count: u16, size: u16) -> Self {
-        if count <= self.slot {
-            Self {
-                slot: self.slot.wrapping_sub(count),
-                ..self
-            }
+        if count <= self.slot() {
+            Self(self.0.wrapping_sub(count))
         } else {
-            Self {
-                slot: self.slot.wrapping_add(size).wrapping_sub(count),
-                wrap: !self.wrap,
-            }
+            self.other_turn().step(size.wrapping_sub(count), size)
         }
     }
 
     /// How far ahead of `from` it is, taken to be less than a turn behind and less than two turns ahead.
     #[inline]
     fn ahead(self, from: Self, size: u16) -> i32 {
-        let turn = if self.wrap == from.wrap { 0 } else { size };
-        i32::from(self.slot) - i32::from(from.slot) + i32::from(turn)
+        let turn = if self.wrap() == from.wrap() { 0 } else { size };
+        i32::from(self.slot()) - i32::from(from.slot()) + i32::from(turn)
     }
 
     /// The offset of the descriptor.
     #[inline]
     fn offset(self) -> usize {
-        DESC_LEN * usize::from(self.slot)
+        DESC_LEN * usize::from(self.slot())
     }
 
     /// The flags that make a descriptor here available, in a descriptor's second half.
     #[inline]
     fn available(self) -> u64 {
-        in_word(if self.wrap { AVAIL } else { USED })
+        in_word(if self.wrap() { AVAIL } else { USED })
     }
 
     /// The flags that make a descriptor here used.
     #[inline]
     fn used(self) -> u64 {
-        in_word(if self.wrap { AVAIL | USED } else { 0 })
+        in_word(if self.wrap() { AVAIL | USED } else { 0 })
     }
 }
 
@@ -236,7 +245,7 @@ fn write_flag(buffer: &Buffer) -> u64 {
 #[inline]
 fn wish(next: Position, event_idx: bool) -> u32 {
     if event_idx {
-        EVENT_DESC | u32::from(next.bits())
+        EVENT_DESC | u32::from(next.0)
     } else {
         EVENT_ENABLE
     }
@@ -250,7 +259,7 @@ fn wants(event: u32, event_idx: bool, first: Position, count: u16, size: u16) ->
         EVENT_DISABLE => false,
         EVENT_DESC if event_idx => {
             let [b0, b1, ..] = event.to_le_bytes();
-            let at = Position::from_bits(u16::from_le_bytes([b0, b1]));
+            let at = Position(u16::from_le_bytes([b0, b1]));
             (0..i32::from(count)).contains(&at.ahead(first, size))
         }
         // What has no meaning here is no wish for silence.

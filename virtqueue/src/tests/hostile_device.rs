@@ -281,9 +281,14 @@ fn whatever_the_device_wishes_publishing_ends<L>() {
                 bad.driver.add(&[buffer(0, true), buffer(1, true)]).unwrap();
                 L::wish(&bad.peer, false, flags, position);
                 let kick = bad.driver.publish();
-                let silent = flags == 1 && (L::PACKED || !event_idx);
-                let defined = flags == 0 && !(event_idx && !L::PACKED);
-                assert!(!(silent && kick) && (!defined || kick), "{flags} {position:x}");
+                // With event indices a split ring has no flags.
+                if L::PACKED || !event_idx {
+                    match flags {
+                        0 => assert!(kick),
+                        1 => assert!(!kick),
+                        _ => (),
+                    }
+                }
             }
         }
     }

@@ -297,9 +297,14 @@ fn whatever_the_driver_wishes_publishing_ends<L>() {
                 }
                 L::wish(&bad.peer, true, flags, position);
                 let call = bad.device.publish();
-                let silent = flags == 1 && (L::PACKED || !event_idx);
-                let defined = flags == 0 && !(event_idx && !L::PACKED);
-                assert!(!(silent && call) && (!defined || call), "{flags} {position:x}");
+                // With event indices a split ring has no flags.
+                if L::PACKED || !event_idx {
+                    match flags {
+                        0 => assert!(call),
+                        1 => assert!(!call),
+                        _ => (),
+                    }
+                }
             }
         }
     }

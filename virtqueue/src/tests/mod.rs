@@ -75,7 +75,7 @@ impl Tested for Packed {
         let at = |steps: u16| {
             let slot = (start & 0x7fff) + u32::from(steps);
             let turns = slot / u32::from(size);
-            (slot % u32::from(size)) | ((start >> 15 & 1) + turns) % 2 << 15
+            (slot % u32::from(size)) | ((((start >> 15) & 1) + turns) % 2) << 15
         };
         at(taken) | at(used) << 16
     }
@@ -97,7 +97,7 @@ pub(crate) use layouts;
 
 /// Areas with no more alignment than they need, and a gap behind each.
 pub(crate) fn config<L: Layout>(size: u16) -> RingConfig {
-    let lens = L::area_sizes(size.max(1).min(32768)).unwrap_or([16; 3]);
+    let lens = L::area_sizes(size.clamp(1, 32768)).unwrap_or([16; 3]);
     let mut end = RING;
     let [desc, driver, device] = [0, 1, 2].map(|n| {
         let align = u64::try_from(L::ALIGN[n]).unwrap();

@@ -1,0 +1,277 @@
+use std::path::PathBuf;
+
+use serde_json::{Value, json};
+
+use super::*;
+use crate::tempdir::TempDir;
+use panels::Ring;
+
+const RINGS: [(&str, bool); 4] = [
+    ("split", false),
+    ("split", true),
+    ("packed", false),
+    ("packed", true),
+];
+
+fn spread(median: f64) -> Value {
+    json!({"median": median, "min": median * 0.9, "max": median * 1.1, "samples": [median]})
+}
+
+fn entry(ring: (&str, bool), direction: &str, size: u32, batch: u32) -> Value {
+    json!({
+        "direction": direction, "ring": ring.0, "in_order": ring.1, "frame_size": size, "batch": batch,
+        "distance": "near", "mpps": spread(f64::from(batch)), "bound_mpps": spread(f64::from(batch) * 1.2),
+    })
+}
+
+fn report(results: Vec<Value>, requests: Vec<Value>) -> Value {
+    json!({
+        "schema_version": 1,
+        "environment": {
+            "version": "0.1.0", "commit": "abc", "cpu_model": "A <fast> & odd \"CPU\"", "cores": [0, 1],
+            "memory": {"hugepages": "off"}, "queue_size": 256, "mode": "poll", "sample_ms": 50,
+        },
+        "results": results, "requests": requests,
+    })
+}
+
+/// What a sweep writes, as far as it is drawn.
+fn sweep() -> Value {
+    let mut results = Vec::new();
+    let mut requests = Vec::new();
+    for ring in RINGS {
+        for batch in [1, 2, 4, 8, 16, 32, 64] {
+            for direction in ["be-to-fe", "fe-to-be"] {
+                results.push(entry(ring, direction, 64, batch));
+            }
+            for (place, distance) in [("same-core", None), ("cross-core", Some("near"))] {
+                requests.push(json!({
+                    "ring": ring.0, "in_order": ring.1, "batch": batch, "where": place, "distance": distance,
+                    "ns": spread(100.0 / f64::from(batch)),
+                }));
+            }
+        }
+    }
+    report(results, requests)
+}
+
+fn parsed(report: &Value) -> Report {
+    Report::parse(report.to_string().as_bytes()).unwrap()
+}
+
+/// Checks that a text is XML with every element closed, and returns the texts of its `text` elements.
+fn texts(svg: &str) -> Vec<String> {
+    let mut open: Vec<String> = Vec::new();
+    let mut texts = Vec::new();
+    let mut rest = svg.trim();
+    while let Some(start) = rest.find('<') {
+        let (before, tag) = rest.split_at(start);
+        assert!(!before.contains('>') || open.last().is_some_and(|name| name == "style"));
+        if open.last().is_some_and(|name| name == "text") {
+            for part in before.split('&').skip(1) {
+                let (name, _) = part.split_once(';').expect("an entity has an end");
+                assert!(
+                    ["lt", "gt", "amp", "quot", "apos"].contains(&name),
+                    "&{name};"
+                );
+            }
+            texts.push(before.trim().to_owned());
+        }
+        let end = tag.find('>').expect("a tag has an end");
+        let inside = &tag[1..end];
+        assert_eq!(inside.matches('"').count() % 2, 0, "<{inside}>");
+        if let Some(name) = inside.strip_prefix('/') {
+            assert_eq!(open.pop().as_deref(), Some(name));
+        } else if !inside.ends_with('/') {
+            assert!(
+                !open.is_empty() || texts.is_empty(),
+                "a second root: <{inside}>"
+            );
+            open.push(inside.split_whitespace().next().unwrap().to_owned());
+        }
+        rest = &tag[end + 1..];
+    }
+    assert!(open.is_empty() && rest.trim().is_empty(), "{open:?} {rest}");
+    texts
+}
+
+#[test]
+fn a_sweep_is_four_charts_with_every_ring_and_every_bound() {
+    let panels = panels::panels(&parsed(&sweep()));
+    let slugs: Vec<&str> = panels.iter().map(|panel| panel.slug.as_str()).collect();
+    assert_eq!(
+        slugs,
+        [
+            "request-time-same-core",
+            "request-time-cross-core",
+            "rate-be-to-fe-by-batch",
+            "rate-fe-to-be-by-batch"
+        ]
+    );
+    let rings = [
+        Ring::Split,
+        Ring::SplitInOrder,
+        Ring::Packed,
+        Ring::PackedInOrder,
+    ];
+    for panel in &panels {
+        assert_eq!(panel.ticks, [1, 2, 4, 8, 16, 32, 64]);
+        let kinds = if panel.slug.starts_with("rate") { 2 } else { 1 };
+        assert_eq!(panel.series.len(), kinds * rings.len(), "{}", panel.slug);
+        for ring in rings {
+            let own = panel.series.iter().filter(|series| series.ring == ring);
+            assert_eq!(own.clone().filter(|series| !series.bound).count(), 1);
+            assert!(own.clone().all(|series| series.points.len() == 7));
+        }
+    }
+}
+
+#[test]
+fn the_picture_is_well_formed_and_labels_everything() {
+    let report = parsed(&sweep());
+    let svg = draw::figure(&panels::panels(&report), &report.caption()).unwrap();
+    let texts = texts(&svg);
+    let wanted = [
+        "split",
+        "split + in-order",
+        "packed",
+        "packed + in-order",
+        "from VM to VM",
+        "upper bound: two host threads",
+        "ns a request",
+        "million frames a second",
+        "requests published at once",
+        "frames a burst",
+        "Request time, both halves on one core",
+        "Request time, a half on each core, cores near",
+        "Back-end to front-end, 64 B, cores near",
+        "Front-end to back-end, 64 B, cores near",
+        "64",
+    ];
+    for text in wanted {
+        assert!(
+            texts.iter().any(|it| it == text),
+            "no {text:?} in {texts:?}"
+        );
+    }
+    let caption = texts.iter().find(|text| text.contains("CPU")).unwrap();
+    assert!(caption.starts_with("A &lt;fast&gt; &amp; odd"), "{caption}");
+    assert!(texts.iter().any(|text| text.contains("(abc)")));
+    // Each line of each chart: 7 marks a line of figures, and those of the legend.
+    assert_eq!(svg.matches("<circle").count(), 4 * 4 * 7 + 4);
+    // Every colour has its counterpart for a dark page.
+    for colour in svg.split("=\"#").skip(1).map(|part| &part[..6]) {
+        assert!(svg.contains(&format!("[fill=\"#{colour}\"]")), "{colour}");
+    }
+    assert!(!svg.contains("NaN") && !svg.contains("inf\""));
+}
+
+#[test]
+fn a_run_over_sizes_is_a_chart_over_sizes() {
+    let sizes = [64, 128, 256, 512, 1024, 1280, 1518];
+    let results = sizes.map(|size| entry(RINGS[0], "both", size, 32)).to_vec();
+    let report = parsed(&report(results, vec![]));
+    let panels = panels::panels(&report);
+    let [panel] = &panels[..] else {
+        panic!("{panels:?}");
+    };
+    assert_eq!(panel.slug, "rate-both-by-size");
+    assert_eq!(panel.title, "Both directions, bursts of 32, cores near");
+    assert_eq!(panel.ticks, sizes);
+    let svg = draw::figure(&panels, &report.caption()).unwrap();
+    assert!(
+        !texts(&svg).iter().any(|text| text == "1518"),
+        "it would overlap"
+    );
+}
+
+#[test]
+fn near_and_far_are_never_on_one_line() {
+    let mut results: Vec<Value> = [1, 2, 4].map(|n| entry(RINGS[2], "both", 64, n)).to_vec();
+    let mut far = entry(RINGS[2], "both", 64, 1);
+    far["distance"] = "far".into();
+    results.push(far);
+    let mut none = entry(RINGS[2], "both", 64, 8);
+    for key in ["distance", "mpps", "bound_mpps"] {
+        none.as_object_mut().unwrap().remove(key);
+    }
+    results.push(none);
+    let report = report(results, vec![]);
+    let directory = TempDir::new().unwrap();
+    plot(&directory, &report.to_string(), "out.svg").unwrap();
+    let svg = fs::read_to_string(directory.path().join("out.svg")).unwrap();
+    assert!(
+        texts(&svg)
+            .iter()
+            .any(|text| text.starts_with("Not drawn: 1 "))
+    );
+    let panels = panels::panels(&parsed(&report));
+    assert_eq!(panels.len(), 1);
+    assert_eq!(
+        (&panels[0].ticks[..], panels[0].left_out),
+        (&[1, 2, 4][..], 1)
+    );
+    assert!(
+        panels[0]
+            .series
+            .iter()
+            .all(|series| series.points.len() == 3)
+    );
+}
+
+fn plot(directory: &TempDir, text: &str, out: &str) -> Result<u8> {
+    let path = directory.path().join("report.json");
+    fs::write(&path, text).unwrap();
+    run(&PlotArgs {
+        report: path,
+        out: directory.path().join(out),
+    })
+}
+
+#[test]
+fn one_file_holds_all_charts_and_a_directory_a_file_each() {
+    let directory = TempDir::new().unwrap();
+    let text = sweep().to_string();
+    assert_eq!(plot(&directory, &text, "all.svg").unwrap(), exit::OK);
+    assert_eq!(plot(&directory, &text, "some/charts").unwrap(), exit::OK);
+    let charts = directory.path().join("some/charts");
+    let names: Vec<PathBuf> = fs::read_dir(&charts)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .collect();
+    assert_eq!(names.len(), 4);
+    for path in names.iter().chain([&directory.path().join("all.svg")]) {
+        texts(&fs::read_to_string(path).unwrap());
+        assert_eq!(path.extension().unwrap(), "svg");
+    }
+}
+
+#[test]
+fn what_is_no_report_is_the_users_mistake_and_what_cannot_be_reached_the_hosts() {
+    let directory = TempDir::new().unwrap();
+    let mut later = sweep();
+    later["schema_version"] = 2.into();
+    let one_point = report(vec![entry(RINGS[0], "both", 64, 32)], vec![]);
+    for (text, want) in [
+        ("no JSON".to_owned(), "no report"),
+        ("{}".to_owned(), "missing field"),
+        (json!([1, 2]).to_string(), "no report"),
+        (later.to_string(), "schema_version is 2"),
+        (one_point.to_string(), "no chart in it"),
+    ] {
+        let error = plot(&directory, &text, "out.svg").unwrap_err();
+        assert_eq!(exit::of_error(&error), exit::USAGE, "{error}");
+        let error = error.to_string();
+        assert!(
+            error.contains(want) && error.contains("report.json"),
+            "{error}"
+        );
+    }
+    let error = plot(&directory, &sweep().to_string(), "no/such/out.svg").unwrap_err();
+    assert_eq!(exit::of_error(&error), exit::HOST);
+    let missing = run(&PlotArgs {
+        report: directory.path().join("missing.json"),
+        out: directory.path().join("out.svg"),
+    });
+    assert_eq!(exit::of_error(&missing.unwrap_err()), exit::HOST);
+}
