@@ -41,7 +41,8 @@ use core::sync::atomic::Ordering;
 
 pub use layout::{AnyDevice, AnyDriver, Either, Layout};
 
-/// A device address and a length: a range of shared memory that has been checked against its [`Memory`].
+/// A device address and a length: an element of a chain (VIRTIO 1.3 sections 2.7.5 and 2.8.4). From a [`DeviceRing`] it has been checked
+/// against the ring's [`Memory`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Buffer {
     /// Device address of the first byte (guest physical or IO virtual).
@@ -83,7 +84,7 @@ pub trait Region {
     fn prefetch(&self, _offset: usize) {}
 }
 
-/// Where a ring lies and what was negotiated for it.
+/// Where a ring lies (VIRTIO 1.3 section 2.6) and what was negotiated for it (section 6).
 #[derive(Clone, Copy, Debug)]
 pub struct RingConfig {
     /// Number of descriptors.
@@ -102,7 +103,7 @@ pub struct RingConfig {
     pub indirect: bool,
 }
 
-/// A chain that the device has used.
+/// A chain that the device has used (VIRTIO 1.3 sections 2.7.8 and 2.8.22).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Used {
     /// The token that [`DriverRing::add`] returned.
@@ -111,7 +112,7 @@ pub struct Used {
     pub len: u32,
 }
 
-/// A chain that the driver has made available: `count` buffers from `first` on in the array that
+/// A chain that the driver has made available (VIRTIO 1.3 sections 2.7.5 and 2.8.6): `count` buffers from `first` on in the array that
 /// [`DeviceRing::get`] filled.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Chain {
@@ -162,7 +163,7 @@ impl fmt::Display for Error {
 
 impl core::error::Error for Error {}
 
-/// The driver's side of a ring.
+/// The driver's side of a ring (VIRTIO 1.3 sections 2.7.13, 2.7.14, 2.8.21 and 2.8.22).
 pub trait DriverRing {
     /// How many more descriptors can be added now.
     fn free(&self) -> u16;
@@ -174,7 +175,8 @@ pub trait DriverRing {
     /// taken. `None` also where VIRTIO_F_INDIRECT_DESC was not negotiated, where the table is not in memory or not aligned, and for more
     /// buffers than the ring has descriptors.
     fn add_indirect(&mut self, table: u64, buffers: &[Buffer]) -> Option<u16>;
-    /// Makes everything added visible to the device with one shared store. Returns whether the device wants a kick.
+    /// Makes everything added visible to the device with one shared store. Returns whether the device wants a kick
+    /// (sections 2.7.10 and 2.8.10).
     fn publish(&mut self) -> bool;
     /// Takes up to `out.len()` used chains; returns how many. Their descriptors are free again.
     fn take(&mut self, out: &mut [Used]) -> Result<usize, Error>;
@@ -184,7 +186,7 @@ pub trait DriverRing {
     fn enable_calls(&mut self) -> bool;
 }
 
-/// The device's side of a ring.
+/// The device's side of a ring (VIRTIO 1.3 sections 2.7 and 2.8.12).
 pub trait DeviceRing {
     /// Takes available chains: each into the next of `chains`, its buffers into `buffers` one behind the other. Stops where either
     /// array is full, and returns how many chains it took. A chain that does not fit in the rest of `buffers` is left for the next call; one that
@@ -192,17 +194,19 @@ pub trait DeviceRing {
     fn get(&mut self, chains: &mut [Chain], buffers: &mut [Buffer]) -> Result<usize, Error>;
     /// Puts back the last `n` chains that [`DeviceRing::get`] returned, as if they had not been taken.
     fn unget(&mut self, n: usize);
-    /// Marks a chain used with `written` bytes. The driver does not see it before [`DeviceRing::publish`].
+    /// Marks a chain used with `written` bytes. The driver does not see it before [`DeviceRing::publish`]. With VIRTIO_F_IN_ORDER chains are
+    /// put in the order in which they were taken (sections 2.7.9 and 2.8.8).
     /// An id that was not taken is the caller's mistake: the driver may get to see it, nothing else happens.
     fn put(&mut self, id: u16, written: u32);
     /// Marks chains used that held nothing for the device to write, in the order in which they were taken; the same as
-    /// [`DeviceRing::put`] of each with 0 bytes. With VIRTIO_F_IN_ORDER it costs one store for all of them.
+    /// [`DeviceRing::put`] of each with 0 bytes. With VIRTIO_F_IN_ORDER one used element stands for all of them (sections 2.7.9 and 2.8.8).
     fn put_read(&mut self, chains: &[Chain]) {
         for chain in chains {
             self.put(chain.id, 0);
         }
     }
-    /// Makes everything put visible to the driver with one shared store. Returns whether the driver wants a call.
+    /// Makes everything put visible to the driver with one shared store. Returns whether the driver wants a call
+    /// (sections 2.7.7 and 2.8.10).
     fn publish(&mut self) -> bool;
     /// Asks for no kicks (a hint: one may still come).
     fn disable_kicks(&mut self);

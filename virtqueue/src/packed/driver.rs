@@ -177,7 +177,7 @@ impl<M: Memory> Driver<M> {
 
     /// Books a chain of `count` descriptors that has been written.
     #[inline]
-    fn sent(&mut self, (id, cell): (u16, u16), count: u16, writable: u32) -> Option<u16> {
+    fn book(&mut self, (id, cell): (u16, u16), count: u16, writable: u32) -> Option<u16> {
         let sent = self.sent.get_mut(usize::from(id))?;
         sent.writable = writable;
         sent.count = count;
@@ -342,7 +342,7 @@ impl<M: Memory> DriverRing for Driver<M> {
         } else {
             self.write_chain(buffers, count, id);
         }
-        self.sent((id, cell), count, chain::writable(buffers))
+        self.book((id, cell), count, chain::writable(buffers))
     }
 
     fn add_indirect(&mut self, table: u64, buffers: &[Buffer]) -> Option<u16> {
@@ -357,7 +357,7 @@ impl<M: Memory> DriverRing for Driver<M> {
             region.store_u64(at + 8, word, Relaxed);
         }
         self.write_descriptor(table, len, id, in_word(INDIRECT));
-        self.sent((id, cell), 1, chain::writable(buffers))
+        self.book((id, cell), 1, chain::writable(buffers))
     }
 
     #[inline]
