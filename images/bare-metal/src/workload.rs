@@ -59,6 +59,8 @@ impl core::error::Error for Stopped {}
 
 /// Bursts between two looks at the clock.
 const CLOCK_EVERY: u32 = 16;
+/// How long an end that found nothing to do looks away, in processor pauses.
+const PAUSES: u32 = 8;
 /// Bursts between two looks at the control path.
 const SERVICE_EVERY: u32 = 256;
 
@@ -338,6 +340,8 @@ fn traffic<L: Link>(
         }
         if idle && run.interrupts {
             wait(link, !received, !sent, deadline)?;
+        } else if idle {
+            pause();
         }
     }
     if outcome.timeout {
@@ -346,6 +350,14 @@ fn traffic<L: Link>(
     outcome.sent = sender.map(|sender| sender.stats);
     outcome.received = receiver.map(|mut receiver| receiver.finish(stopped_at));
     Ok(outcome)
+}
+
+/// Lets the peer get on with its batch: a poll takes the line away that it is about to write.
+#[inline(always)]
+fn pause() {
+    for _ in 0..PAUSES {
+        core::hint::spin_loop();
+    }
 }
 
 /// Sleeps until frames arrive (`rx`) or there is room to send (`tx`).
