@@ -17,7 +17,10 @@ fn main() {
     ] {
         println!("cargo::rerun-if-changed={path}");
     }
-    println!("cargo::rerun-if-changed=.git/HEAD");
+    // Grows with every commit and checkout; what is not there would be built anew each time.
+    if Path::new(".git/logs/HEAD").exists() {
+        println!("cargo::rerun-if-changed=.git/logs/HEAD");
+    }
     println!(
         "cargo::rustc-env=VHOST_PCI_COMMIT={}",
         commit().unwrap_or_default()
