@@ -8,6 +8,12 @@ use core::marker::PhantomData;
 
 use crate::bulk;
 
+/// Whether `len` bytes from `offset` on are inside `total`.
+#[inline(always)]
+fn holds(total: usize, offset: usize, len: usize) -> bool {
+    len <= total && offset <= total - len
+}
+
 /// A received frame, without the virtio-net header. It may lie in the peer's memory and change while it is looked at.
 #[derive(Debug)]
 pub struct Frame<'a> {
@@ -94,7 +100,7 @@ impl<'a> Frame<'a> {
 
     #[inline(always)]
     fn holds(&self, offset: usize, len: usize) -> bool {
-        len <= self.len && offset <= self.len - len
+        holds(self.len, offset, len)
     }
 }
 
@@ -136,7 +142,7 @@ impl Slot<'_> {
     /// Copies bytes in; what does not fit is not written, and then `false` comes back.
     #[inline(always)]
     pub fn write(&mut self, offset: usize, from: &[u8]) -> bool {
-        let fits = from.len() <= self.len && offset <= self.len - from.len();
+        let fits = holds(self.len, offset, from.len());
         if fits {
             // SAFETY: the range is inside the slot; `from` is ours.
             unsafe { bulk::copy(self.ptr.add(offset), from.as_ptr(), from.len()) };
@@ -147,33 +153,13 @@ impl Slot<'_> {
     /// Writes a little-endian word; `false` (and nothing written) where it does not fit.
     #[inline(always)]
     pub fn put_u64(&mut self, offset: usize, value: u64) -> bool {
-        let fits = self.len >= 8 && offset <= self.len - 8;
-        if fits {
-            // SAFETY: the word is inside the slot.
-            unsafe {
-                self.ptr
-                    .add(offset)
-                    .cast::<u64>()
-                    .write_unaligned(value.to_le())
-            };
-        }
-        fits
+        self.write(offset, &value.to_le_bytes())
     }
 
     /// Writes a little-endian word; `false` (and nothing written) where it does not fit.
     #[inline(always)]
     pub fn put_u32(&mut self, offset: usize, value: u32) -> bool {
-        let fits = self.len >= 4 && offset <= self.len - 4;
-        if fits {
-            // SAFETY: the word is inside the slot.
-            unsafe {
-                self.ptr
-                    .add(offset)
-                    .cast::<u32>()
-                    .write_unaligned(value.to_le())
-            };
-        }
-        fits
+        self.write(offset, &value.to_le_bytes())
     }
 }
 

@@ -216,14 +216,15 @@ impl Receiver {
         }
     }
 
-    /// Takes a frame that arrived.
+    /// Takes a frame that arrived; says what it was. It is checked once: it lies in memory that may change.
     #[inline(always)]
-    fn take(&mut self, frame: &Frame) {
-        match self.format.check(frame) {
+    fn take(&mut self, frame: &Frame) -> Seen {
+        let seen = self.format.check(frame);
+        match seen {
             Seen::Good(Kind::Data, sequence) => {
                 self.stats.verified += 1;
                 if sequence == self.next {
-                    self.next += 1;
+                    self.next = self.next.wrapping_add(1);
                 } else {
                     self.out_of_order(sequence);
                 }
@@ -232,6 +233,7 @@ impl Receiver {
             Seen::Corrupt => self.stats.corrupted += 1,
             Seen::Stale => {}
         }
+        seen
     }
 
     #[cold]
@@ -240,7 +242,8 @@ impl Receiver {
             if self.gaps.len() < MAX_GAPS {
                 self.gaps.push((self.next, sequence));
             }
-            self.next = sequence + 1;
+            // A peer may number its frames as it likes.
+            self.next = sequence.wrapping_add(1);
             return;
         }
         let gap = self
@@ -306,7 +309,9 @@ fn traffic<L: Link>(
             .filter(|receiver| receiver.ended.is_none())
         {
             idle &= with_port(link, |port| {
-                port.rx_burst(run.batch, |frame| receiver.take(frame))
+                port.rx_burst(run.batch, |frame| {
+                    receiver.take(frame);
+                })
             })? == 0;
             if receiver.ended.is_some() {
                 stopped_at = link.now();
@@ -382,10 +387,7 @@ struct Bounce {
 /// Sends back what arrives, with this end's addresses, until the end frame has gone back.
 #[inline(never)]
 fn echo<L: Link>(link: &mut L, run: &Run) -> Result<Outcome, Stopped> {
-    let (there, back) = (
-        Format::new(link.end().peer(), run.size, run.id),
-        Format::new(link.end(), run.size, run.id),
-    );
+    let back = Format::new(link.end(), run.size, run.id);
     let mut bounce = Bounce {
         frames: vec![[0; MAX_FRAME]; run.batch.min(MAX_BURST)],
         held: 0,
@@ -393,15 +395,14 @@ fn echo<L: Link>(link: &mut L, run: &Run) -> Result<Outcome, Stopped> {
     let mut receiver = Receiver::new(link, run);
     let timeout = run.timeout_ms * link.ticks_per_ms();
     let mut deadline = link.now() + timeout;
-    let mut sent_total = 0;
+    let mut sent_total = 0u64;
     let mut turn = 0u32;
-    loop {
+    let timed_out = 'run: loop {
         let n = with_port(link, |port| {
             port.rx_burst(run.batch, |frame| {
-                receiver.take(frame);
-                if let Some(room) = bounce.frames.get_mut(bounce.held)
-                    && matches!(there.check(frame), Seen::Good(..))
-                    && frame.read(0, &mut room[..there.len()])
+                if matches!(receiver.take(frame), Seen::Good(..))
+                    && let Some(room) = bounce.frames.get_mut(bounce.held)
+                    && frame.read(0, &mut room[..back.len()])
                 {
                     bounce.held += 1;
                 }
@@ -420,10 +421,7 @@ fn echo<L: Link>(link: &mut L, run: &Run) -> Result<Outcome, Stopped> {
             sent += more;
             if more == 0 {
                 if link.now() >= deadline {
-                    return Ok(Outcome {
-                        timeout: true,
-                        ..finish_echo(link, receiver, sent_total)
-                    });
+                    break 'run true;
                 }
                 if run.interrupts {
                     wait(link, false, true, deadline)?;
@@ -433,7 +431,10 @@ fn echo<L: Link>(link: &mut L, run: &Run) -> Result<Outcome, Stopped> {
         sent_total += sent as u64;
         bounce.held = 0;
         if receiver.ended.is_some() {
-            return drain(link, deadline).map(|()| finish_echo(link, receiver, sent_total - 1));
+            // The end frame is not counted.
+            sent_total = sent_total.saturating_sub(1);
+            drain(link, deadline)?;
+            break 'run false;
         }
         turn = turn.wrapping_add(1);
         if n > 0 {
@@ -444,10 +445,7 @@ fn echo<L: Link>(link: &mut L, run: &Run) -> Result<Outcome, Stopped> {
             }
         } else if turn.is_multiple_of(CLOCK_EVERY) || run.interrupts {
             if link.now() >= deadline {
-                return Ok(Outcome {
-                    timeout: true,
-                    ..finish_echo(link, receiver, sent_total)
-                });
+                break 'run true;
             }
             if run.interrupts {
                 wait(link, true, false, deadline)?;
@@ -457,7 +455,8 @@ fn echo<L: Link>(link: &mut L, run: &Run) -> Result<Outcome, Stopped> {
         if turn.is_multiple_of(SERVICE_EVERY) {
             link.service();
         }
-    }
+    };
+    Ok(both_ways(link, receiver, sent_total, timed_out))
 }
 
 /// Waits until the peer has taken what was sent.
@@ -468,16 +467,17 @@ fn drain<L: Link>(link: &mut L, deadline: u64) -> Result<(), Stopped> {
     Ok(())
 }
 
-fn finish_echo<L: Link>(link: &L, mut receiver: Receiver, sent: u64) -> Outcome {
+/// The outcome of a run that sends as it receives, so that one clock times both.
+fn both_ways<L: Link>(link: &L, mut receiver: Receiver, sent: u64, timeout: bool) -> Outcome {
     let received = receiver.finish(link.now());
-    let sent = Sent {
-        frames: sent,
-        ticks: received.ticks,
-        full: 0,
-    };
     Outcome {
-        sent: Some(sent),
+        sent: Some(Sent {
+            frames: sent,
+            ticks: received.ticks,
+            full: 0,
+        }),
         received: Some(received),
+        timeout,
         ..Outcome::default()
     }
 }
@@ -490,10 +490,9 @@ fn round_trip<L: Link>(link: &mut L, run: &Run) -> Result<Outcome, Stopped> {
     let mut times = Box::new(Histogram::default());
     let schedule = Schedule::from(link, run, link.now());
     let timeout = run.timeout_ms * link.ticks_per_ms();
-    let mut outcome = Outcome::default();
     let mut sequence = 0;
     let mut sent_at = link.now();
-    loop {
+    let timed_out = 'run: loop {
         let over = if run.count == 0 {
             sent_at >= schedule.end
         } else {
@@ -508,31 +507,21 @@ fn round_trip<L: Link>(link: &mut L, run: &Run) -> Result<Outcome, Stopped> {
         })? == 0
         {
             if link.now() >= deadline {
-                outcome.timeout = true;
-                return Ok(finish_round_trip(
-                    outcome,
-                    receiver,
-                    times,
-                    sequence,
-                    link.now(),
-                ));
+                break 'run true;
             }
         }
         let seen = receiver.stats.verified;
         let mut turn = 0u32;
         while receiver.stats.verified == seen && receiver.ended.is_none() {
-            let n = with_port(link, |port| port.rx_burst(1, |frame| receiver.take(frame)))?;
+            let n = with_port(link, |port| {
+                port.rx_burst(1, |frame| {
+                    receiver.take(frame);
+                })
+            })?;
             turn = turn.wrapping_add(1);
             if n == 0 && (turn.is_multiple_of(CLOCK_EVERY) || run.interrupts) {
                 if link.now() >= deadline {
-                    outcome.timeout = true;
-                    return Ok(finish_round_trip(
-                        outcome,
-                        receiver,
-                        times,
-                        sequence,
-                        link.now(),
-                    ));
+                    break 'run true;
                 }
                 if run.interrupts {
                     wait(link, true, false, deadline)?;
@@ -544,13 +533,7 @@ fn round_trip<L: Link>(link: &mut L, run: &Run) -> Result<Outcome, Stopped> {
         }
         if receiver.ended.is_some() {
             drain(link, deadline)?;
-            return Ok(finish_round_trip(
-                outcome,
-                receiver,
-                times,
-                sequence,
-                link.now(),
-            ));
+            break 'run false;
         }
         let now = link.now();
         receiver.tick(now);
@@ -559,23 +542,9 @@ fn round_trip<L: Link>(link: &mut L, run: &Run) -> Result<Outcome, Stopped> {
         }
         sequence += 1;
         sent_at = now;
-    }
-}
-
-fn finish_round_trip(
-    mut outcome: Outcome,
-    mut receiver: Receiver,
-    times: Box<Histogram>,
-    sent: u64,
-    now: u64,
-) -> Outcome {
-    let received = receiver.finish(now);
-    outcome.sent = Some(Sent {
-        frames: sent,
-        ticks: received.ticks,
-        full: 0,
-    });
-    outcome.received = Some(received);
-    outcome.round_trips = Some(times);
-    outcome
+    };
+    Ok(Outcome {
+        round_trips: Some(times),
+        ..both_ways(link, receiver, sequence, timed_out)
+    })
 }
