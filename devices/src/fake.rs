@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -11,7 +12,9 @@ use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::tempfile::TempFile;
 
-use crate::host::{Host, Interrupt, MemoryRegion, MsiMessage, SharedRegion, Window};
+use crate::host::{
+    Access, Host, Interrupt, MemoryRegion, MsiMessage, Permission, SharedRegion, Window,
+};
 use crate::virtio::event;
 
 /// Size of the guest memory, which starts at address 0.
@@ -123,7 +126,7 @@ impl Interrupt for FakeInterrupt {
 pub(crate) struct FakeWindow {
     size: u64,
     placed: Mutex<Option<u64>>,
-    mapped: Mutex<BTreeMap<u64, SharedRegion>>,
+    mapped: Mutex<BTreeMap<u64, (SharedRegion, Permission)>>,
     /// The next `map` fails, as it does for a file without seals.
     pub(crate) refuse_next_map: AtomicBool,
     log: EventLog,
@@ -139,8 +142,19 @@ impl FakeWindow {
             .lock()
             .unwrap()
             .iter()
-            .map(|(offset, region)| (*offset, region.len))
+            .map(|(offset, (region, _))| (*offset, region.len))
             .collect()
+    }
+}
+
+impl FakeWindow {
+    /// The file that `len` bytes lie in, and where.
+    fn reach(&self, offset: u64, len: usize, access: Access) -> Option<(Arc<File>, u64)> {
+        let mapped = self.mapped.lock().unwrap();
+        let (start, (region, permission)) = mapped.range(..=offset).next_back()?;
+        let inside = offset - start;
+        let fits = inside + len as u64 <= region.len && permission.allows(access);
+        fits.then(|| (region.file.clone(), region.file_offset + inside))
     }
 }
 
@@ -150,7 +164,7 @@ impl Window for FakeWindow {
         self.log.push(Event::Placed(gpa));
         Ok(())
     }
-    fn map(&self, offset: u64, region: &SharedRegion) -> io::Result<()> {
+    fn map(&self, offset: u64, region: &SharedRegion, permission: Permission) -> io::Result<()> {
         if self.refuse_next_map.swap(false, Ordering::Relaxed) {
             return Err(io::ErrorKind::PermissionDenied.into());
         }
@@ -163,21 +177,35 @@ impl Window for FakeWindow {
             return Err(invalid());
         }
         let mut mapped = self.mapped.lock().unwrap();
-        if mapped.iter().any(|(&o, r)| o < end && offset < o + r.len) {
+        if mapped
+            .iter()
+            .any(|(&o, (r, _))| o < end && offset < o + r.len)
+        {
             return Err(io::ErrorKind::AlreadyExists.into());
         }
-        mapped.insert(offset, region.clone());
+        mapped.insert(offset, (region.clone(), permission));
         self.log.push(Event::Mapped(offset, region.len));
         Ok(())
     }
-    fn unmap(&self, offset: u64) -> io::Result<()> {
-        self.mapped
-            .lock()
-            .unwrap()
-            .remove(&offset)
-            .ok_or(io::ErrorKind::NotFound)?;
-        self.log.push(Event::Unmapped(offset));
+    /// Whole mappings only: a test that takes parts away has a fault of its own.
+    fn unmap(&self, offset: u64, len: u64) -> io::Result<()> {
+        let mut mapped = self.mapped.lock().unwrap();
+        let end = offset.checked_add(len).ok_or(io::ErrorKind::InvalidInput)?;
+        let inside: Vec<u64> = mapped.range(offset..end).map(|(o, _)| *o).collect();
+        for at in inside {
+            let (region, _) = mapped.remove(&at).unwrap();
+            assert!(at + region.len <= end, "a part of a mapping");
+            self.log.push(Event::Unmapped(at));
+        }
         Ok(())
+    }
+    fn read(&self, offset: u64, data: &mut [u8]) -> bool {
+        self.reach(offset, data.len(), Access::Read)
+            .is_some_and(|(file, at)| file.read_exact_at(data, at).is_ok())
+    }
+    fn write(&self, offset: u64, data: &[u8]) -> bool {
+        self.reach(offset, data.len(), Access::Write)
+            .is_some_and(|(file, at)| file.write_all_at(data, at).is_ok())
     }
     fn clear(&self) {
         self.mapped.lock().unwrap().clear();

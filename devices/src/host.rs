@@ -46,18 +46,69 @@ pub struct SharedRegion {
     pub len: u64,
 }
 
-/// What a BAR shows of somebody else's memory. An offset that nothing is mapped at has no memory:
-/// the guest's access reaches the function's `bar_read` or `bar_write`.
+/// What one access does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// It reads.
+    Read,
+    /// It writes.
+    Write,
+}
+
+/// Which accesses a mapping allows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Permission {
+    /// Reads.
+    pub read: bool,
+    /// Writes.
+    pub write: bool,
+}
+
+impl Permission {
+    /// Reads only.
+    pub const READ: Self = Self {
+        read: true,
+        write: false,
+    };
+    /// Writes only.
+    pub const WRITE: Self = Self {
+        read: false,
+        write: true,
+    };
+    /// Both.
+    pub const READ_WRITE: Self = Self {
+        read: true,
+        write: true,
+    };
+
+    /// Whether it allows `access`.
+    #[must_use]
+    pub fn allows(self, access: Access) -> bool {
+        match access {
+            Access::Read => self.read,
+            Access::Write => self.write,
+        }
+    }
+}
+
+/// What a BAR shows of somebody else's memory. An access that the window does not let through reaches the function's `bar_read` or
+/// `bar_write`, which ask [`Window::read`] and [`Window::write`] first: what is mapped can always be reached, by memory where the host
+/// manages it and through these two where not.
 pub trait Window: Send + Sync {
     /// Puts the BAR at a guest physical address, or takes it off the bus.
     fn place(&self, gpa: Option<u64>) -> io::Result<()>;
-    /// Shows `region` at `offset`. Fails on an overlap with what is mapped, on a range beyond the window
-    /// or the file, and on a file that its owner could still shrink (it must be sealed).
-    fn map(&self, offset: u64, region: &SharedRegion) -> io::Result<()>;
-    /// Takes away the mapping that [`Window::map`] made at `offset`. When it returns, the guest cannot reach it.
-    fn unmap(&self, offset: u64) -> io::Result<()>;
+    /// Shows `region` at `offset`, for the accesses that `permission` allows. Fails on an overlap with what is mapped, on a range beyond the
+    /// window or the file, and on a file that its owner could still shrink (it must be sealed).
+    fn map(&self, offset: u64, region: &SharedRegion, permission: Permission) -> io::Result<()>;
+    /// Takes away whatever is shown in `len` bytes from `offset` on, parts of mappings too (whole pages). When it returns, the guest cannot
+    /// reach any of it; it is no error where nothing was shown.
+    fn unmap(&self, offset: u64, len: u64) -> io::Result<()>;
     /// Takes everything away. When it returns, the guest can reach none of it.
     fn clear(&self);
+    /// Reads what is mapped at `offset`; `false`, and nothing read, where not all of it may be read.
+    fn read(&self, offset: u64, data: &mut [u8]) -> bool;
+    /// Writes to what is mapped at `offset`; `false`, and nothing written, where not all of it may be written.
+    fn write(&self, offset: u64, data: &[u8]) -> bool;
 }
 
 /// A part of the VM's own memory, as a back-end has to map it.

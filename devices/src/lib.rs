@@ -11,4 +11,5 @@ pub mod pci;
 pub mod vhost_pci;
 pub mod vhost_user;
 pub mod virtio;
+pub mod virtio_iommu;
 pub mod virtio_net;

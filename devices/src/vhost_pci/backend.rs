@@ -34,7 +34,7 @@ pub(super) trait Machine {
     /// Shows a region at its offset.
     fn map(&mut self, offset: u64, region: &SharedRegion) -> io::Result<()>;
     /// Takes the region at `offset` away.
-    fn unmap(&mut self, offset: u64) -> io::Result<()>;
+    fn unmap(&mut self, offset: u64, len: u64) -> io::Result<()>;
     /// Connects or disconnects one of a queue's eventfds.
     fn connect(&mut self, what: Line, queue: u16, fd: Option<OwnedFd>) -> io::Result<()>;
 }
@@ -438,14 +438,14 @@ impl Backend {
         self.shown = kept;
         for old in &removed {
             machine
-                .unmap(old.region.guest_address)
+                .unmap(old.region.guest_address, old.region.size)
                 .map_err(Fault::Window)?;
         }
         for (done, new) in added.iter().enumerate() {
             if let Err(error) = machine.map(new.region.guest_address, &new.shared) {
                 for undo in &added[..done] {
                     machine
-                        .unmap(undo.region.guest_address)
+                        .unmap(undo.region.guest_address, undo.region.size)
                         .map_err(Fault::Window)?;
                 }
                 for old in removed {
@@ -495,7 +495,7 @@ impl Backend {
         let at = at.ok_or(Refusal::NoRegion(region))?;
         let old = self.shown.swap_remove(at);
         machine
-            .unmap(old.region.guest_address)
+            .unmap(old.region.guest_address, old.region.size)
             .map_err(Fault::Window)?;
         Ok(())
     }

@@ -6,7 +6,7 @@ use std::sync::{Arc, Weak};
 
 use super::backend::{Line, Machine};
 use super::{FIRST_SPECIAL, Shared};
-use crate::host::{SharedRegion, Window};
+use crate::host::{Permission, SharedRegion, Window};
 use crate::virtio::{Transport, event};
 
 /// The index of the kick and the call of a queue (docs/device.md, section 6).
@@ -61,11 +61,11 @@ impl Plumbing {
 
 impl Machine for Plumbing {
     fn map(&mut self, offset: u64, region: &SharedRegion) -> io::Result<()> {
-        self.window.map(offset, region)
+        self.window.map(offset, region, Permission::READ_WRITE)
     }
 
-    fn unmap(&mut self, offset: u64) -> io::Result<()> {
-        self.window.unmap(offset)
+    fn unmap(&mut self, offset: u64, len: u64) -> io::Result<()> {
+        self.window.unmap(offset, len)
     }
 
     fn connect(&mut self, what: Line, queue: u16, fd: Option<OwnedFd>) -> io::Result<()> {

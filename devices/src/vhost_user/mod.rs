@@ -21,8 +21,8 @@ pub use connection::{Connection, Error, Violation};
 pub use limit::RateLimit;
 pub use socket::{Error as SocketError, Socket, SocketRole};
 pub use wire::{
-    DecodeError, MAX_FDS, MAX_PAYLOAD, MemoryRegion, MemoryTable, Message, Payload,
-    SingleMemoryRegion, U64, VringAddr, VringFd, VringState, backend_requests, flags,
+    DecodeError, Iotlb, IotlbKind, MAX_FDS, MAX_PAYLOAD, MemoryRegion, MemoryTable, Message,
+    Payload, SingleMemoryRegion, U64, VringAddr, VringFd, VringState, backend_requests, flags,
     protocol_features, requests,
 };
 

@@ -232,6 +232,9 @@ pub enum DecodeError {
     /// A memory table counts more regions than a message can have descriptors for.
     #[error("a memory table of {0} regions")]
     Regions(u32),
+    /// An IOTLB message of a type that does not exist.
+    #[error("an IOTLB message of type {0}")]
+    Iotlb(u8),
 }
 
 /// A typed payload.
@@ -460,6 +463,79 @@ impl Payload for VringFd {
         Ok(Self {
             index,
             no_fd: flags & 1 != 0,
+        })
+    }
+}
+
+/// What an IOTLB message says ("IOTLB message", field `type`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum IotlbKind {
+    /// From the back-end: it needs an address that it has no translation for.
+    #[default]
+    Miss,
+    /// From the front-end: a translation.
+    Update,
+    /// From the front-end: translations are void.
+    Invalidate,
+    /// From the back-end: an access that its translation does not allow.
+    AccessFail,
+}
+
+/// The payload of IOTLB_MSG in both directions ("IOTLB message").
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Iotlb {
+    /// IO virtual address of the first byte.
+    pub iova: u64,
+    /// Length in bytes.
+    pub size: u64,
+    /// The front-end's user address of the first byte; means something in an update only.
+    pub user_address: u64,
+    /// Whether reads are allowed (update), or asked for.
+    pub read: bool,
+    /// Whether writes are.
+    pub write: bool,
+    /// What it says.
+    pub kind: IotlbKind,
+}
+
+impl Iotlb {
+    /// Length on the wire: the C structure with its padding, as all implementations send it.
+    const SIZE: usize = 32;
+}
+
+impl Payload for Iotlb {
+    fn encode(&self) -> Vec<u8> {
+        let mut out = Vec::with_capacity(Self::SIZE);
+        for field in [self.iova, self.size, self.user_address] {
+            out.extend_from_slice(&field.to_le_bytes());
+        }
+        let kind = match self.kind {
+            IotlbKind::Miss => 1,
+            IotlbKind::Update => 2,
+            IotlbKind::Invalidate => 3,
+            IotlbKind::AccessFail => 4,
+        };
+        out.extend_from_slice(&[u8::from(self.read) | u8::from(self.write) << 1, kind]);
+        out.resize(Self::SIZE, 0);
+        out
+    }
+
+    fn decode(payload: &[u8]) -> Result<Self, DecodeError> {
+        let bytes = exactly::<{ Self::SIZE }>(payload)?;
+        let kind = match bytes[25] {
+            1 => IotlbKind::Miss,
+            2 => IotlbKind::Update,
+            3 => IotlbKind::Invalidate,
+            4 => IotlbKind::AccessFail,
+            other => return Err(DecodeError::Iotlb(other)),
+        };
+        Ok(Self {
+            iova: u64_at::<0, 32>(bytes),
+            size: u64_at::<8, 32>(bytes),
+            user_address: u64_at::<16, 32>(bytes),
+            read: bytes[24] & 1 != 0,
+            write: bytes[24] & 2 != 0,
+            kind,
         })
     }
 }

@@ -25,7 +25,7 @@ impl Machine for Books {
         assert!(self.shown.insert(offset), "shown twice");
         Ok(())
     }
-    fn unmap(&mut self, offset: u64) -> io::Result<()> {
+    fn unmap(&mut self, offset: u64, _len: u64) -> io::Result<()> {
         assert!(self.shown.remove(&offset), "not shown");
         Ok(())
     }

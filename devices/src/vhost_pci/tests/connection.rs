@@ -117,17 +117,28 @@ fn everything_is_taken_away_before_the_status_bits_are() {
         fn place(&self, gpa: Option<u64>) -> io::Result<()> {
             self.window.place(gpa)
         }
-        fn map(&self, offset: u64, region: &crate::host::SharedRegion) -> io::Result<()> {
-            self.window.map(offset, region)
+        fn map(
+            &self,
+            offset: u64,
+            region: &crate::host::SharedRegion,
+            permission: crate::host::Permission,
+        ) -> io::Result<()> {
+            self.window.map(offset, region, permission)
         }
-        fn unmap(&self, offset: u64) -> io::Result<()> {
-            self.window.unmap(offset)
+        fn unmap(&self, offset: u64, len: u64) -> io::Result<()> {
+            self.window.unmap(offset, len)
         }
         fn clear(&self) {
             let up = self.shared.guest().status == BACKEND_UP | FRONTEND_UP;
             self.log
                 .push(Event::Note(if up { "still up" } else { "too late" }));
             self.window.clear();
+        }
+        fn read(&self, offset: u64, data: &mut [u8]) -> bool {
+            self.window.read(offset, data)
+        }
+        fn write(&self, offset: u64, data: &[u8]) -> bool {
+            self.window.write(offset, data)
         }
     }
     let (mut rig, mut peer) = Rig::connected();
