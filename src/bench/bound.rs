@@ -264,6 +264,7 @@ mod tests {
                 size: 1 << 20,
                 hugepages: HugePages::Off,
                 prefault: false,
+                dma: 0,
             },
         })
     }

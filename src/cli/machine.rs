@@ -33,6 +33,12 @@ static MEMORY: KeyList = KeyList {
             missing: Missing::Default("off"),
             help: "have all of it present before the guest starts",
         },
+        Key {
+            name: "dma",
+            form: "SIZE",
+            missing: Missing::Default("0"),
+            help: "memory for devices beside it, the only memory that other processes get; 0: they get all of it",
+        },
     ],
 };
 
@@ -231,10 +237,18 @@ pub fn memory(text: &str) -> Result<MemoryConfig, Failure> {
         }
         Ok(bytes)
     })?;
+    let dma = values.need("dma", |text| {
+        let bytes = size(text)?;
+        if bytes % page != 0 {
+            return Err(format!("it is a multiple of {page} bytes"));
+        }
+        Ok(bytes)
+    })?;
     Ok(MemoryConfig {
         size,
         hugepages,
         prefault: values.need("prefault", switch)?,
+        dma,
     })
 }
 

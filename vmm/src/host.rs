@@ -131,11 +131,20 @@ impl Machine {
         self.memory.size()
     }
 
+    /// The memory for devices beside the RAM: address and length; a length of zero where there is none.
+    pub fn dma(&self) -> (u64, u64) {
+        self.memory.dma()
+    }
+
     /// Where 64-bit BARs go.
     pub fn pci_window64(&self) -> Result<std::ops::Range<u64>, Error> {
         let ram = self.memory.size();
         let bits = self.address_bits;
-        layout::pci_window64(layout::ram_end(ram), bits).ok_or(Error::AddressSpace { ram, bits })
+        let end = match self.memory.dma() {
+            (_, 0) => layout::ram_end(ram),
+            (start, len) => start + len,
+        };
+        layout::pci_window64(end, bits).ok_or(Error::AddressSpace { ram, bits })
     }
 }
 

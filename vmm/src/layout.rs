@@ -8,7 +8,8 @@
 //! | 0xFEC0_0000, 0xFEE0_0000 | I/O APIC, local APIC (in the kernel) |
 //! | 0xFFFB_C000 .. 0xFFFC_0000 | KVM's identity page table and TSS |
 //! | 4 GiB .. | the rest of the RAM |
-//! | max(64 GiB, end of RAM) .. | 64-bit PCI BARs |
+//! | behind that | memory for devices, where it is kept apart from the RAM |
+//! | max(64 GiB, end of memory) .. | 64-bit PCI BARs |
 
 use std::ops::Range;
 
@@ -55,6 +56,11 @@ pub fn ram_end(size: u64) -> u64 {
         Some(high) if high > 0 => HIGH_RAM_START.saturating_add(high),
         _ => size,
     }
+}
+
+/// The range (address, length) of `dma` bytes of memory for devices beside `ram` bytes of RAM.
+pub fn dma_range(ram: u64, dma: u64) -> (u64, u64) {
+    (ram_end(ram).max(HIGH_RAM_START), dma)
 }
 
 /// Where 64-bit BARs go: 448 GiB from 64 GiB on, or from the end of RAM rounded up to 64 GiB; cut to 512 GiB where

@@ -1,4 +1,7 @@
-//! The guest's RAM: one sealed memfd, mapped once, that other processes can map too.
+//! The guest's memory: sealed memfds, mapped once, that other processes can map too.
+//!
+//! Usually all of it is one file, and a back-end gets that. With [`MemoryConfig::dma`], what devices reach is a file of its own beside the RAM, and the
+//! RAM's file never leaves the process.
 //!
 //! The seals (shrink, grow, seal) let a peer map the file without the fear that a later truncation kills it.
 #![allow(unsafe_code)] // memfd_create, fallocate, fcntl seals and madvise have no safe wrapper here
@@ -51,6 +54,8 @@ pub struct MemoryConfig {
     pub hugepages: HugePages,
     /// Allocate all of it before the guest starts: a lack of memory is then an error at the start.
     pub prefault: bool,
+    /// Bytes of memory for devices beside the RAM; a multiple of the page size. Not zero: other processes get this and nothing of the RAM.
+    pub dma: u64,
 }
 
 /// Why there is no memory for the guest.
@@ -111,6 +116,7 @@ pub struct Memory {
     mapped: GuestMemoryMmap,
     regions: Vec<MemoryRegion>,
     size: u64,
+    dma: u64,
 }
 
 impl Memory {
@@ -121,8 +127,13 @@ impl Memory {
         if !(MIN_SIZE..=MAX_SIZE).contains(&size) {
             return Err(Error::Size(size));
         }
-        if !size.is_multiple_of(page) {
-            return Err(Error::Unaligned { size, page });
+        for size in [size, config.dma] {
+            if !size.is_multiple_of(page) {
+                return Err(Error::Unaligned { size, page });
+            }
+        }
+        if config.dma > MAX_SIZE {
+            return Err(Error::Size(config.dma));
         }
         let failed = |call, source| match config.hugepages {
             HugePages::Off => Error::System { size, call, source },
@@ -142,42 +153,56 @@ impl Memory {
             return Err(Error::Insufficient { size, available });
         }
 
-        let file =
-            Arc::new(sealed_file(size, config.hugepages).map_err(|(call, e)| failed(call, e))?);
-        let mut regions = Vec::new();
-        let mut mapped = Vec::new();
-        let mut file_offset = 0;
         // Huge pages are set aside when they are mapped, so that a lack of them is an error here and not a SIGBUS later.
         let reserve = if config.hugepages == HugePages::Off {
             libc::MAP_NORESERVE
         } else {
             0
         };
-        for (gpa, len) in layout::ram_ranges(size) {
-            let length = usize::try_from(len).map_err(|_| Error::Size(size))?;
-            let mapping = MmapRegion::build(
-                Some(FileOffset::from_arc(Arc::clone(&file), file_offset)),
-                length,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED | reserve,
-            )
-            .map_err(|e| match e {
-                vm_memory::mmap::MmapRegionError::Mmap(source) => failed("mmap", source),
-                other => failed("mmap", io::Error::other(other.to_string())),
-            })?;
-            mapped.push(GuestRegionMmap::new(mapping, GuestAddress(gpa)).ok_or(Error::Size(size))?);
-            regions.push(MemoryRegion {
-                gpa,
-                shared: SharedRegion {
-                    file: Arc::clone(&file),
-                    file_offset,
-                    len,
-                },
-            });
-            file_offset += len;
+        let dma = layout::dma_range(size, config.dma);
+        let mut files = vec![(layout::ram_ranges(size), size)];
+        if dma.1 > 0 {
+            files.push((vec![dma], dma.1));
+        }
+        let mut shared = Vec::new();
+        let mut mapped = Vec::new();
+        for (ranges, bytes) in files {
+            let file = sealed_file(bytes, config.hugepages).map_err(|(call, e)| failed(call, e))?;
+            let file = Arc::new(file);
+            let mut regions = Vec::new();
+            let mut file_offset = 0;
+            for (gpa, len) in ranges {
+                let length = usize::try_from(len).map_err(|_| Error::Size(len))?;
+                let mapping = MmapRegion::build(
+                    Some(FileOffset::from_arc(Arc::clone(&file), file_offset)),
+                    length,
+                    libc::PROT_READ | libc::PROT_WRITE,
+                    libc::MAP_SHARED | reserve,
+                )
+                .map_err(|e| match e {
+                    vm_memory::mmap::MmapRegionError::Mmap(source) => failed("mmap", source),
+                    other => failed("mmap", io::Error::other(other.to_string())),
+                })?;
+                mapped.push(
+                    GuestRegionMmap::new(mapping, GuestAddress(gpa)).ok_or(Error::Size(len))?,
+                );
+                regions.push(MemoryRegion {
+                    gpa,
+                    shared: SharedRegion {
+                        file: Arc::clone(&file),
+                        file_offset,
+                        len,
+                    },
+                });
+                file_offset += len;
+            }
+            if config.prefault {
+                allocate(&file, bytes).map_err(|e| failed("fallocate", e))?;
+            }
+            // What comes last is what devices reach.
+            shared = regions;
         }
         if config.prefault {
-            allocate(&file, size).map_err(|e| failed("fallocate", e))?;
             for region in &mapped {
                 populate(region).map_err(|e| failed("madvise(MADV_POPULATE_WRITE)", e))?;
             }
@@ -186,8 +211,9 @@ impl Memory {
             .map_err(|e| failed("mmap", io::Error::other(e.to_string())))?;
         Ok(Memory {
             mapped,
-            regions,
+            regions: shared,
             size,
+            dma: config.dma,
         })
     }
 
@@ -196,7 +222,7 @@ impl Memory {
         &self.mapped
     }
 
-    /// As another process can map it.
+    /// What devices reach, as another process can map it: all of it, or with [`MemoryConfig::dma`] that part.
     pub fn regions(&self) -> &[MemoryRegion] {
         &self.regions
     }
@@ -204,6 +230,11 @@ impl Memory {
     /// Bytes of RAM.
     pub fn size(&self) -> u64 {
         self.size
+    }
+
+    /// The memory for devices beside the RAM: address and length; a length of zero where there is none.
+    pub fn dma(&self) -> (u64, u64) {
+        layout::dma_range(self.size, self.dma)
     }
 }
 
@@ -302,7 +333,30 @@ mod tests {
             size,
             hugepages: HugePages::Off,
             prefault: false,
+            dma: 0,
         }
+    }
+
+    #[test]
+    fn memory_for_devices_is_a_file_of_its_own_and_the_only_one_that_is_shared() {
+        use std::os::unix::fs::MetadataExt;
+        let memory = Memory::new(&MemoryConfig {
+            dma: 4 << 20,
+            ..config(8 << 20)
+        })
+        .unwrap();
+        let [region] = memory.regions() else {
+            panic!("{:?}", memory.regions());
+        };
+        assert_eq!(memory.dma(), (layout::HIGH_RAM_START, 4 << 20));
+        assert_eq!((region.gpa, region.shared.len), memory.dma());
+        let shared = region.shared.file.metadata().unwrap();
+        assert_eq!(shared.len(), 4 << 20);
+        memory
+            .mapped()
+            .write_slice(b"secret", GuestAddress(0x1000))
+            .unwrap();
+        assert_eq!(region.shared.file.metadata().unwrap().blocks(), 0);
     }
 
     #[test]
@@ -384,9 +438,8 @@ mod tests {
         let free = free_huge_pages(2 << 20);
         let size = (free + 512) * (2 << 20);
         let error = Memory::new(&MemoryConfig {
-            size,
             hugepages: HugePages::Size2M,
-            prefault: false,
+            ..config(size)
         })
         .unwrap_err();
         assert!(matches!(error, Error::HugePages { .. }), "{error}");

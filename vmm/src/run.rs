@@ -75,6 +75,10 @@ pub fn run(config: VmConfig) -> Result<Outcome, Error> {
         if let Kernel::Image(_) = config.kernel {
             let khz = first.get_tsc_khz().map_err(|e| kvm("KVM_GET_TSC_KHZ", e))?;
             cmdline.push_str(&format!(" tsc_khz={khz} ecam={:#x}", layout::ECAM_BASE));
+            let (dma, len) = machine.dma();
+            if len > 0 {
+                cmdline.push_str(&format!(" dma={dma:#x} dma_len={len:#x}"));
+            }
         }
         let initrd = config.initrd.as_deref();
         let entry = boot::load(

@@ -190,6 +190,7 @@ pub(crate) fn ram(size: u64) -> MemoryConfig {
         size,
         hugepages: HugePages::Off,
         prefault: false,
+        dma: 0,
     }
 }
 

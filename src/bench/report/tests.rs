@@ -66,6 +66,7 @@ fn setup() -> Setup {
             size: 1 << 28,
             hugepages: HugePages::Size2M,
             prefault: true,
+            dma: 0,
         },
     }
 }

@@ -21,6 +21,7 @@ fn setup(size: u16) -> Option<Setup> {
             size: 1 << 20,
             hugepages: HugePages::Off,
             prefault: false,
+            dma: 0,
         },
     })
 }

@@ -34,6 +34,7 @@ fn setup() -> Setup {
             size: 1 << 20,
             hugepages: HugePages::Off,
             prefault: false,
+            dma: 0,
         },
     }
 }
