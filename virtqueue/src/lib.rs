@@ -5,7 +5,7 @@
 //! * [`Memory`] and [`Region`]: how a ring reaches shared memory. [`linear::Linear`] is one stretch of it that is mapped
 //!   (a guest's RAM, a window of a BAR, a file shared between two host threads).
 //! * [`DriverRing`] and [`DeviceRing`]: the two sides of a ring; [`split`] and [`packed`] implement them.
-//! * [`Layout`]: what a user of a ring is generic over; [`Either`] where a feature bit decides.
+//! * [`Layout`]: what a user of a ring is generic over.
 //! * [`net`]: the virtio-net header.
 //!
 //! # Trust
@@ -39,7 +39,7 @@ mod tests;
 use core::fmt;
 use core::sync::atomic::Ordering;
 
-pub use layout::{AnyDevice, AnyDriver, Either, Layout};
+pub use layout::Layout;
 
 /// A device address and a length: an element of a chain (VIRTIO 1.3 sections 2.7.5 and 2.8.4). From a [`DeviceRing`] it has been checked
 /// against the ring's [`Memory`].
@@ -87,19 +87,19 @@ pub trait Region {
 /// Where a ring lies (VIRTIO 1.3 section 2.6) and what was negotiated for it (section 6).
 #[derive(Clone, Copy, Debug)]
 pub struct RingConfig {
-    /// Number of descriptors.
+    /// Number of descriptors (sections 2.7 and 2.8).
     pub size: u16,
-    /// Device address of the descriptor area.
+    /// Device address of the descriptor area (sections 2.7.5 and 2.8.13).
     pub desc: u64,
-    /// Device address of the driver area (split: the available ring; packed: the driver's event suppression).
+    /// Device address of the driver area (split: the available ring, section 2.7.6; packed: the driver's event suppression, section 2.8.14).
     pub driver: u64,
-    /// Device address of the device area (split: the used ring; packed: the device's event suppression).
+    /// Device address of the device area (split: the used ring, section 2.7.8; packed: the device's event suppression, section 2.8.14).
     pub device: u64,
-    /// VIRTIO_F_EVENT_IDX was negotiated.
+    /// VIRTIO_F_EVENT_IDX was negotiated (sections 2.7.7, 2.7.10 and 2.8.10).
     pub event_idx: bool,
-    /// VIRTIO_F_IN_ORDER was negotiated.
+    /// VIRTIO_F_IN_ORDER was negotiated (sections 2.7.9 and 2.8.8).
     pub in_order: bool,
-    /// VIRTIO_F_INDIRECT_DESC was negotiated.
+    /// VIRTIO_F_INDIRECT_DESC was negotiated (sections 2.7.5.3 and 2.8.7).
     pub indirect: bool,
 }
 
@@ -124,23 +124,26 @@ pub struct Chain {
     pub count: u16,
 }
 
-/// What the other side, or a configuration, got wrong.
+/// What the other side, or a configuration, got wrong: by the section that each names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Error {
-    /// The ring's size or addresses do not fit the layout or the memory.
+    /// The ring's size or addresses do not fit the layout (sections 2.7 and 2.8.10.1) or the memory.
     Config,
-    /// The other side's index moved further than the ring is long.
+    /// The other side's index moved further than the ring is long (sections 2.7.6 and 2.7.8), or more descriptors are available than it has
+    /// (section 2.8.1).
     IndexOutOfRange,
-    /// A descriptor index or id beyond the ring, or one that is not outstanding.
+    /// A descriptor index or id beyond the ring, or one that is not outstanding (sections 2.7.5, 2.7.8, 2.8.6 and 2.8.13).
     BadId,
-    /// A descriptor's range is not in memory.
+    /// A descriptor's range is not in memory (sections 2.7.5 and 2.8.4).
     BadAddress,
-    /// A chain is longer than the ring or than the caller's array, or has a loop.
+    /// A chain is longer than the ring or than the caller's array, or has a loop (sections 2.7.5.2, 2.7.5.3.1 and 2.8.17).
     ChainTooLong,
-    /// A descriptor with flags that were not negotiated, or a readable one behind a writable one.
+    /// A descriptor with flags that were not negotiated (sections 2.7.5.3.1 and 2.8.19), or a readable one behind a writable one (sections 2.7.4.2 and
+    /// 2.8.17).
     BadFlags,
-    /// The device reports more bytes than the chain lets it write.
+    /// The device reports more bytes than the chain lets it write (sections 2.7.8.2 and 2.8.4), a chain is longer than 4 GiB (section 2.7.5.2), or a
+    /// table of descriptors is not a whole number of them, or empty (sections 2.7.5.3 and 2.8.7).
     BadLength,
     /// An earlier violation broke this queue.
     Broken,
@@ -165,9 +168,9 @@ impl core::error::Error for Error {}
 
 /// The driver's side of a ring (VIRTIO 1.3 sections 2.7.13, 2.7.14, 2.8.21 and 2.8.22).
 pub trait DriverRing {
-    /// How many more descriptors can be added now.
+    /// How many more descriptors can be added now (sections 2.7.13.1 and 2.8.21.1).
     fn free(&self) -> u16;
-    /// Adds a chain of buffers (device-readable ones first). The device does not see it before [`DriverRing::publish`]. Returns the
+    /// Adds a chain of buffers, device-readable ones first (sections 2.7.13.1, 2.7.13.2 and 2.8.21.1). The device does not see it before [`DriverRing::publish`]. Returns the
     /// token by which [`DriverRing::take`] reports it, or `None` where there is no room for the whole chain (or `buffers` is empty).
     fn add(&mut self, buffers: &[Buffer]) -> Option<u16>;
     /// As [`DriverRing::add`], with one descriptor that refers to a table of the buffers (VIRTIO 1.3 sections 2.7.5.3 and 2.8.7). `table` is the
@@ -175,26 +178,26 @@ pub trait DriverRing {
     /// taken. `None` also where VIRTIO_F_INDIRECT_DESC was not negotiated, where the table is not in memory or not aligned, and for more
     /// buffers than the ring has descriptors.
     fn add_indirect(&mut self, table: u64, buffers: &[Buffer]) -> Option<u16>;
-    /// Makes everything added visible to the device with one shared store. Returns whether the device wants a kick
+    /// Makes everything added visible to the device with one shared store (sections 2.7.13.3 and 2.8.21.1). Returns whether the device wants a kick
     /// (sections 2.7.10 and 2.8.10).
     fn publish(&mut self) -> bool;
-    /// Takes up to `out.len()` used chains; returns how many. Their descriptors are free again.
+    /// Takes up to `out.len()` used chains (sections 2.7.14 and 2.8.22); returns how many. Their descriptors are free again.
     fn take(&mut self, out: &mut [Used]) -> Result<usize, Error>;
-    /// Asks for no interrupts (a hint: one may still come).
+    /// Asks for no interrupts (sections 2.7.7 and 2.8.10; a hint: one may still come).
     fn disable_calls(&mut self);
-    /// Asks for an interrupt at the next used chain. Returns whether used chains are there already: then take them first.
+    /// Asks for an interrupt at the next used chain (sections 2.7.7 and 2.8.10). Returns whether used chains are there already: then take them first.
     fn enable_calls(&mut self) -> bool;
 }
 
 /// The device's side of a ring (VIRTIO 1.3 sections 2.7 and 2.8.12).
 pub trait DeviceRing {
-    /// Takes available chains: each into the next of `chains`, its buffers into `buffers` one behind the other. Stops where either
+    /// Takes available chains (sections 2.7.6 and 2.8.6): each into the next of `chains`, its buffers into `buffers` one behind the other. Stops where either
     /// array is full, and returns how many chains it took. A chain that does not fit in the rest of `buffers` is left for the next call; one that
     /// does not fit an empty array is [`Error::ChainTooLong`]. Every buffer is checked with [`Memory::contains`].
     fn get(&mut self, chains: &mut [Chain], buffers: &mut [Buffer]) -> Result<usize, Error>;
-    /// Puts back the last `n` chains that [`DeviceRing::get`] returned, as if they had not been taken.
+    /// Puts back the last `n` chains that [`DeviceRing::get`] returned, as if they had not been taken. The driver sees nothing of it.
     fn unget(&mut self, n: usize);
-    /// Marks a chain used with `written` bytes. The driver does not see it before [`DeviceRing::publish`]. With VIRTIO_F_IN_ORDER chains are
+    /// Marks a chain used with `written` bytes (sections 2.7.8 and 2.8.13). The driver does not see it before [`DeviceRing::publish`]. With VIRTIO_F_IN_ORDER chains are
     /// put in the order in which they were taken (sections 2.7.9 and 2.8.8).
     /// An id that was not taken is the caller's mistake: the driver may get to see it, nothing else happens.
     fn put(&mut self, id: u16, written: u32);
@@ -205,14 +208,14 @@ pub trait DeviceRing {
             self.put(chain.id, 0);
         }
     }
-    /// Makes everything put visible to the driver with one shared store. Returns whether the driver wants a call
+    /// Makes everything put visible to the driver with one shared store (sections 2.7.8 and 2.8.1). Returns whether the driver wants a call
     /// (sections 2.7.7 and 2.8.10).
     fn publish(&mut self) -> bool;
-    /// Asks for no kicks (a hint: one may still come).
+    /// Asks for no kicks (sections 2.7.10 and 2.8.10; a hint: one may still come).
     fn disable_kicks(&mut self);
-    /// Asks for a kick at the next available chain. Returns whether chains are there already: then get them first.
+    /// Asks for a kick at the next available chain (sections 2.7.10 and 2.8.10). Returns whether chains are there already: then get them first.
     fn enable_kicks(&mut self) -> bool;
-    /// The ring's position, as VHOST_USER_GET_VRING_BASE reports it; [`Layout::device_at`] says what it is made of.
+    /// The ring's position, as VHOST_USER_GET_VRING_BASE reports it (vhost-user, not VIRTIO); [`Layout::device_at`] says what it is made of.
     fn base(&self) -> u32;
 }
 

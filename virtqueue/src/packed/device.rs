@@ -101,7 +101,7 @@ fn buffer(addr: u64, word: u64) -> Buffer {
 }
 
 impl<M: Memory> Device<M> {
-    /// A ring that starts at its first descriptor, as after a reset. Kicks are asked for.
+    /// A ring that starts at its first descriptor, as after a reset (section 2.8.1). Kicks are asked for.
     ///
     /// # Errors
     ///

@@ -78,7 +78,7 @@ fn behind(cell: u16, size: u16) -> u16 {
 }
 
 impl<M: Memory> Driver<M> {
-    /// A fresh ring: clears the descriptors. Calls are asked for.
+    /// A fresh ring: clears the descriptors, wrap counters are 1 (section 2.8.1). Calls are asked for.
     ///
     /// # Errors
     ///

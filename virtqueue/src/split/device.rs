@@ -3,8 +3,8 @@
 use core::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
 
 use super::{
-    Areas, DESC_INDIRECT, DESC_NEXT, DESC_WRITE, FLAGS, IDX, NO_NOTIFY, avail_entry, passes,
-    used_entry,
+    Areas, DESC_INDIRECT, DESC_NEXT, DESC_WRITE, FLAGS, IDX, ask, avail_entry, hush, used_entry,
+    wants,
 };
 use crate::chain::{Collector, DESC_LEN, open_table};
 use crate::{Buffer, Chain, DeviceRing, Error, Memory, Region, RingConfig};
@@ -81,7 +81,7 @@ impl Descriptor {
 }
 
 impl<M: Memory> Device<M> {
-    /// A ring that starts at index 0, as after a reset. Kicks are asked for.
+    /// A ring that starts at index 0, as after a reset (sections 2.7.6 and 2.7.8). Kicks are asked for.
     ///
     /// # Errors
     ///
@@ -274,16 +274,12 @@ impl<M: Memory> Device<M> {
         self.areas.used.store_u32(at + 4, len, Relaxed);
     }
 
-    /// Asks for a kick at the next chain. The order of this store and a later look at the index is up to the caller.
+    /// Asks for a kick at the next chain.
     #[inline]
     fn arm(&mut self) {
         self.armed = true;
-        if self.event_idx {
-            let event = used_entry(self.size);
-            self.areas.used.store_u16(event, self.next, Relaxed);
-        } else {
-            self.areas.used.store_u16(FLAGS, 0, Relaxed);
-        }
+        let event = used_entry(self.size);
+        ask(&self.areas.used, event, self.event_idx, self.next);
     }
 }
 
@@ -343,27 +339,16 @@ impl<M: Memory> DeviceRing for Device<M> {
         // The driver stores its wish and then looks at the index; we store the index and then look at its wish. Without a fence on
         // both sides both can miss the other's store, and the driver sleeps on used chains.
         M::Region::fence(SeqCst);
-        if self.event_idx {
-            let event = self.areas.avail.load_u16(avail_entry(self.size), Relaxed);
-            passes(event, new, old)
-        } else {
-            self.areas.avail.load_u16(FLAGS, Relaxed) & NO_NOTIFY == 0
-        }
+        let event = avail_entry(self.size);
+        wants(&self.areas.avail, event, self.event_idx, new, old)
     }
 
     #[inline]
     fn disable_kicks(&mut self) {
-        if !self.armed {
-            return;
-        }
-        self.armed = false;
-        if self.event_idx {
-            // There is no "never": the index just left behind comes last of all.
+        if self.armed {
+            self.armed = false;
             let event = used_entry(self.size);
-            let passed = self.next.wrapping_sub(1);
-            self.areas.used.store_u16(event, passed, Relaxed);
-        } else {
-            self.areas.used.store_u16(FLAGS, NO_NOTIFY, Relaxed);
+            hush(&self.areas.used, event, self.event_idx, self.next);
         }
     }
 

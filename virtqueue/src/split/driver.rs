@@ -3,7 +3,7 @@
 use alloc::boxed::Box;
 use core::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
 
-use super::{Areas, DESC_INDIRECT, FLAGS, IDX, NO_NOTIFY, avail_entry, pack, passes, used_entry};
+use super::{Areas, DESC_INDIRECT, FLAGS, IDX, ask, avail_entry, hush, pack, used_entry, wants};
 use crate::chain::{self, DESC_LEN};
 use crate::{Buffer, DriverRing, Error, Memory, Region, RingConfig, Used};
 
@@ -62,7 +62,7 @@ pub struct Driver<M: Memory> {
 }
 
 impl<M: Memory> Driver<M> {
-    /// A fresh ring: clears both rings. Calls are asked for.
+    /// A fresh ring: clears both rings (sections 2.7.6 and 2.7.8). Calls are asked for.
     ///
     /// # Errors
     ///
@@ -366,12 +366,8 @@ impl<M: Memory> DriverRing for Driver<M> {
         // The device stores its wish and then looks at the index; we store the index and then look at its wish. Without a fence on
         // both sides both can miss the other's store, and the device sleeps on available chains.
         M::Region::fence(SeqCst);
-        if self.event_idx {
-            let event = self.areas.used.load_u16(used_entry(self.size), Relaxed);
-            passes(event, new, old)
-        } else {
-            self.areas.used.load_u16(FLAGS, Relaxed) & NO_NOTIFY == 0
-        }
+        let event = used_entry(self.size);
+        wants(&self.areas.used, event, self.event_idx, new, old)
     }
 
     #[inline]
@@ -391,29 +387,18 @@ impl<M: Memory> DriverRing for Driver<M> {
 
     #[inline]
     fn disable_calls(&mut self) {
-        if !self.armed {
-            return;
-        }
-        self.armed = false;
-        if self.event_idx {
-            // There is no "never": the index just left behind comes last of all.
+        if self.armed {
+            self.armed = false;
             let event = avail_entry(self.size);
-            let passed = self.last.wrapping_sub(1);
-            self.areas.avail.store_u16(event, passed, Relaxed);
-        } else {
-            self.areas.avail.store_u16(FLAGS, NO_NOTIFY, Relaxed);
+            hush(&self.areas.avail, event, self.event_idx, self.last);
         }
     }
 
     #[inline]
     fn enable_calls(&mut self) -> bool {
         self.armed = true;
-        if self.event_idx {
-            let event = avail_entry(self.size);
-            self.areas.avail.store_u16(event, self.last, Relaxed);
-        } else {
-            self.areas.avail.store_u16(FLAGS, 0, Relaxed);
-        }
+        let event = avail_entry(self.size);
+        ask(&self.areas.avail, event, self.event_idx, self.last);
         // The other half of the device's fence in `publish`.
         M::Region::fence(SeqCst);
         self.areas.used.load_u16(IDX, Relaxed) != self.last

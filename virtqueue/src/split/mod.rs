@@ -12,8 +12,10 @@ mod tests;
 pub use device::Device;
 pub use driver::Driver;
 
+use core::sync::atomic::Ordering::Relaxed;
+
 use crate::chain::DESC_LEN;
-use crate::{Buffer, Error, Layout, Memory, RingConfig};
+use crate::{Buffer, Error, Layout, Memory, Region, RingConfig};
 
 /// The split layout (VIRTIO 1.3 section 2.7): powers of two up to [`MAX_SIZE`].
 #[derive(Clone, Copy, Debug)]
@@ -115,4 +117,36 @@ fn pack(buffer: &Buffer, next: Option<u16>) -> u64 {
 #[inline]
 fn passes(event: u16, new: u16, old: u16) -> bool {
     new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
+}
+
+/// Asks, in the ring that one side writes and whose event index is at `event`, for a notification when the other passes `next` (sections 2.7.7
+/// and 2.7.10). The order of this store and a later look at the other's index is up to the caller.
+#[inline]
+fn ask(own: &impl Region, event: usize, event_idx: bool, next: u16) {
+    if event_idx {
+        own.store_u16(event, next, Relaxed);
+    } else {
+        own.store_u16(FLAGS, 0, Relaxed);
+    }
+}
+
+/// Asks for none.
+#[inline]
+fn hush(own: &impl Region, event: usize, event_idx: bool, next: u16) {
+    if event_idx {
+        // There is no "never": the index just left behind comes last of all.
+        own.store_u16(event, next.wrapping_sub(1), Relaxed);
+    } else {
+        own.store_u16(FLAGS, NO_NOTIFY, Relaxed);
+    }
+}
+
+/// Whether the side that writes the ring `theirs` wants to hear that our index moved from `old` to `new`.
+#[inline]
+fn wants(theirs: &impl Region, event: usize, event_idx: bool, new: u16, old: u16) -> bool {
+    if event_idx {
+        passes(theirs.load_u16(event, Relaxed), new, old)
+    } else {
+        theirs.load_u16(FLAGS, Relaxed) & NO_NOTIFY == 0
+    }
 }

@@ -16,9 +16,7 @@ use std::vec::Vec;
 use crate::packed::Packed;
 use crate::split::Split;
 use crate::test_memory::Fake;
-use crate::{
-    Buffer, Chain, DeviceRing, DriverRing, Either, Error, Layout, Memory, RingConfig, Used,
-};
+use crate::{Buffer, Chain, DeviceRing, DriverRing, Error, Layout, Memory, RingConfig, Used};
 
 /// Where tests put the descriptors.
 pub(crate) const RING: u64 = 0x1_0000;
@@ -637,35 +635,6 @@ fn in_order_one_store_stands_for_a_batch<L>() {
         assert!(used.iter().all(|u| u.len == 0));
         assert_eq!(driver.free(), 8);
     }
-}
-
-fn a_user_that_learns_the_layout_late_gets_the_same<L>() {
-    let memory = fake();
-    let config = RingConfig { indirect: true, ..config::<L>(8) };
-    let mut driver = crate::AnyDriver::new(L::PACKED, memory.clone(), &config).unwrap();
-    let mut device = crate::AnyDevice::new(L::PACKED, memory.clone(), &config).unwrap();
-    assert_eq!(matches!(driver, Either::Packed(_)), L::PACKED);
-    let chain = [buffer(1, false), buffer(2, true)];
-    let ids = [
-        driver.add(&chain).unwrap(),
-        driver.add_indirect(DATA + 0x100, &chain).unwrap(),
-        driver.add(&chain[..1]).unwrap(),
-    ];
-    assert_eq!(driver.free(), 4);
-    assert!(driver.publish());
-    let got = get(&mut device, 8);
-    assert_eq!(got[1].1, chain);
-    device.unget(1);
-    device.put(ids[0], 1);
-    device.put_read(&[got[1].0]);
-    driver.disable_calls();
-    assert!(!device.publish());
-    assert!(driver.enable_calls());
-    assert_eq!(take(&mut driver, 8), [(ids[0], 1), (ids[1], 0)].map(|(id, len)| Used { id, len }));
-    device.disable_kicks();
-    assert!(device.enable_kicks());
-    let mut device = crate::AnyDevice::with_base(L::PACKED, memory, &config, device.base()).unwrap();
-    assert_eq!(get(&mut device, 8)[0].0.id, ids[2]);
 }
 
 }

@@ -82,7 +82,12 @@ fn map(file: &File, len: usize) -> NonNull<u8> {
 
 /// A ring of a layout at the start of `shared`, and where what it needs ends.
 pub fn place<L: Layout>(shared: &Shared, size: u16) -> (RingConfig, u64) {
-    let mut next = shared.addr();
+    place_at::<L>(shared.addr(), size)
+}
+
+/// The same at a device address. Each area has cache lines of its own.
+pub fn place_at<L: Layout>(start: u64, size: u16) -> (RingConfig, u64) {
+    let mut next = start;
     let [desc, driver, device] = L::area_sizes(size).unwrap().map(|len| {
         let at = next;
         next = (at + u64::try_from(len).unwrap()).next_multiple_of(64);
