@@ -7,7 +7,7 @@ use std::process::ExitStatus;
 pub const OK: u8 = 0;
 /// The host could not do what was asked.
 pub const HOST: u8 = 1;
-/// Frames were lost, duplicated, reordered or corrupted.
+/// Frames were lost, duplicated, reordered or corrupted; an attack got through.
 pub const FRAMES: u8 = 2;
 /// The command line is wrong.
 pub const USAGE: u8 = 3;
@@ -21,7 +21,7 @@ pub const HELP: &str = "\
 Exit status:
   0      success
   1      the host: a file, a socket, memory or /dev/kvm could not be had, or a VM could not go on
-  2      frames were lost, duplicated, reordered or corrupted
+  2      frames were lost, duplicated, reordered or corrupted; isolation: an attack got through
   3      wrong arguments or a configuration that makes no sense
   4      the guest faulted (triple fault) or reset itself
   5      the guest powered off with a code that has a meaning here (1, 3, 4, 5, 128 and above); it is on stderr

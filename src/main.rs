@@ -5,8 +5,11 @@ mod child;
 mod cli;
 mod doctor;
 mod exit;
+mod guest;
 mod host;
 mod image;
+mod isolation;
+mod json;
 mod logger;
 mod pair;
 mod plot;
@@ -32,6 +35,7 @@ fn main() -> ExitCode {
         Command::Run(args) => run::run(&args),
         Command::Pair(args) => pair::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Isolation(args) => isolation::run(&args),
         Command::Plot(args) => plot::run(&args),
         Command::Doctor(args) => doctor::run(&args),
     };

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 
 use crate::child::{Output, VmProcess};
+use crate::cli::iommu::Iommus;
 use crate::cli::machine;
 use crate::cli::rings::{Layout, RingSetup, Switch, queue_size};
 use crate::cli::{Direction, Mode, PairArgs};
@@ -28,6 +29,7 @@ pub fn vm_args(
     memory: &str,
     cores: Option<[usize; 2]>,
     rings: &RingSetup,
+    iommus: Iommus,
 ) -> [Vec<OsString>; 2] {
     let socket = directory.join("pair.sock");
     let device = |prefix: &str, rest: &str| {
@@ -46,6 +48,7 @@ pub fn vm_args(
         } else {
             device("--net=", &format!(",listen=off,{}", rings.net_keys()))
         });
+        args.extend(iommus.run_flag(side).map(OsString::from));
         args
     })
 }
@@ -59,6 +62,13 @@ fn rings(args: &PairArgs) -> Result<RingSetup, Failure> {
         in_order: args.in_order.map(Switch::is_on),
         ..RingSetup::new(&args.rings, size)?
     })
+}
+
+fn iommus(args: &PairArgs) -> Iommus {
+    Iommus {
+        front: args.iommu,
+        back: args.back.iommu_back.is_on(),
+    }
 }
 
 /// The guests' command lines, back-end first.
@@ -79,8 +89,8 @@ fn cmdlines(args: &PairArgs, rings: &RingSetup) -> [String; 2] {
             args.mode.name(),
         )
     });
-    let words = rings.guest_words();
-    if !words.is_empty() {
+    let words = [rings.guest_words(), iommus(args).guest_words(FRONT_END)];
+    for words in words.iter().filter(|words| !words.is_empty()) {
         lines[FRONT_END] += &format!(" {words}");
     }
     lines
@@ -99,7 +109,7 @@ pub fn run(args: &PairArgs) -> Result<u8> {
     let signals = Signals::install().context("cannot handle signals")?;
     let directory = TempDir::new().context("cannot make a directory for the socket")?;
     let [mut back_args, mut front_args] =
-        vm_args(directory.path(), &args.both.memory, cores, &rings);
+        vm_args(directory.path(), &args.both.memory, cores, &rings, iommus(args));
     let [back, front] = cmdlines(args, &rings);
     back_args.push(format!("--cmdline={back}").into());
     front_args.push(format!("--cmdline={front}").into());
@@ -155,6 +165,7 @@ fn wait(mut vms: [VmProcess; 2], signals: &Signals) -> Result<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cli::iommu::Iommu;
     use crate::cli::rings::Ring;
     use crate::cli::{Cli, Command};
     use clap::Parser;
@@ -184,6 +195,9 @@ mod tests {
         let [back, front] = lines(&["--tx", "chain", "--rx-buffer", "512", "--count", "5"]);
         assert!(back.ends_with(" count=5"));
         assert!(front.ends_with(" count=5 tx=chain rx_buffer=512"));
+        let [back, front] = lines(&["--iommu", "batch", "--count", "5"]);
+        assert!(back.ends_with(" count=5"));
+        assert!(front.ends_with(" count=5 iommu=batch"));
     }
 
     #[test]
@@ -222,7 +236,11 @@ mod tests {
             layout: Layout::Packed,
             in_order: true,
         });
-        for args in vm_args(Path::new("/d"), "size=64M", Some([0, 1]), &rings) {
+        let iommus = Iommus {
+            front: Iommu::Static,
+            back: true,
+        };
+        for args in vm_args(Path::new("/d"), "size=64M", Some([0, 1]), &rings, iommus) {
             let mut all: Vec<OsString> = vec!["vhost-pci".into(), "run".into()];
             all.extend(args);
             let Ok(Cli {
@@ -236,6 +254,7 @@ mod tests {
             assert_eq!(config.memory.size, 64 << 20);
             assert_eq!(config.affinity.len(), 1);
             assert_eq!(config.net.len() + config.vhost_pci.len(), 1);
+            assert!(config.iommu.is_some());
             for net in &config.net {
                 assert_eq!(net.queue_size, 768);
                 assert!(net.rings.packed && net.rings.in_order && !net.rings.event_idx);

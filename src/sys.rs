@@ -171,10 +171,7 @@ pub struct Signals {
 impl Signals {
     /// From here on these signals end nothing by themselves. A child gets the default action back when it is executed.
     pub fn install() -> io::Result<Self> {
-        // SAFETY: eventfd takes two integers and touches no memory.
-        let fd = check(unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) })?;
-        // SAFETY: the kernel has just made this descriptor for us.
-        let event = unsafe { OwnedFd::from_raw_fd(fd) };
+        let event = eventfd()?;
         // The handler keeps a duplicate of its own that is never closed.
         let kept = std::os::fd::IntoRawFd::into_raw_fd(event.try_clone()?);
         WAKE.store(kept, Ordering::Relaxed);
@@ -219,12 +216,34 @@ fn memfd(flags: libc::c_uint) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Whether a memfd can be sealed against shrinking.
-pub fn memfd_can_be_sealed() -> io::Result<()> {
-    let fd = memfd(libc::MFD_ALLOW_SEALING)?;
+fn seal(fd: &OwnedFd) -> io::Result<()> {
     // SAFETY: fcntl with F_ADD_SEALS takes an integer and touches no memory.
     check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_ADD_SEALS, libc::F_SEAL_SHRINK) })?;
     Ok(())
+}
+
+/// Whether a memfd can be sealed against shrinking.
+pub fn memfd_can_be_sealed() -> io::Result<()> {
+    seal(&memfd(libc::MFD_ALLOW_SEALING)?)
+}
+
+/// A file of `len` bytes of memory, sealed against shrinking or not.
+pub fn memory_file(len: u64, sealed: bool) -> io::Result<File> {
+    let fd = memfd(libc::MFD_ALLOW_SEALING)?;
+    let file = File::from(fd.try_clone()?);
+    file.set_len(len)?;
+    if sealed {
+        seal(&fd)?;
+    }
+    Ok(file)
+}
+
+/// An eventfd.
+pub fn eventfd() -> io::Result<OwnedFd> {
+    // SAFETY: eventfd takes two integers and touches no memory.
+    let fd = check(unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) })?;
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// A resource limit of this process.

@@ -136,6 +136,15 @@ impl FakeWindow {
     pub(crate) fn placed(&self) -> Option<u64> {
         *self.placed.lock().unwrap()
     }
+    /// (offset, length, offset in the file, accesses) of everything shown.
+    pub(crate) fn details(&self) -> Vec<(u64, u64, u64, Permission)> {
+        self.mapped
+            .lock()
+            .unwrap()
+            .iter()
+            .map(|(offset, (r, permission))| (*offset, r.len, r.file_offset, *permission))
+            .collect()
+    }
     /// (offset, length) of everything shown.
     pub(crate) fn shown(&self) -> Vec<(u64, u64)> {
         self.mapped
@@ -148,13 +157,16 @@ impl FakeWindow {
 }
 
 impl FakeWindow {
-    /// The file that `len` bytes lie in, and where.
-    fn reach(&self, offset: u64, len: usize, access: Access) -> Option<(Arc<File>, u64)> {
+    /// The file that each of `len` bytes lies in, and where.
+    fn reach(&self, offset: u64, len: usize, access: Access) -> Option<Vec<(Arc<File>, u64)>> {
         let mapped = self.mapped.lock().unwrap();
-        let (start, (region, permission)) = mapped.range(..=offset).next_back()?;
-        let inside = offset - start;
-        let fits = inside + len as u64 <= region.len && permission.allows(access);
-        fits.then(|| (region.file.clone(), region.file_offset + inside))
+        let byte = |at: u64| {
+            let (start, (region, permission)) = mapped.range(..=at).next_back()?;
+            let inside = at - start;
+            let fits = inside < region.len && permission.allows(access);
+            fits.then(|| (region.file.clone(), region.file_offset + inside))
+        };
+        (offset..).take(len).map(byte).collect()
     }
 }
 
@@ -187,25 +199,46 @@ impl Window for FakeWindow {
         self.log.push(Event::Mapped(offset, region.len));
         Ok(())
     }
-    /// Whole mappings only: a test that takes parts away has a fault of its own.
     fn unmap(&self, offset: u64, len: u64) -> io::Result<()> {
         let mut mapped = self.mapped.lock().unwrap();
         let end = offset.checked_add(len).ok_or(io::ErrorKind::InvalidInput)?;
-        let inside: Vec<u64> = mapped.range(offset..end).map(|(o, _)| *o).collect();
-        for at in inside {
-            let (region, _) = mapped.remove(&at).unwrap();
-            assert!(at + region.len <= end, "a part of a mapping");
-            self.log.push(Event::Unmapped(at));
+        let touched: Vec<u64> = mapped
+            .range(..end)
+            .filter(|(o, (r, _))| offset < *o + r.len)
+            .map(|(o, _)| *o)
+            .collect();
+        for at in touched {
+            let (region, permission) = mapped.remove(&at).unwrap();
+            let behind = at + region.len;
+            let mut keep = |from: u64, to: u64| {
+                if from < to {
+                    let part = SharedRegion {
+                        file_offset: region.file_offset + (from - at),
+                        len: to - from,
+                        ..region.clone()
+                    };
+                    mapped.insert(from, (part, permission));
+                }
+            };
+            keep(at, offset);
+            keep(end, behind);
+            self.log.push(Event::Unmapped(at.max(offset)));
         }
         Ok(())
     }
     fn read(&self, offset: u64, data: &mut [u8]) -> bool {
-        self.reach(offset, data.len(), Access::Read)
-            .is_some_and(|(file, at)| file.read_exact_at(data, at).is_ok())
+        let reached = self.reach(offset, data.len(), Access::Read);
+        reached.is_some_and(|bytes| {
+            let mut bytes = bytes.iter().zip(data.chunks_mut(1));
+            bytes.all(|((file, at), byte)| file.read_exact_at(byte, *at).is_ok())
+        })
     }
     fn write(&self, offset: u64, data: &[u8]) -> bool {
-        self.reach(offset, data.len(), Access::Write)
-            .is_some_and(|(file, at)| file.write_all_at(data, at).is_ok())
+        let reached = self.reach(offset, data.len(), Access::Write);
+        reached.is_some_and(|bytes| {
+            let mut bytes = bytes.iter().zip(data.chunks(1));
+            bytes.all(|((file, at), byte)| file.write_all_at(byte, *at).is_ok())
+        })
     }
     fn clear(&self) {
         self.mapped.lock().unwrap().clear();

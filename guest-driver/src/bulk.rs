@@ -30,6 +30,12 @@ pub fn detect() -> usize {
     1 << width
 }
 
+/// The vector width in bytes that [`detect`] found; 1 before it was called.
+#[must_use]
+pub fn width() -> usize {
+    1 << WIDTH.load(Ordering::Relaxed)
+}
+
 fn widest() -> u8 {
     const OSXSAVE_AVX: u32 = 1 << 27 | 1 << 28;
     if __cpuid(0).eax < 7 || __cpuid(1).ecx & OSXSAVE_AVX != OSXSAVE_AVX {

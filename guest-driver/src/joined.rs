@@ -137,7 +137,7 @@ fn front<L: Layout, K: Notify + Clone>(
     };
     let [rx, tx] = rings::<L>(start, join)?;
     let mut front = NetPort::new(memory, join.shape, half(rx)?, half(tx)?)?;
-    front.fill();
+    front.fill()?;
     Ok(front)
 }
 

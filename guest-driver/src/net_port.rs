@@ -12,11 +12,13 @@ use virtqueue::net::HEADER_LEN;
 use virtqueue::{Buffer, DriverRing, Used};
 
 use crate::bulk;
-use crate::port::{Frame, MAX_BURST, MAX_FRAME, Port, Slot};
+use crate::mapper::{Fixed, Mapper};
+use crate::port::{Error as PortError, Frame, MAX_BURST, MAX_FRAME, Port, Slot};
+use crate::virtio_iommu;
 use crate::virtio_pci::{Error, Notify};
 
 /// Bytes from one buffer to the next: room for header, frame and an indirect table, and an odd number of cache lines, so that the starts
-/// of a ring's buffers spread over all sets of the caches.
+/// of a ring's buffers spread over all sets of the caches. (Buffers that are mapped one by one are a page apart.)
 pub const BUFFER_STRIDE: usize = 25 * 64;
 /// Header and frame.
 const PACKET: u16 = 1530;
@@ -64,9 +66,10 @@ impl Default for Shape {
 
 /// One direction of the data path.
 #[derive(Debug)]
-struct Half<D, N> {
+struct Half<D, N, M> {
     ring: D,
     doorbell: N,
+    mapper: M,
     /// Device address and mapped address of the first buffer.
     addr: u64,
     ptr: *mut u8,
@@ -74,15 +77,14 @@ struct Half<D, N> {
     buffer_of: Vec<u16>,
 }
 
-impl<D: DriverRing, N: Notify> Half<D, N> {
-    fn new(memory: Linear, (ring, addr, doorbell): (D, u64, N)) -> Result<Self, Error> {
+impl<D: DriverRing, N: Notify, M: Mapper> Half<D, N, M> {
+    fn new(memory: Linear, (ring, addr, doorbell): (D, u64, N), mapper: M) -> Result<Self, Error> {
         let buffers = usize::from(ring.free());
-        let ptr = memory
-            .ptr(addr, buffers * BUFFER_STRIDE)
-            .ok_or(Error::Memory)?;
+        let ptr = memory.ptr(addr, buffers * M::STRIDE).ok_or(Error::Memory)?;
         Ok(Self {
             ring,
             doorbell,
+            mapper,
             addr,
             ptr,
             buffer_of: vec![0; buffers],
@@ -93,14 +95,14 @@ impl<D: DriverRing, N: Notify> Half<D, N> {
     #[inline(always)]
     fn ptr(&self, buffer: u16) -> *mut u8 {
         // SAFETY: buffer numbers are below `buffer_of.len()`, and the pool of that many was checked in `new`.
-        unsafe { self.ptr.add(usize::from(buffer) * BUFFER_STRIDE) }
+        unsafe { self.ptr.add(usize::from(buffer) * M::STRIDE) }
     }
 
     /// A part of a buffer.
     #[inline(always)]
     fn piece(&self, buffer: u16, offset: u16, len: u16, device_writes: bool) -> Buffer {
         Buffer {
-            addr: self.addr + u64::from(buffer) * BUFFER_STRIDE as u64 + u64::from(offset),
+            addr: self.addr + u64::from(buffer) * M::STRIDE as u64 + u64::from(offset),
             len: u32::from(len),
             device_writes,
         }
@@ -123,6 +125,24 @@ impl<D: DriverRing, N: Notify> Half<D, N> {
     fn buffer(&self, used: Used) -> u16 {
         let id = usize::from(used.id);
         self.buffer_of.get(id).copied().unwrap_or(0)
+    }
+
+    /// Which buffers the first `n` used descriptors stand for.
+    fn buffers<'a>(&self, used: &[Used], n: usize, to: &'a mut [u16; MAX_BURST]) -> &'a [u16] {
+        for (to, &used) in to.iter_mut().zip(used.iter().take(n)) {
+            *to = self.buffer(used);
+        }
+        to.get(..n).unwrap_or(&[])
+    }
+
+    /// Lets the device reach buffers.
+    fn map(&mut self, buffers: &[u16]) -> Result<(), virtio_iommu::Error> {
+        self.mapper.map(self.addr, buffers)
+    }
+
+    /// Takes buffers away from the device.
+    fn unmap(&mut self, buffers: &[u16]) -> Result<(), virtio_iommu::Error> {
+        self.mapper.unmap(self.addr, buffers)
     }
 
     #[inline(always)]
@@ -156,11 +176,11 @@ impl Partial {
     }
 }
 
-/// The data path of a virtio-net driver: buffers of [`BUFFER_STRIDE`] bytes, as many as the ring has descriptors.
+/// The data path of a virtio-net driver: buffers of [`Mapper::STRIDE`] bytes, as many as the ring has descriptors.
 #[derive(Debug)]
-pub struct NetPort<D, N> {
-    rx: Half<D, N>,
-    tx: Half<D, N>,
+pub struct NetPort<D, N, M = Fixed> {
+    rx: Half<D, N, M>,
+    tx: Half<D, N, M>,
     shape: Shape,
     /// Transmit buffers that are not with the device.
     tx_free: Vec<u16>,
@@ -169,18 +189,32 @@ pub struct NetPort<D, N> {
 }
 
 // SAFETY: the pointers are into memory that belongs to no thread; the port is used by one at a time.
-unsafe impl<D: Send, N: Send> Send for NetPort<D, N> {}
+unsafe impl<D: Send, N: Send, M: Send> Send for NetPort<D, N, M> {}
 
 impl<D: DriverRing, N: Notify> NetPort<D, N> {
-    /// A data path over two empty rings, each with the device address of its pool (ring size times [`BUFFER_STRIDE`] zeroed
-    /// bytes that nobody else uses) and its notification.
+    /// A data path whose buffers the device can reach all the time; otherwise as [`NetPort::with_mapper`].
     pub fn new(
         memory: Linear,
         shape: Shape,
         rx: (D, u64, N),
         tx: (D, u64, N),
     ) -> Result<Self, Error> {
-        let (rx, tx) = (Half::new(memory, rx)?, Half::new(memory, tx)?);
+        Self::with_mapper(memory, shape, rx, tx, Fixed)
+    }
+}
+
+impl<D: DriverRing, N: Notify, M: Mapper> NetPort<D, N, M> {
+    /// A data path over two empty rings, each with the device address of its pool (ring size times [`Mapper::STRIDE`] zeroed
+    /// bytes that nobody else uses) and its notification.
+    pub fn with_mapper(
+        memory: Linear,
+        shape: Shape,
+        rx: (D, u64, N),
+        tx: (D, u64, N),
+        mapper: M,
+    ) -> Result<Self, Error> {
+        let rx = Half::new(memory, rx, mapper.clone())?;
+        let tx = Half::new(memory, tx, mapper)?;
         let tx_free = (0..tx.ring.free()).collect();
         let mut port = Self {
             rx,
@@ -206,11 +240,14 @@ impl<D: DriverRing, N: Notify> NetPort<D, N> {
     }
 
     /// Gives all receive buffers to the device.
-    pub fn fill(&mut self) {
-        for buffer in 0..self.rx.ring.free() {
+    pub fn fill(&mut self) -> Result<(), virtio_iommu::Error> {
+        let buffers: Vec<u16> = (0..self.rx.ring.free()).collect();
+        self.rx.map(&buffers)?;
+        for buffer in buffers {
             self.add_rx(buffer);
         }
         self.rx.publish();
+        Ok(())
     }
 
     #[inline(always)]
@@ -244,8 +281,13 @@ impl<D: DriverRing, N: Notify> NetPort<D, N> {
 
     /// Takes back the transmit buffers that the device is done with.
     #[inline(always)]
-    fn reclaim(&mut self) -> Result<(), virtqueue::Error> {
+    fn reclaim(&mut self) -> Result<(), PortError> {
         let n = self.tx.ring.take(&mut self.used)?;
+        if M::DYNAMIC {
+            let mut buffers = [0; MAX_BURST];
+            let buffers = self.tx.buffers(&self.used, n, &mut buffers);
+            self.tx.unmap(buffers)?;
+        }
         for &used in self.used.iter().take(n) {
             self.tx_free.push(self.tx.buffer(used));
         }
@@ -275,6 +317,93 @@ impl<D: DriverRing, N: Notify> NetPort<D, N> {
         }
     }
 
+    /// Shows what a used buffer holds, where that completes a frame; returns how many frames that were.
+    #[inline(always)]
+    fn show(&mut self, used: Used, buffer: u16, receive: &mut impl FnMut(&Frame)) -> usize {
+        // The ring checked it against the buffer's length.
+        let len = usize::try_from(used.len).unwrap_or(0);
+        let whole =
+            self.partial.missing == 0 && (!self.shape.mergeable || self.num_buffers(buffer) == 1);
+        if whole {
+            // What is shorter than a header is no frame: an empty one is shown.
+            let len = len.saturating_sub(HEADER_LEN);
+            // SAFETY: header and frame lie in the buffer.
+            receive(&unsafe { Frame::new(self.rx.ptr(buffer).add(HEADER_LEN), len) });
+            1
+        } else {
+            let mut frames = 0;
+            self.merge(buffer, len, &mut |frame| {
+                receive(frame);
+                frames += 1;
+            });
+            frames
+        }
+    }
+
+    /// Receives with buffers that are mapped while the device has them: the `n` used ones are taken away from it before anybody looks, and mapped again
+    /// before it gets them back.
+    fn rx_mapped(
+        &mut self,
+        n: usize,
+        receive: &mut impl FnMut(&Frame),
+    ) -> Result<usize, PortError> {
+        let mut buffers = [0; MAX_BURST];
+        let buffers = self.rx.buffers(&self.used, n, &mut buffers);
+        self.rx.unmap(buffers)?;
+        let mut frames = 0;
+        for (i, &buffer) in buffers.iter().enumerate() {
+            frames += self.show(self.used[i], buffer, receive);
+        }
+        self.rx.map(buffers)?;
+        for &buffer in buffers {
+            self.add_rx(buffer);
+        }
+        self.rx.publish();
+        Ok(frames)
+    }
+
+    /// Sends with buffers that are mapped while the device has them: all of a burst before the first is given to it.
+    fn tx_mapped(
+        &mut self,
+        count: usize,
+        len: usize,
+        packet: u16,
+        build: &mut impl FnMut(usize, &mut Slot),
+    ) -> Result<usize, PortError> {
+        let mut buffers = [0; MAX_BURST];
+        let room = match self.shape.tx {
+            TxShape::Direct | TxShape::Indirect => usize::from(self.tx.ring.free()),
+            TxShape::Chain => usize::from(self.tx.ring.free()) / 2,
+        };
+        let mut built = 0;
+        for to in buffers.iter_mut().take(count.min(room)) {
+            let Some(buffer) = self.tx_free.pop() else {
+                break;
+            };
+            *to = buffer;
+            // SAFETY: header and frame fit in the buffer, which is not with the device.
+            let mut slot = unsafe { Slot::new(self.tx.ptr(buffer).add(HEADER_LEN), len) };
+            build(built, &mut slot);
+            built += 1;
+        }
+        let (buffers, _) = buffers.split_at(built);
+        self.tx.map(buffers)?;
+        let added = buffers
+            .iter()
+            .take_while(|&&buffer| self.add_tx(buffer, packet))
+            .count();
+        // Where an indirect table had to be a chain after all, not all fitted.
+        let (_, left) = buffers.split_at(added);
+        if !left.is_empty() {
+            self.tx.unmap(left)?;
+            self.tx_free.extend_from_slice(left);
+        }
+        if added > 0 {
+            self.tx.publish();
+        }
+        Ok(added)
+    }
+
     /// Over how many buffers the frame is spread that starts in `buffer`; at least one.
     #[inline(always)]
     fn num_buffers(&self, buffer: u16) -> u16 {
@@ -283,14 +412,14 @@ impl<D: DriverRing, N: Notify> NetPort<D, N> {
     }
 }
 
-impl<D: DriverRing, N: Notify> Port for NetPort<D, N> {
+impl<D: DriverRing, N: Notify, M: Mapper> Port for NetPort<D, N, M> {
     #[inline(always)]
     fn tx_burst(
         &mut self,
         count: usize,
         len: usize,
         mut build: impl FnMut(usize, &mut Slot),
-    ) -> Result<usize, virtqueue::Error> {
+    ) -> Result<usize, PortError> {
         let len = len.min(MAX_FRAME);
         let packet = u16::try_from(HEADER_LEN + len).unwrap_or(PACKET);
         let descriptors = if self.shape.tx == TxShape::Direct {
@@ -300,6 +429,9 @@ impl<D: DriverRing, N: Notify> Port for NetPort<D, N> {
         };
         if usize::from(self.tx.ring.free()) < descriptors {
             self.reclaim()?;
+        }
+        if M::DYNAMIC {
+            return self.tx_mapped(count, len, packet, &mut build);
         }
         let mut sent = 0;
         while sent < count {
@@ -327,39 +459,27 @@ impl<D: DriverRing, N: Notify> Port for NetPort<D, N> {
         &mut self,
         count: usize,
         mut receive: impl FnMut(&Frame),
-    ) -> Result<usize, virtqueue::Error> {
+    ) -> Result<usize, PortError> {
         let count = count.min(MAX_BURST);
         let n = self.rx.ring.take(&mut self.used[..count])?;
         if n == 0 {
             return Ok(0);
         }
+        if M::DYNAMIC {
+            return self.rx_mapped(n, &mut receive);
+        }
         let mut frames = 0;
         for i in 0..n {
             let used = self.used[i];
             let buffer = self.rx.buffer(used);
-            // The ring checked it against the buffer's length.
-            let len = usize::try_from(used.len).unwrap_or(0);
-            let whole = self.partial.missing == 0
-                && (!self.shape.mergeable || self.num_buffers(buffer) == 1);
-            if whole {
-                // What is shorter than a header is no frame: an empty one is shown.
-                let len = len.saturating_sub(HEADER_LEN);
-                // SAFETY: header and frame lie in the buffer.
-                receive(&unsafe { Frame::new(self.rx.ptr(buffer).add(HEADER_LEN), len) });
-                frames += 1;
-            } else {
-                self.merge(buffer, len, &mut |frame| {
-                    receive(frame);
-                    frames += 1;
-                });
-            }
+            frames += self.show(used, buffer, &mut receive);
             self.add_rx(buffer);
         }
         self.rx.publish();
         Ok(frames)
     }
 
-    fn drained(&mut self) -> Result<bool, virtqueue::Error> {
+    fn drained(&mut self) -> Result<bool, PortError> {
         self.reclaim()?;
         Ok(self.tx_free.len() == self.tx.buffer_of.len())
     }

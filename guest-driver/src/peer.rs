@@ -12,7 +12,7 @@ use virtqueue::net::HEADER_LEN;
 use virtqueue::{Buffer, Chain, DeviceRing};
 
 use crate::bulk;
-use crate::port::{Frame, MAX_BURST, MAX_FRAME, Port, Slot};
+use crate::port::{Error, Frame, MAX_BURST, MAX_FRAME, Port, Slot};
 use crate::virtio_pci::Notify;
 
 /// Most buffers that a burst's chains can have.
@@ -215,7 +215,7 @@ impl<V: DeviceRing, N: Notify> Port for PeerPort<V, N> {
         count: usize,
         len: usize,
         mut build: impl FnMut(usize, &mut Slot),
-    ) -> Result<usize, virtqueue::Error> {
+    ) -> Result<usize, Error> {
         let (len, count) = (len.min(MAX_FRAME), count.min(MAX_BURST));
         let packet = HEADER_LEN + len;
         let written = u32::try_from(packet).unwrap_or(0);
@@ -265,11 +265,7 @@ impl<V: DeviceRing, N: Notify> Port for PeerPort<V, N> {
     }
 
     #[inline(always)]
-    fn rx_burst(
-        &mut self,
-        count: usize,
-        mut receive: impl FnMut(&Frame),
-    ) -> Result<usize, virtqueue::Error> {
+    fn rx_burst(&mut self, count: usize, mut receive: impl FnMut(&Frame)) -> Result<usize, Error> {
         let ring = &mut self.from_peer.ring;
         let n = ring.get(&mut self.chains[..count.min(MAX_BURST)], &mut self.buffers)?;
         if n == 0 {
@@ -301,7 +297,7 @@ impl<V: DeviceRing, N: Notify> Port for PeerPort<V, N> {
         Ok(n)
     }
 
-    fn drained(&mut self) -> Result<bool, virtqueue::Error> {
+    fn drained(&mut self) -> Result<bool, Error> {
         Ok(true) // what was sent lies in the front-end's own memory
     }
 

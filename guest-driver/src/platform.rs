@@ -39,8 +39,12 @@ pub trait Platform {
     fn config_write(&self, function: u8, offset: u16, value: u32);
     /// Maps `len` bytes of BAR memory at bus address `addr`; `None` where that cannot be.
     fn map(&self, addr: u64, len: u64) -> Option<NonNull<u8>>;
-    /// Zeroed memory for a device, `align` a power of two up to 4096; it is never given back. `None` when there is no more.
+    /// Zeroed memory for a device, `align` a power of two; it is never given back. `None` when there is no more.
     fn dma(&self, len: usize, align: usize) -> Option<Dma>;
+    /// Memory for the buffers of a data path; where that maps them itself ([`Mapper`](crate::mapper::Mapper)), the device cannot reach it yet.
+    fn pool(&self, len: usize, align: usize) -> Option<Dma> {
+        self.dma(len, align)
+    }
     /// The message by which a device reports `event`.
     fn message(&self, event: Event) -> MsiMessage;
 }

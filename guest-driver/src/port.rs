@@ -4,9 +4,10 @@
 //! made; they copy in and out and lend no reference.
 #![allow(unsafe_code)]
 
+use core::fmt;
 use core::marker::PhantomData;
 
-use crate::bulk;
+use crate::{bulk, virtio_iommu};
 
 /// Whether `len` bytes from `offset` on are inside `total`.
 #[inline(always)]
@@ -163,10 +164,42 @@ impl Slot<'_> {
     }
 }
 
+/// Why a port is of no use any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Error {
+    /// The peer broke a ring rule.
+    Ring(virtqueue::Error),
+    /// A buffer could not be mapped for the device, or not be taken away from it.
+    Iommu(virtio_iommu::Error),
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Ring(error) => write!(f, "ring: {error}"),
+            Self::Iommu(error) => error.fmt(f),
+        }
+    }
+}
+
+impl core::error::Error for Error {}
+
+impl From<virtqueue::Error> for Error {
+    fn from(error: virtqueue::Error) -> Self {
+        Self::Ring(error)
+    }
+}
+
+impl From<virtio_iommu::Error> for Error {
+    fn from(error: virtio_iommu::Error) -> Self {
+        Self::Iommu(error)
+    }
+}
+
 /// One end of a connection that carries Ethernet frames.
 ///
-/// Both bursts make what they did visible to the peer with one store, and notify it at most once. An error means that the peer broke a ring
-/// rule; the port is of no use from then on.
+/// Both bursts make what they did visible to the peer with one store, and notify it at most once. After an
+/// error the port is of no use.
 pub trait Port {
     /// Sends up to `count` frames of `len` bytes (at most 1518): `build` is called for each that there is room for, with its number from 0 on. Returns how many
     /// were sent; fewer than `count` when the ring is full.
@@ -175,17 +208,13 @@ pub trait Port {
         count: usize,
         len: usize,
         build: impl FnMut(usize, &mut Slot),
-    ) -> Result<usize, virtqueue::Error>;
+    ) -> Result<usize, Error>;
 
     /// Receives up to `count` frames, each shown to `receive`. Returns how many there were.
-    fn rx_burst(
-        &mut self,
-        count: usize,
-        receive: impl FnMut(&Frame),
-    ) -> Result<usize, virtqueue::Error>;
+    fn rx_burst(&mut self, count: usize, receive: impl FnMut(&Frame)) -> Result<usize, Error>;
 
     /// Whether the peer has taken everything that was sent, so that its memory may go away.
-    fn drained(&mut self) -> Result<bool, virtqueue::Error>;
+    fn drained(&mut self) -> Result<bool, Error>;
 
     /// Asks for an interrupt when frames arrive (`rx`) or room to send appears (`tx`). Returns whether that is so already: then no
     /// interrupt may come, and the caller goes on.
@@ -211,7 +240,7 @@ impl<A: Port, B: Port> Port for Either<A, B> {
         count: usize,
         len: usize,
         build: impl FnMut(usize, &mut Slot),
-    ) -> Result<usize, virtqueue::Error> {
+    ) -> Result<usize, Error> {
         match self {
             Self::Split(port) => port.tx_burst(count, len, build),
             Self::Packed(port) => port.tx_burst(count, len, build),
@@ -219,18 +248,14 @@ impl<A: Port, B: Port> Port for Either<A, B> {
     }
 
     #[inline(always)]
-    fn rx_burst(
-        &mut self,
-        count: usize,
-        receive: impl FnMut(&Frame),
-    ) -> Result<usize, virtqueue::Error> {
+    fn rx_burst(&mut self, count: usize, receive: impl FnMut(&Frame)) -> Result<usize, Error> {
         match self {
             Self::Split(port) => port.rx_burst(count, receive),
             Self::Packed(port) => port.rx_burst(count, receive),
         }
     }
 
-    fn drained(&mut self) -> Result<bool, virtqueue::Error> {
+    fn drained(&mut self) -> Result<bool, Error> {
         match self {
             Self::Split(port) => port.drained(),
             Self::Packed(port) => port.drained(),

@@ -29,6 +29,8 @@ const RXQ: u16 = 0;
 const TXQ: u16 = 1;
 const CONTROL_QUEUE_SIZE: u16 = 16;
 const REPLY_LEN: usize = proto::HEADER + 8;
+/// From one transmit buffer to the next: a reply needs less, [`Junk`] takes it all.
+const TX_STRIDE: usize = 64;
 
 /// Vrings that this driver serves: rx and tx of one queue pair.
 const VRINGS: usize = 2;
@@ -42,6 +44,7 @@ const FEATURES: u64 = features::VERSION_1
     | features::IN_ORDER
     | features::INDIRECT_DESC
     | features::RING_PACKED
+    | features::ACCESS_PLATFORM
     | F_MRG_RXBUF
     | F_STATUS
     | proto::F_PROTOCOL_FEATURES;
@@ -52,6 +55,21 @@ const PROTOCOL_FEATURES: u64 =
 pub type Ports<L> = PeerPort<<L as Layout>::Device<Linear>, Doorbell>;
 /// The data path over rings of the layout that was negotiated.
 pub type VhostPciPort = Either<Ports<Split>, Ports<Packed>>;
+
+/// Junk for the front-end, for whoever studies what it does with it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Junk {
+    /// A reply to a request that was not made.
+    Reply,
+    /// A request.
+    Request,
+    /// Less than a header.
+    Short,
+    /// A header that says more than comes.
+    Long,
+    /// Random bytes.
+    Garbage,
+}
 
 /// A region of the front-end's memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -215,7 +233,8 @@ impl VhostPci {
     ) -> Result<Self, Error> {
         let transport = Transport::new(platform, function)?;
         transport.negotiate(|offered| {
-            (offered & features::VERSION_1 != 0).then_some(features::VERSION_1)
+            let usable = features::VERSION_1 | features::ACCESS_PLATFORM;
+            (offered & features::VERSION_1 != 0).then_some(offered & usable)
         })?;
         let bar = transport
             .shared_memory()
@@ -226,13 +245,7 @@ impl VhostPci {
         // SAFETY: the platform mapped the whole window, for ever; it holds nothing of Rust's.
         let window = unsafe { Linear::new(base.as_ptr(), 0, bar.size) };
         let mut rxq = Control::new(platform, &transport, memory, RXQ, MAX_MESSAGE)?;
-        let txq = Control::new(
-            platform,
-            &transport,
-            memory,
-            TXQ,
-            REPLY_LEN.next_multiple_of(64),
-        )?;
+        let txq = Control::new(platform, &transport, memory, TXQ, TX_STRIDE)?;
         if transport.device().read_u32(CONFIG_MAX_QUEUES) < VRINGS_32 {
             return Err(Error::Structure("second vhost queue"));
         }
@@ -314,6 +327,60 @@ impl VhostPci {
         }
     }
 
+    /// Where the front-end's rings lie in the window: receive, transmit. `None` where it has not said.
+    #[must_use]
+    pub fn rings(&self) -> Option<[RingConfig; 2]> {
+        if self.packed() {
+            Some([self.ring::<Packed>(0)?, self.ring::<Packed>(1)?])
+        } else {
+            Some([self.ring::<Split>(0)?, self.ring::<Split>(1)?])
+        }
+    }
+
+    /// Whether the front-end's rings are packed.
+    #[must_use]
+    pub fn packed(&self) -> bool {
+        self.connection.features & features::RING_PACKED != 0
+    }
+
+    /// The window, by its offsets.
+    #[must_use]
+    pub fn window(&self) -> Linear {
+        self.window
+    }
+
+    /// The register that interrupts the front-end for a ring (0 or 1).
+    pub fn call(&self, ring: usize) -> Result<Doorbell, Error> {
+        let [call, _] = self.doorbells.get(ring).ok_or(Error::Queue(u16::MAX))?;
+        self.transport.doorbell(*call)
+    }
+
+    /// Sends junk where the front-end expects messages; `random` is what varies in it. `false` where no buffer is free now.
+    pub fn send_junk(&mut self, junk: Junk, random: u64) -> Result<bool, Error> {
+        let mut bytes = [0; TX_STRIDE];
+        for (i, chunk) in (0u32..).zip(bytes.chunks_exact_mut(8)) {
+            chunk.copy_from_slice(&random.rotate_left(7 * i).to_le_bytes());
+        }
+        let (request, flags, len) = match junk {
+            Junk::Reply => (
+                request::GET_FEATURES,
+                proto::VERSION | proto::REPLY,
+                REPLY_LEN,
+            ),
+            Junk::Request => (request::SET_FEATURES, proto::VERSION, REPLY_LEN),
+            Junk::Short => (request::GET_FEATURES, proto::VERSION, proto::HEADER - 5),
+            Junk::Long => (request::GET_FEATURES, proto::VERSION, TX_STRIDE),
+            Junk::Garbage => (0, 0, TX_STRIDE),
+        };
+        if junk != Junk::Garbage {
+            let size: u32 = if junk == Junk::Long { u32::MAX / 3 } else { 8 };
+            for (to, field) in bytes.chunks_exact_mut(4).zip([request, flags, size]) {
+                to.copy_from_slice(&field.to_le_bytes());
+            }
+        }
+        self.send(bytes.get(..len).unwrap_or(&bytes))
+    }
+
     /// Lets the device connect to a front-end.
     fn invite(&self) {
         self.transport
@@ -359,7 +426,9 @@ impl VhostPci {
         };
         self.message = bytes;
         match reply {
-            Some(reply) => self.send(&reply),
+            // No more replies are under way than the front-end has asked for: without a free buffer it has not read
+            // them, and the device will have closed the connection.
+            Some(reply) => self.send(&reply).map(|_| ()),
             None => Ok(()),
         }
     }
@@ -486,19 +555,7 @@ impl VhostPci {
         if negotiated(proto::F_PROTOCOL_FEATURES) && !state.enabled {
             return None;
         }
-        let size = u16::try_from(state.size).ok()?;
-        let areas = L::area_sizes(size)?;
-        let [desc, used, avail] = state.addr?;
-        let area = |user, len: usize| self.translate(user, u64::try_from(len).ok()?);
-        let config = RingConfig {
-            size,
-            desc: area(desc, areas[0])?,
-            driver: area(avail, areas[1])?,
-            device: area(used, areas[2])?,
-            event_idx: negotiated(features::EVENT_IDX),
-            in_order: negotiated(features::IN_ORDER),
-            indirect: negotiated(features::INDIRECT_DESC),
-        };
+        let config = self.ring::<L>(index)?;
         // A front-end that never sets a base means the start, which packed rings write in another way than zero.
         let base = state.base.unwrap_or(L::FRESH);
         let ring = L::device_at(self.window, &config, base).ok()?;
@@ -510,6 +567,29 @@ impl VhostPci {
         })
     }
 
+    /// Where a ring lies in the window, as far as the front-end has said.
+    fn ring<L: Layout>(&self, index: usize) -> Option<RingConfig> {
+        let state = self.connection.vrings.get(index)?;
+        let negotiated = |bit| self.connection.features & bit != 0;
+        let size = u16::try_from(state.size).ok()?;
+        let areas = L::area_sizes(size)?;
+        let [desc, used, avail] = state.addr?;
+        // Behind an IOMMU, a ring's addresses are device addresses: offsets of the window, which the ring code checks.
+        let area = |addr, len: usize| match negotiated(features::ACCESS_PLATFORM) {
+            true => Some(addr),
+            false => self.translate(addr, u64::try_from(len).ok()?),
+        };
+        Some(RingConfig {
+            size,
+            desc: area(desc, areas[0])?,
+            driver: area(avail, areas[1])?,
+            device: area(used, areas[2])?,
+            event_idx: negotiated(features::EVENT_IDX),
+            in_order: negotiated(features::IN_ORDER),
+            indirect: negotiated(features::INDIRECT_DESC),
+        })
+    }
+
     /// The window's offset for a range of the front-end's user addresses.
     fn translate(&self, user: u64, len: u64) -> Option<u64> {
         self.connection.regions.iter().find_map(|region| {
@@ -518,19 +598,20 @@ impl VhostPci {
         })
     }
 
-    fn send(&mut self, reply: &[u8; REPLY_LEN]) -> Result<(), Error> {
+    /// Sends a message; `false` where no buffer is free.
+    fn send(&mut self, message: &[u8]) -> Result<bool, Error> {
         while let Some((buffer, _)) = self.txq.take()? {
             self.txq.free.push(buffer);
         }
-        // No more replies are under way than the front-end has asked for: without a free buffer it has not read
-        // them, and the device will have closed the connection.
-        if let Some(buffer) = self.txq.free.pop()
-            && write(self.txq.memory, self.txq.addr(buffer), reply)
-        {
-            self.txq.add(buffer, REPLY_LEN, false);
+        let Some(buffer) = self.txq.free.pop() else {
+            return Ok(false);
+        };
+        let written = write(self.txq.memory, self.txq.addr(buffer), message);
+        if written {
+            self.txq.add(buffer, message.len(), false);
             self.txq.publish();
         }
-        Ok(())
+        Ok(written)
     }
 }
 

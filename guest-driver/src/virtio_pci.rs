@@ -6,7 +6,7 @@ use virtqueue::{Layout, RingConfig};
 
 use crate::mmio::Registers;
 use crate::pci::{self, Bar, Function, Msix};
-use crate::{Event, Platform};
+use crate::{Event, Platform, virtio_iommu};
 
 /// Vendor ID of virtio devices.
 pub const VENDOR: u16 = 0x1af4;
@@ -71,6 +71,8 @@ pub enum Error {
     Memory,
     /// The ring code refused a ring.
     Ring(virtqueue::Error),
+    /// Buffers could not be mapped for the device.
+    Iommu(virtio_iommu::Error),
 }
 
 impl fmt::Display for Error {
@@ -82,11 +84,18 @@ impl fmt::Display for Error {
             Self::Queue(index) => write!(f, "queue {index} is absent or refuses its settings"),
             Self::Memory => f.write_str("no memory left for rings and buffers"),
             Self::Ring(error) => write!(f, "ring: {error}"),
+            Self::Iommu(error) => error.fmt(f),
         }
     }
 }
 
 impl core::error::Error for Error {}
+
+impl From<virtio_iommu::Error> for Error {
+    fn from(error: virtio_iommu::Error) -> Self {
+        Self::Iommu(error)
+    }
+}
 
 impl From<virtqueue::Error> for Error {
     fn from(error: virtqueue::Error) -> Self {

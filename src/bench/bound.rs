@@ -221,6 +221,7 @@ fn work<L: Link>(link: &mut L, run: &Run) -> Result<(Outcome, f64)> {
 fn result(outcome: &Outcome) -> WorkResult {
     let received = outcome.received.unwrap_or_default();
     WorkResult {
+        churn: None,
         id: 0,
         rx_frames: received.frames,
         rx_ticks: received.ticks,
@@ -243,6 +244,7 @@ fn result(outcome: &Outcome) -> WorkResult {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cli::iommu::Iommu;
     use crate::cli::rings::{Layout, Ring};
     use clap::ValueEnum;
     use vmm::{HugePages, MemoryConfig};
@@ -252,6 +254,7 @@ mod tests {
             return None;
         };
         Some(Setup {
+            back_iommu: false,
             ms: 20,
             warmup_ms: 1,
             mode,
@@ -287,6 +290,7 @@ mod tests {
                 for &direction in Direction::value_variants() {
                     let case = Case {
                         ring,
+                        iommu: Iommu::Off,
                         direction,
                         size: 200,
                         batch: 8,

@@ -4,12 +4,13 @@ mod bound;
 mod pairs;
 mod plan;
 mod probe;
-mod record;
+pub mod record;
 mod report;
 mod requests;
 mod session;
 mod stats;
-mod table;
+pub mod table;
+mod windows;
 
 use std::io::{self, Write};
 use std::rc::Rc;
@@ -19,16 +20,18 @@ use anyhow::{Context, Result};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use vmm::MemoryConfig;
 
-use crate::cli::bench::BenchArgs;
+use crate::cli::bench::{BenchArgs, Sweep};
+use crate::cli::iommu::Iommu;
 use crate::cli::rings::{Layout, RingSetup};
 use crate::cli::{Mode, machine};
 use crate::exit;
+use crate::json::JsonFile;
 use crate::sys::{self, Signals};
 
 use pairs::{Measured, measure};
 use plan::Case;
 use record::Faults;
-use report::{JsonFile, Report};
+use report::Report;
 use requests::Requests;
 use session::Sessions;
 
@@ -51,6 +54,8 @@ pub struct Setup {
     pub warmup_ms: u64,
     /// How the receivers wait.
     pub mode: Mode,
+    /// Whether the back-end VMs have a virtio-iommu for their own devices.
+    pub back_iommu: bool,
     /// The back-end's core, the front-end's.
     pub cores: [usize; 2],
     /// What is the same for all rings.
@@ -68,6 +73,7 @@ pub fn run(args: &BenchArgs) -> Result<u8> {
             ms: args.sample_ms(),
             warmup_ms: WARM_UP_MS,
             mode: args.mode,
+            back_iommu: args.back.iommu_back.is_on(),
             cores: args.both.cores(&allowed)?,
             rings: args.ring_setup()?,
             memory: machine::memory(&args.both.memory)?,
@@ -78,8 +84,11 @@ pub fn run(args: &BenchArgs) -> Result<u8> {
     let signals = Rc::new(Signals::install().context("cannot handle signals")?);
 
     let samples = plan::samples(args);
-    let rings = args.ring_list();
-    let mut sessions = Sessions::start(for_session, &rings, &args.both.memory, &signals)?;
+    if args.sweep == Some(Sweep::Windows) {
+        return windows::run(args, for_session, samples, &signals, json);
+    }
+    let kinds = args.kinds();
+    let mut sessions = Sessions::start(for_session, &kinds, &args.both.memory, &signals)?;
     let measured = sample(
         &mut sessions,
         &plan::plan(args),
@@ -178,7 +187,7 @@ fn sample(
 }
 
 /// A live line on stderr if that is a terminal. It is drawn between samples only.
-fn progress_bar(length: u64) -> ProgressBar {
+pub fn progress_bar(length: u64) -> ProgressBar {
     let bar = ProgressBar::with_draw_target(Some(length), ProgressDrawTarget::stderr());
     if let Ok(style) = ProgressStyle::with_template("{bar:30} {pos}/{len} {msg}") {
         bar.set_style(style);
@@ -189,6 +198,7 @@ fn progress_bar(length: u64) -> ProgressBar {
 fn describe(case: &Case) -> String {
     let Case {
         ring,
+        iommu,
         direction,
         size,
         batch,
@@ -197,7 +207,11 @@ fn describe(case: &Case) -> String {
         (Layout::Split, false) => String::new(),
         _ => format!(", {} rings", ring.name()),
     };
-    format!("{} {size} B, batch {batch}{ring}", direction.name())
+    let iommu = match iommu {
+        Iommu::Off => String::new(),
+        iommu => format!(", iommu {}", iommu.name()),
+    };
+    format!("{} {size} B, batch {batch}{ring}{iommu}", direction.name())
 }
 
 /// One line about all frames.
@@ -294,6 +308,7 @@ mod tests {
             vm: VmSample::default(),
             bound: BoundSample::default(),
             probe_ns: 100.0,
+            round: 0,
         };
         Measured {
             case: Case {
@@ -301,6 +316,7 @@ mod tests {
                     layout: Layout::Packed,
                     in_order: true,
                 },
+                iommu: Iommu::Off,
                 direction: Direction::Both,
                 size: 64,
                 batch: 32,

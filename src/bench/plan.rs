@@ -2,6 +2,7 @@
 
 use crate::cli::Direction;
 use crate::cli::bench::{BenchArgs, Sweep};
+use crate::cli::iommu::Iommu;
 use crate::cli::rings::Ring;
 
 /// One figure to measure.
@@ -9,6 +10,8 @@ use crate::cli::rings::Ring;
 pub struct Case {
     /// Which rings carry the frames.
     pub ring: Ring,
+    /// What stands between the front-end's memory and the window.
+    pub iommu: Iommu,
     /// Which way frames go.
     pub direction: Direction,
     /// Bytes of a frame, without FCS.
@@ -33,8 +36,8 @@ const DIRECTIONS: [Direction; 4] = [
 ];
 const SWEEP_DIRECTIONS: [Direction; 2] = [Direction::BeToFe, Direction::FeToBe];
 
-/// The cases that the flags ask for, none twice. Those of a group differ in their rings only: they are sampled in turn, so that
-/// each ring sees the same minutes of the machine.
+/// The cases that the flags ask for, none twice. Those of a group differ in their rings and in the IOMMU only: they are sampled in turn,
+/// so that each sees the same minutes of the machine.
 pub fn plan(args: &BenchArgs) -> Vec<Vec<Case>> {
     let sweep = args.sweep == Some(Sweep::Rings);
     let sizes = match &args.sizes {
@@ -48,7 +51,7 @@ pub fn plan(args: &BenchArgs) -> Vec<Vec<Case>> {
         None if sweep => &SWEEP_DIRECTIONS,
         None => &DIRECTIONS,
     };
-    let rings = args.ring_list();
+    let kinds = args.kinds();
     let mut groups: Vec<Vec<Case>> = Vec::new();
     for &size in sizes {
         for batch in batches(args, size) {
@@ -59,10 +62,11 @@ pub fn plan(args: &BenchArgs) -> Vec<Vec<Case>> {
                 } else {
                     batch
                 };
-                let group: Vec<Case> = rings
+                let group: Vec<Case> = kinds
                     .iter()
-                    .map(|&ring| Case {
+                    .map(|&(ring, iommu)| Case {
                         ring,
+                        iommu,
                         direction,
                         size,
                         batch,
@@ -89,7 +93,7 @@ fn batches(args: &BenchArgs, size: u16) -> Vec<u16> {
 /// The batches of the request times that a sweep measures besides, none twice; of no other run any.
 pub fn request_batches(args: &BenchArgs) -> Vec<u16> {
     let mut all = Vec::new();
-    if args.sweep.is_some() {
+    if args.sweep == Some(Sweep::Rings) {
         for batch in batches(args, SWEEP_SIZES[0]) {
             if !all.contains(&batch) {
                 all.push(batch);
@@ -195,6 +199,26 @@ mod tests {
                 ..*case
             } == first));
         }
+    }
+
+    #[test]
+    fn iommus_are_crossed_with_the_rings_and_take_turns_with_none() {
+        let args = bench(&["--iommu", "off,static,off", "--ring", "split,packed", "--quick"]);
+        let groups = plan(&args);
+        assert_eq!(groups.len(), 8);
+        for group in groups {
+            let kinds: Vec<_> = group.iter().map(|case| (case.ring.layout, case.iommu)).collect();
+            assert_eq!(
+                kinds,
+                [
+                    (Layout::Split, Iommu::Off),
+                    (Layout::Split, Iommu::Static),
+                    (Layout::Packed, Iommu::Off),
+                    (Layout::Packed, Iommu::Static)
+                ]
+            );
+        }
+        assert!(plan(&bench(&[])).concat().iter().all(|case| case.iommu == Iommu::Off));
     }
 
     #[test]

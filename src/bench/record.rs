@@ -5,6 +5,7 @@ use std::ops::AddAssign;
 
 use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::cli::Direction;
 
@@ -24,6 +25,8 @@ pub enum Record {
     Down,
     /// A workload ended.
     Result(WorkResult),
+    /// A command of the study was carried out.
+    Done(Done),
     /// A command could not be carried out.
     Error {
         /// Why.
@@ -34,6 +37,23 @@ pub enum Record {
     /// A record of a later version.
     #[serde(other)]
     Unknown,
+}
+
+/// What came of a command; what each command reports is in docs/bare-metal.md.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+pub struct Done {
+    /// Which command.
+    pub command: String,
+    /// Its numbers, and groups of them.
+    #[serde(flatten)]
+    pub fields: BTreeMap<String, Value>,
+}
+
+impl Done {
+    /// A number; `None` where the record has none of that name.
+    pub fn number(&self, name: &str) -> Option<u64> {
+        self.fields.get(name)?.as_u64()
+    }
 }
 
 /// What one end of a run reports; the two ends of the upper bound report the same. Times are TSC ticks; what does not apply is 0.
@@ -60,12 +80,15 @@ pub struct WorkResult {
     pub timeout: u64,
     /// Round-trip times.
     pub rtt: Option<Rtt>,
+    /// Times until a window was there or gone, of those that came and went meanwhile.
+    pub churn: Option<Rtt>,
 }
 
-/// Percentiles of round-trip times, in TSC ticks.
+/// Percentiles of times, in TSC ticks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
 pub struct Rtt {
-    /// How many round trips.
+    /// How many.
     pub count: u64,
     /// Median.
     pub p50: u64,
@@ -83,7 +106,16 @@ pub struct Rtt {
 pub struct VmmStats {
     /// One a virtual CPU.
     pub vcpus: Vec<VcpuStats>,
+    /// Of the virtio-iommu, where there is one.
+    pub iommu: Counters,
+    /// Of the network device.
+    pub net: Counters,
+    /// Of the vhost-pci device and its window.
+    pub window: Counters,
 }
+
+/// Counters by name.
+pub type Counters = BTreeMap<String, Value>;
 
 /// Counters of one virtual CPU.
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -155,6 +187,8 @@ pub struct SampleResult {
     pub faults: Faults,
     /// For a round trip.
     pub latency: Option<Latency>,
+    /// Windows that came and went meanwhile.
+    pub churn: Option<Rtt>,
     /// Whether every receiver timed something: one that hardly ran during a short sample may not have.
     pub timed: bool,
 }
@@ -184,6 +218,7 @@ impl SampleResult {
             Direction::Both => &[back, front],
             Direction::RoundTrip => &[],
         };
+        sample.churn = front.churn;
         sample.timed = true;
         for end in receivers {
             sample.frames += end.rx_frames;

@@ -1,22 +1,19 @@
 //! The JSON: a contract. Keys are added, never renamed; what does not apply is absent.
 
 use std::collections::BTreeMap;
-use std::ffi::OsString;
-use std::fs::File;
-use std::io::{BufWriter, Write};
-use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 use vmm::HugePages;
 
 use super::Setup;
-use super::pairs::{Measured, Pair};
+use super::pairs::{LEAST_SHARE, Measured, Pair, gated, moved};
+use super::plan::Case;
 use super::probe::Distance;
 use super::record::{Faults, Latency};
 use super::requests::{self, Requests, Where};
 use super::stats::{Spread, median, round};
+use crate::cli::iommu::Iommu;
 use crate::cli::rings::{Layout, Ring, RingSetup, Tx};
 use crate::cli::{Direction, Mode};
 use crate::host::{self, HugePool};
@@ -29,12 +26,29 @@ pub struct Report {
     command: Vec<String>,
     /// One entry a case and distance.
     pub results: Vec<Entry>,
+    /// What the IOMMU costs: with it to without, taken in turn; one entry a case and distance.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub ratios: Vec<RatioEntry>,
     /// The time of a request through a ring alone, of a sweep; one entry a figure and distance.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub requests: Vec<RequestEntry>,
     /// For those: which counter counted, or why none did.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub counters: Option<String>,
+}
+
+/// How near a case with an IOMMU came to the same without: 1 is as good.
+#[derive(Clone, Debug, Serialize)]
+pub struct RatioEntry {
+    pub direction: Direction,
+    pub ring: Layout,
+    pub in_order: bool,
+    pub frame_size: u16,
+    pub batch: u16,
+    pub iommu: Iommu,
+    over: Iommu,
+    pub distance: Distance,
+    pub ratio: Spread,
 }
 
 /// The time of a request.
@@ -58,8 +72,9 @@ pub struct RequestEntry {
     dropped_samples: usize,
 }
 
+/// Where it was measured.
 #[derive(Debug, Serialize)]
-struct Environment {
+pub struct Environment {
     version: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
     commit: Option<&'static str>,
@@ -99,7 +114,7 @@ pub struct Entry {
     path: &'static str,
     #[serde(flatten)]
     pub ring: RingColumns,
-    iommu: &'static str,
+    pub iommu: Iommu,
     pub frame_size: u16,
     pub batch: u16,
     queue_pairs: u16,
@@ -130,6 +145,10 @@ pub struct Entry {
     #[serde(skip_serializing_if = "Option::is_none")]
     bound_latency_p50_ns: Option<Spread>,
     dropped_samples: Dropped,
+    /// What a virtual CPU had to have of its core for a sample to count; absent where that was not asked, because the devices' threads
+    /// have work to do on the same cores.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    least_vcpu_share: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     exits: Option<Exits>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -206,13 +225,12 @@ impl Report {
         Self {
             schema_version: 1,
             environment: Environment::of(setup, tsc_khz),
-            command: std::env::args_os()
-                .map(|arg| arg.to_string_lossy().into_owned())
-                .collect(),
+            command: command(),
             results: measured
                 .iter()
                 .flat_map(|measured| entries(setup, measured))
                 .collect(),
+            ratios: ratios(measured),
             requests: requests.iter().flat_map(request_entries).collect(),
             counters: (!requests.is_empty()).then(|| {
                 requests::counters().unwrap_or_else(|| "cache-misses, user mode".to_owned())
@@ -221,8 +239,16 @@ impl Report {
     }
 }
 
+/// How this program was called.
+pub fn command() -> Vec<String> {
+    std::env::args_os()
+        .map(|arg| arg.to_string_lossy().into_owned())
+        .collect()
+}
+
 impl Environment {
-    fn of(setup: &Setup, tsc_khz: u64) -> Self {
+    /// What there is to say of this host and of the VMs.
+    pub fn of(setup: &Setup, tsc_khz: u64) -> Self {
         Self {
             version: env!("CARGO_PKG_VERSION"),
             commit: option_env!("VHOST_PCI_COMMIT").filter(|commit| !commit.is_empty()),
@@ -304,7 +330,7 @@ fn entry(setup: &Setup, measured: &Measured, distance: Option<Distance>, pairs: 
         direction: case.direction,
         path: "window",
         ring: RingColumns::new(case.ring, &setup.rings),
-        iommu: "off",
+        iommu: case.iommu,
         frame_size: case.size,
         batch: case.batch,
         queue_pairs: 1,
@@ -326,9 +352,57 @@ fn entry(setup: &Setup, measured: &Measured, distance: Option<Distance>, pairs: 
             cores_moved: 0,
             core_not_had: 0,
         },
+        least_vcpu_share: gated(&case).then_some(LEAST_SHARE),
         exits: (!pairs.is_empty()).then(|| exits(pairs)),
         cpu: cpu(pairs),
     }
+}
+
+/// Each case with an IOMMU beside the same without, round by round. A round counts where the cores were as far apart for both.
+fn ratios(measured: &[Measured]) -> Vec<RatioEntry> {
+    let mut entries = Vec::new();
+    for with in measured.iter().filter(|it| it.case.iommu != Iommu::Off) {
+        let case = with.case;
+        let same = Case {
+            iommu: Iommu::Off,
+            ..case
+        };
+        let Some(without) = measured.iter().find(|it| it.case == same) else {
+            continue;
+        };
+        let turns: Vec<(&Pair, &Pair)> = with
+            .pairs
+            .iter()
+            .filter_map(|pair| {
+                let mut others = without.pairs.iter();
+                let other = others.find(|other| other.round == pair.round)?;
+                (!moved(&[pair.probe_ns, other.probe_ns])).then_some((pair, other))
+            })
+            .collect();
+        for distance in [Distance::Near, Distance::Far] {
+            let here = turns.iter().filter(|(pair, _)| pair.distance() == distance);
+            let ratio = Spread::of(here.filter_map(|(pair, other)| {
+                let (with, without) = (&pair.vm.result, &other.vm.result);
+                let (over, under) = match (with.latency, without.latency) {
+                    (Some(with), Some(without)) => (without.p50, with.p50),
+                    _ => (with.mpps, without.mpps),
+                };
+                (under > 0.0).then(|| over / under)
+            }));
+            entries.extend(ratio.map(|ratio| RatioEntry {
+                direction: case.direction,
+                ring: case.ring.layout,
+                in_order: case.ring.in_order,
+                frame_size: case.size,
+                batch: case.batch,
+                iommu: case.iommu,
+                over: Iommu::Off,
+                distance,
+                ratio,
+            }));
+        }
+    }
+    entries
 }
 
 /// An entry a distance between two cores; one in all on the same core.
@@ -418,55 +492,5 @@ fn cpu(pairs: &[&Pair]) -> Option<Cpu> {
     })
 }
 
-/// The file that `--json` names. It has its name only when it is complete.
-#[derive(Debug)]
-pub struct JsonFile {
-    path: PathBuf,
-    partial: PathBuf,
-    file: Option<File>,
-}
-
-impl JsonFile {
-    /// Makes sure, before anything is measured, that it can be written.
-    pub fn create(path: &Path) -> Result<Self> {
-        let mut partial = OsString::from(path);
-        partial.push(".tmp");
-        let partial = PathBuf::from(partial);
-        ensure!(
-            !path.is_dir(),
-            "--json {}: it is a directory",
-            path.display()
-        );
-        let file = File::create(&partial)
-            .with_context(|| format!("--json: cannot write {}", partial.display()))?;
-        Ok(Self {
-            path: path.to_owned(),
-            partial,
-            file: Some(file),
-        })
-    }
-
-    /// Writes it.
-    pub fn write(mut self, report: &Report) -> Result<()> {
-        let Some(file) = self.file.take() else {
-            return Ok(());
-        };
-        let mut out = BufWriter::new(file);
-        serde_json::to_writer_pretty(&mut out, report)
-            .map_err(std::io::Error::from)
-            .and_then(|()| out.write_all(b"\n"))
-            .and_then(|()| out.flush())
-            .and_then(|()| std::fs::rename(&self.partial, &self.path))
-            .with_context(|| format!("--json: cannot write {}", self.path.display()))
-    }
-}
-
-impl Drop for JsonFile {
-    fn drop(&mut self) {
-        // Gone already where it was renamed.
-        let _ = std::fs::remove_file(&self.partial);
-    }
-}
-
 #[cfg(test)]
-mod tests;
+pub mod tests;

@@ -1,10 +1,7 @@
 //! Two VM processes and their control channels.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::io::{Read, Write};
-use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::net::UnixStream;
-use std::process::Stdio;
+use std::os::fd::AsFd;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -15,11 +12,12 @@ use super::bound::Bound;
 use super::pairs::{BoundSample, Lab, VmSample};
 use super::plan::Case;
 use super::probe;
-use super::record::{Record, SampleResult, VmmStats, WorkResult};
-use crate::child::{Output, VmProcess};
+use super::record::{Done, Record, SampleResult, VmmStats, WorkResult};
+use crate::cli::iommu::{Iommu, Iommus};
 use crate::cli::rings::{Ring, RingSetup};
 use crate::cli::{Direction, Mode};
-use crate::exit::{self, Failure};
+use crate::exit::Failure;
+use crate::guest::Guest;
 use crate::sys::{self, Signals};
 use crate::tempdir::TempDir;
 use crate::{host, pair};
@@ -32,68 +30,65 @@ const ANSWER: Duration = Duration::from_secs(5);
 const LAST_WORDS: Duration = Duration::from_secs(1);
 /// A receiver in a guest gives up after so long without a frame.
 pub const RECEIVER_MS: u64 = 2000;
-/// No record is longer.
-const LINE_LIMIT: usize = 64 << 10;
+
+/// VIRTIO_F_ACCESS_PLATFORM.
+const ACCESS_PLATFORM: u64 = 1 << 33;
 
 const NAMES: [&str; 2] = ["back-end", "front-end"];
 const FRONT_END: usize = 1;
 
-/// One VM, seen through its control channel.
-struct Side {
-    stream: UnixStream,
-    buffer: Vec<u8>,
-    /// Absent in tests, which play the guest themselves.
-    process: Option<VmProcess>,
-}
-
 /// The two VMs, back-end first.
 pub struct Session {
-    sides: [Side; 2],
+    sides: [Guest; 2],
     waiting: VecDeque<(usize, Record)>,
     signals: Option<Rc<Signals>>,
     setup: Rc<Setup>,
     rings: RingSetup,
+    iommu: Iommu,
     tsc_khz: u64,
     bound: Option<Bound>,
     id: u16,
+    /// Windows a second that the front-end's guest makes come and go while it runs a workload.
+    churn: u64,
     // Declared last: the socket's directory goes when the VMs are gone.
     _directory: Option<TempDir>,
 }
 
 impl Session {
     /// Boots both VMs and waits until their connection is up.
-    pub fn start(setup: Rc<Setup>, ring: Ring, memory: &str, signals: Rc<Signals>) -> Result<Self> {
+    pub fn start(
+        setup: Rc<Setup>,
+        ring: Ring,
+        iommu: Iommu,
+        memory: &str,
+        signals: Rc<Signals>,
+    ) -> Result<Self> {
         let directory = TempDir::new().context("cannot make a directory for the socket")?;
         let rings = setup.rings.with(ring);
-        let mut args = pair::vm_args(directory.path(), memory, Some(setup.cores), &rings);
-        args[FRONT_END].push(format!("--cmdline={}", rings.guest_words()).into());
-        let start = |side: usize| -> Result<Side> {
-            let (ours, theirs) = UnixStream::pair().context("socketpair")?;
-            // A guest that does not read its commands must not hold us up.
-            ours.set_write_timeout(Some(ANSWER)).context("setsockopt")?;
-            let mut args = args[side].clone();
-            args.push("--control-fd=0".into());
-            let stdin = Stdio::from(OwnedFd::from(theirs));
-            Ok(Side {
-                stream: ours,
-                buffer: Vec::new(),
-                process: Some(VmProcess::start(NAMES[side], &args, stdin, Output::Keep)?),
-            })
+        let iommus = Iommus {
+            front: iommu,
+            back: setup.back_iommu,
         };
+        let mut args = pair::vm_args(directory.path(), memory, Some(setup.cores), &rings, iommus);
+        let words = format!("{} {}", rings.guest_words(), iommus.guest_words(FRONT_END));
+        args[FRONT_END].push(format!("--cmdline={}", words.trim()).into());
+        let start = |side: usize| Guest::start(NAMES[side], &args[side]);
         let mut session = Self {
             sides: [start(0)?, start(1)?],
             waiting: VecDeque::new(),
             signals: Some(signals),
             setup,
             rings,
+            iommu,
             tsc_khz: 0,
             bound: None,
             id: 0,
+            churn: 0,
             _directory: Some(directory),
         };
         session
             .wait_until_ready(Instant::now() + BOOT)
-            .with_context(|| format!("{} rings", ring.name()))?;
+            .with_context(|| format!("{} rings, iommu {}", ring.name(), iommu.name()))?;
         Ok(session)
     }
 
@@ -108,6 +103,12 @@ impl Session {
                     // The driver of the virtio-net device knows what was negotiated; the other end learned it from there.
                     if side == FRONT_END {
                         self.rings.check(features).map_err(|why| anyhow!(why))?;
+                        let behind = features & ACCESS_PLATFORM != 0;
+                        ensure!(
+                            behind == (self.iommu != Iommu::Off),
+                            "iommu={} was asked for, but the driver agreed on features {features:#x}",
+                            self.iommu.name()
+                        );
                     }
                 }
                 // The connection may take more than one try while the other end boots.
@@ -134,7 +135,7 @@ impl Session {
     fn gather(&mut self, deadline: Instant) -> Result<bool> {
         let left = deadline.saturating_duration_since(Instant::now());
         let ready = {
-            let mut fds = vec![self.sides[0].stream.as_fd(), self.sides[1].stream.as_fd()];
+            let mut fds = vec![self.sides[0].as_fd(), self.sides[1].as_fd()];
             fds.extend(self.signals.as_ref().map(AsFd::as_fd));
             sys::poll(&fds, Some(left)).context("poll")?
         };
@@ -151,7 +152,7 @@ impl Session {
                 Some(records) => self
                     .waiting
                     .extend(records.into_iter().map(|record| (side, record))),
-                None => return Err(self.died(side)),
+                None => return Err(self.sides[side].died()),
             }
         }
         Ok(!self.waiting.is_empty() || Instant::now() < deadline)
@@ -165,42 +166,24 @@ impl Session {
         Ok(())
     }
 
-    /// Why the control channel of a VM closed.
-    fn died(&mut self, side: usize) -> anyhow::Error {
-        let name = NAMES[side];
-        let Some(process) = &mut self.sides[side].process else {
-            return anyhow!("the {name} VM closed its control channel");
-        };
-        // Whether it ends in time or not: what it said so far is reported.
-        let _ = sys::poll(&[process.as_fd()], Some(LAST_WORDS));
-        match process.ended() {
-            Ok(Some(status)) => {
-                let text = format!("the {name} VM ended ({status}): {}", process.last_words());
-                match exit::of_process(status) {
-                    exit::GUEST => Failure::Guest(text).into(),
-                    _ => anyhow!(text),
-                }
-            }
-            _ => anyhow!(
-                "the {name} VM closed its control channel: {}",
-                process.last_words()
-            ),
-        }
-    }
-
     fn send(&mut self, side: usize, line: &str) -> Result<()> {
-        match self.sides[side]
-            .stream
-            .write_all(format!("{line}\n").as_bytes())
-        {
-            Ok(()) => Ok(()),
-            Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Err(self.died(side)),
-            Err(error) => Err(error)
-                .with_context(|| format!("cannot send a command to the {} guest", NAMES[side])),
+        self.sides[side].send(line)
+    }
+
+    /// Gives the front-end guest a command and waits for what came of it.
+    pub fn ask_front_end(&mut self, line: &str, patience: Duration) -> Result<Done> {
+        self.send(FRONT_END, line)?;
+        let deadline = Instant::now() + patience;
+        loop {
+            match self.next(deadline, &format!("what comes of '{line}'"))? {
+                (FRONT_END, Record::Done(done)) => return Ok(done),
+                (side, record) => ignore(side, &record)?,
+            }
         }
     }
 
-    fn stats(&mut self) -> Result<[VmmStats; 2]> {
+    /// The counters of both VMs, back-end first.
+    pub fn stats(&mut self) -> Result<[VmmStats; 2]> {
         self.send(0, "vmm stats")?;
         self.send(1, "vmm stats")?;
         let mut stats = [None, None];
@@ -236,13 +219,32 @@ impl Session {
             ..
         } = *self.setup;
         let work = case.direction.work()[side];
-        format!(
+        let mut line = format!(
             "run id={} work={work} size={} batch={} ms={ms} warmup_ms={warmup_ms} mode={} timeout_ms={RECEIVER_MS}",
             self.id,
             case.size,
             case.batch,
             mode.name(),
-        )
+        );
+        if side == FRONT_END && self.churn > 0 {
+            line.push_str(&format!(" churn={}", self.churn));
+        }
+        line
+    }
+
+    /// From now on so many windows a second come and go while traffic runs.
+    pub fn set_churn(&mut self, windows_per_second: u64) {
+        self.churn = windows_per_second;
+    }
+
+    /// How long a run sends, warm-up included, in milliseconds.
+    pub fn run_ms(&self) -> u64 {
+        self.setup.ms + self.setup.warmup_ms
+    }
+
+    /// Frequency of the guests' clock.
+    pub fn tsc_khz(&self) -> u64 {
+        self.tsc_khz
     }
 
     /// What each VM process has used by now: in all, and by threads that are no vCPU.
@@ -364,26 +366,27 @@ impl Lab for Session {
     }
 }
 
-/// A session for each ring configuration. The guests of all but one of them sleep at any time.
+/// A session for each configuration. The guests of all but one of them sleep at any time.
 pub struct Sessions {
-    all: Vec<(Ring, Session)>,
+    all: Vec<((Ring, Iommu), Session)>,
 }
 
 impl Sessions {
-    /// Boots a pair of VMs for each of `rings`.
+    /// Boots a pair of VMs for each of `kinds`.
     pub fn start(
         setup: Setup,
-        rings: &[Ring],
+        kinds: &[(Ring, Iommu)],
         memory: &str,
         signals: &Rc<Signals>,
     ) -> Result<Self> {
         let setup = Rc::new(setup);
-        let start = |&ring| {
-            let session = Session::start(Rc::clone(&setup), ring, memory, Rc::clone(signals))?;
-            Ok((ring, session))
+        let start = |&(ring, iommu)| {
+            let (setup, signals) = (Rc::clone(&setup), Rc::clone(signals));
+            let session = Session::start(setup, ring, iommu, memory, signals)?;
+            Ok(((ring, iommu), session))
         };
         Ok(Self {
-            all: rings.iter().map(start).collect::<Result<_>>()?,
+            all: kinds.iter().map(start).collect::<Result<_>>()?,
         })
     }
 
@@ -402,9 +405,9 @@ impl Sessions {
     fn of(&mut self, case: &Case) -> Result<&mut Session> {
         self.all
             .iter_mut()
-            .find(|(ring, _)| *ring == case.ring)
+            .find(|(kind, _)| *kind == (case.ring, case.iommu))
             .map(|(_, session)| session)
-            .with_context(|| format!("no VMs were booted for {} rings", case.ring.name()))
+            .with_context(|| format!("no VMs were booted for {case:?}"))
     }
 }
 
@@ -454,40 +457,9 @@ fn ignore(side: usize, record: &Record) -> Result<()> {
         Record::Error { what } => bail!("the {name} guest: {what}"),
         Record::Down => bail!("the {name} guest has lost its peer"),
         Record::Result(result) => log::debug!("a late result of run {} of the {name}", result.id),
-        Record::Ready { .. } | Record::Vmm(_) | Record::Unknown => {}
+        Record::Ready { .. } | Record::Vmm(_) | Record::Done(_) | Record::Unknown => {}
     }
     Ok(())
-}
-
-impl Side {
-    /// What has arrived; `None` when the channel is closed.
-    fn read(&mut self) -> Result<Option<Vec<Record>>> {
-        let mut chunk = [0; 4096];
-        let got = match self.stream.read(&mut chunk) {
-            Ok(0) => return Ok(None),
-            Ok(got) => got,
-            Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => return Ok(None),
-            Err(error) => return Err(error).context("cannot read a control channel"),
-        };
-        self.buffer.extend(chunk.iter().take(got));
-        let mut records = Vec::new();
-        while let Some(end) = self.buffer.iter().position(|&byte| byte == b'\n') {
-            let line: Vec<u8> = self.buffer.drain(..=end).collect();
-            let line = line.trim_ascii();
-            if line.is_empty() {
-                continue;
-            }
-            let record = serde_json::from_slice(line).with_context(|| {
-                format!("a guest sent no record: {}", String::from_utf8_lossy(line))
-            })?;
-            records.push(record);
-        }
-        ensure!(
-            self.buffer.len() <= LINE_LIMIT,
-            "a guest sent a line of more than {LINE_LIMIT} bytes"
-        );
-        Ok(Some(records))
-    }
 }
 
 #[cfg(test)]

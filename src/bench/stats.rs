@@ -14,9 +14,10 @@ pub fn median(values: &[f64]) -> Option<f64> {
     Some((sorted.get(middle.checked_sub(1)?)? + upper) / 2.0)
 }
 
-/// Four decimals: more than a measurement is good for, and short enough to read.
+/// Four decimals (seven for what is below 0.1): more than a measurement is good for, and short enough to read.
 pub fn round(value: f64) -> f64 {
-    (value * 1e4).round() / 1e4
+    let scale = if value.abs() < 0.1 { 1e7 } else { 1e4 };
+    (value * scale).round() / scale
 }
 
 /// A figure with its spread, and every sample in the order in which they were taken.

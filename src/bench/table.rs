@@ -2,9 +2,10 @@
 
 use super::probe::Distance;
 use super::record::{Faults, Latency};
-use super::report::{Entry, Report, RequestEntry};
+use super::report::{Entry, RatioEntry, Report, RequestEntry};
 use super::stats::Spread;
 use crate::cli::Direction;
+use crate::cli::iommu::Iommu;
 use crate::cli::rings::Ring;
 
 /// What stands below the table.
@@ -13,16 +14,20 @@ Mpps: million frames received in a second, median [min .. max]; both: the sum of
 Gbit/s: bits of the frames as they lie in the buffers, without FCS, preamble and gap.
 bound: the same ring code between two host threads on the same cores, sampled in turn with the guests.
 ratio: guests to bound, pair of samples by pair, median (round trip: bound to guests, p50).
+to off: with the IOMMU to without, samples taken in turn, pair by pair, median [min .. max] (round trip: p50 without to with).
 ns a request: through the ring alone, no payload touched; xN: N requests at once.
 distance: near if a cache line goes from core to core and back in less than 250 ns, else far; compare only like with like.";
 
-fn number(value: f64) -> String {
+/// A number with as many digits as it is worth.
+pub fn number(value: f64) -> String {
     let digits = if value >= 1000.0 {
         0
     } else if value >= 10.0 {
         1
-    } else {
+    } else if value >= 0.1 {
         2
+    } else {
+        4
     };
     format!("{value:.digits$}")
 }
@@ -77,6 +82,8 @@ pub fn render(report: &Report) -> String {
     let one_ring = entries.iter().all(|entry| Some(entry.ring.name()) == first);
     // One ring is no column.
     let ring = |entry: &Entry| (!one_ring).then(|| entry.ring.name());
+    let any_iommu = entries.iter().any(|entry| entry.iommu != Iommu::Off);
+    let iommu = |entry: &Entry| any_iommu.then(|| entry.iommu.name().to_owned());
     let (rates, trips): (Vec<&Entry>, Vec<&Entry>) = entries
         .iter()
         .partition(|entry| entry.direction != Direction::RoundTrip);
@@ -87,6 +94,7 @@ pub fn render(report: &Report) -> String {
             vec![
                 Some(entry.direction.name().to_owned()),
                 ring(entry),
+                iommu(entry),
                 Some(entry.frame_size.to_string()),
                 Some(entry.batch.to_string()),
                 Some(or_dash(entry.mpps.as_ref(), spread)),
@@ -107,6 +115,7 @@ pub fn render(report: &Report) -> String {
             vec![
                 Some(entry.direction.name().to_owned()),
                 ring(entry),
+                iommu(entry),
                 Some(entry.frame_size.to_string()),
                 Some(or_dash(entry.latency_ns.as_ref(), times)),
                 Some(or_dash(entry.bound_latency_ns.as_ref(), times)),
@@ -122,6 +131,7 @@ pub fn render(report: &Report) -> String {
         let head = [
             "direction",
             "ring",
+            "iommu",
             "size",
             "batch",
             "Mpps",
@@ -137,6 +147,7 @@ pub fn render(report: &Report) -> String {
         let head = [
             "direction",
             "ring",
+            "iommu",
             "size",
             "p50 / p99 / p99.9 / max ns",
             "bound",
@@ -146,6 +157,7 @@ pub fn render(report: &Report) -> String {
         ];
         parts.push(table(&head, trips));
     }
+    parts.extend(ratios(&report.ratios));
     parts.extend(requests(&report.requests));
     if let Some(counters) = &report.counters {
         parts.push(format!("cache-miss counters: {counters}\n"));
@@ -167,6 +179,40 @@ fn table(head: &[&str], rows: Vec<Row>) -> String {
         .map(|row| row.into_iter().flatten().collect())
         .collect();
     align(&head, &rows)
+}
+
+/// What the IOMMU costs: a line a case and distance.
+fn ratios(entries: &[RatioEntry]) -> Option<String> {
+    let rows: Vec<Vec<String>> = entries
+        .iter()
+        .map(|entry| {
+            let (layout, in_order) = (entry.ring, entry.in_order);
+            vec![
+                entry.direction.name().to_owned(),
+                Ring { layout, in_order }.name(),
+                entry.frame_size.to_string(),
+                entry.batch.to_string(),
+                entry.iommu.name().to_owned(),
+                format!(
+                    "{:.3} [{:.3} .. {:.3}]",
+                    entry.ratio.median, entry.ratio.min, entry.ratio.max
+                ),
+                entry.ratio.samples.len().to_string(),
+                entry.distance.name().to_owned(),
+            ]
+        })
+        .collect();
+    let head = [
+        "direction",
+        "ring",
+        "size",
+        "batch",
+        "iommu",
+        "to off",
+        "pairs",
+        "distance",
+    ];
+    (!rows.is_empty()).then(|| align(&head, &rows))
 }
 
 /// The request times: a line a place, ring and distance, a column a batch.
@@ -214,7 +260,7 @@ fn requests(entries: &[RequestEntry]) -> Option<String> {
 }
 
 /// Columns as wide as their widest cell; the first to the left, the others to the right.
-fn align(head: &[&str], rows: &[Vec<String>]) -> String {
+pub fn align(head: &[&str], rows: &[Vec<String>]) -> String {
     let head: Vec<String> = head.iter().map(|&title| title.to_owned()).collect();
     let lines: Vec<&Vec<String>> = std::iter::once(&head).chain(rows).collect();
     let width = |column: usize| {

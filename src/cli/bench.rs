@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 
+use super::iommu::{BackArgs, Iommu};
 use super::machine::BothArgs;
 use super::rings::{Layout, Ring, RingArgs, RingSetup, Switch, Tx, queue_size};
 use super::{Direction, Mode};
@@ -15,6 +16,9 @@ pub enum Sweep {
     /// Every ring layout, with and without VIRTIO_F_IN_ORDER, at 64 bytes and batches of 1 to 64, either way; and the time of a request
     /// on one core and between two
     Rings,
+    /// What it takes to show a window and to take it away, against the number of windows that are there, and what traffic loses
+    /// meanwhile
+    Windows,
 }
 
 /// `bench`.
@@ -39,7 +43,7 @@ pub struct BenchArgs {
     /// Samples of each figure [default: 10; quick and sweep: 5]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1000))]
     pub samples: Option<u16>,
-    /// Length of a sample, in milliseconds [default: 100; sweep: 50]
+    /// Length of a sample, in milliseconds [default: 100; sweep: 50, windows: 200]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=60_000))]
     pub ms: Option<u64>,
     /// How the guests wait for frames
@@ -59,6 +63,12 @@ pub struct BenchArgs {
     pub in_order: Option<Vec<Switch>>,
     #[command(flatten)]
     pub rings: RingArgs,
+    /// What stands between the front-end's memory and the window; a pair of VMs is booted for each, and they are sampled in turn
+    /// [default: off]
+    #[arg(long, value_enum, value_name = "HOW,…", value_delimiter = ',')]
+    pub iommu: Option<Vec<Iommu>>,
+    #[command(flatten)]
+    pub back: BackArgs,
     #[command(flatten)]
     pub both: BothArgs,
     /// Write everything that was measured to this file (schema_version 1)
@@ -71,7 +81,7 @@ impl BenchArgs {
     pub fn ring_list(&self) -> Vec<Ring> {
         let (layouts, orders): (&[Layout], &[Switch]) = match self.sweep {
             Some(Sweep::Rings) => (&[Layout::Split, Layout::Packed], &[Switch::Off, Switch::On]),
-            None => (&[Layout::Split], &[Switch::Off]),
+            _ => (&[Layout::Split], &[Switch::Off]),
         };
         let layouts = self.ring.as_deref().unwrap_or(layouts);
         let orders = self.in_order.as_deref().unwrap_or(orders);
@@ -85,6 +95,20 @@ impl BenchArgs {
             }
         }
         rings
+    }
+
+    /// The configurations that a pair of VMs is booted for, none twice.
+    pub fn kinds(&self) -> Vec<(Ring, Iommu)> {
+        let iommus = self.iommu.as_deref().unwrap_or(&[Iommu::Off]);
+        let mut kinds = Vec::new();
+        for ring in self.ring_list() {
+            for &iommu in iommus {
+                if !kinds.contains(&(ring, iommu)) {
+                    kinds.push((ring, iommu));
+                }
+            }
+        }
+        kinds
     }
 
     /// What is the same for all of them. Nothing is left to the devices: a figure belongs to features that are known.
@@ -104,7 +128,12 @@ impl BenchArgs {
 
     /// Length of a sample, in milliseconds.
     pub fn sample_ms(&self) -> u64 {
-        self.ms
-            .unwrap_or(if self.sweep.is_some() { 50 } else { 100 })
+        let usual = match self.sweep {
+            Some(Sweep::Rings) => 50,
+            // Windows that come and go a thousand times a second have to be many in a sample.
+            Some(Sweep::Windows) => 200,
+            None => 100,
+        };
+        self.ms.unwrap_or(usual)
     }
 }

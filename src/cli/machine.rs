@@ -1,11 +1,13 @@
 //! What a VM is made of: the flags of `run`, and those that `pair` and `bench` pass on to both VMs.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use devices::vhost_pci::{MAX_QUEUES, VhostPciConfig};
 use devices::vhost_user::SocketRole;
 use devices::virtio::MAX_QUEUE_SIZE;
+use devices::virtio_iommu::IommuConfig;
 use devices::virtio_net::{NetConfig, RingFeatures};
 use vmm::{Console, HugePages, Kernel, MemoryConfig, VmConfig};
 
@@ -117,6 +119,12 @@ static NET: KeyList = KeyList {
             missing: Missing::Default("on"),
             help: "offer tables of descriptors",
         },
+        Key {
+            name: "iotlb-timeout",
+            form: "MS",
+            missing: Missing::Default("1000"),
+            help: "with --iommu: how long the back-end may take to acknowledge a change before it is cut off",
+        },
     ],
 };
 
@@ -152,6 +160,42 @@ static VHOST_PCI: KeyList = KeyList {
             form: "UUID",
             missing: Missing::Unset("zero"),
             help: "identifies the device to its guest",
+        },
+        Key {
+            name: "miss-timeout",
+            form: "MS",
+            missing: Missing::Default("50"),
+            help: "how long an access outside the window waits for the front-end to say what is there; 0: it is not asked",
+        },
+    ],
+};
+
+static IOMMU: KeyList = KeyList {
+    flag: "--iommu",
+    keys: &[
+        Key {
+            name: "range",
+            form: "SIZE",
+            missing: Missing::Default("64G"),
+            help: "device addresses that can be mapped, from 0; a power of two",
+        },
+        Key {
+            name: "mappings",
+            form: "N",
+            missing: Missing::Default("16384"),
+            help: "mappings that there can be at a time, 1 to 1048576",
+        },
+        Key {
+            name: "domains",
+            form: "N",
+            missing: Missing::Unset("as the device likes"),
+            help: "domains that there can be at a time, 1 to 65536",
+        },
+        Key {
+            name: "bypass",
+            form: "on|off",
+            missing: Missing::Default("off"),
+            help: "what a device reaches that the guest has put into no domain: all memory, or nothing",
         },
     ],
 };
@@ -195,6 +239,9 @@ pub struct RunArgs {
     #[arg(long, value_name = "KEY=VALUE,…",
         help = VHOST_PCI.help("A vhost-pci device, which lets the guest serve another VM's rings (the back-end); can be given again"))]
     pub vhost_pci: Vec<String>,
+    #[arg(long, value_name = "KEY=VALUE,…", num_args = 0..=1, default_missing_value = "",
+        help = IOMMU.help("A virtio-iommu with all of the VM's devices behind it: they reach what the guest maps for them; the list may be empty"))]
+    pub iommu: Option<String>,
     /// What the serial console is connected to
     #[arg(long, value_enum, default_value = "stdio")]
     pub console: ConsoleArg,
@@ -230,7 +277,7 @@ pub fn memory(text: &str) -> Result<MemoryConfig, Failure> {
         _ => Err("it is off, 2M or 1G".to_owned()),
     })?;
     let page = hugepages.page_size();
-    let size = values.need("size", |text| {
+    let bytes = values.need("size", |text| {
         let bytes = size(text)?;
         if bytes == 0 || bytes % page != 0 {
             return Err(format!("it is a multiple of {page} bytes, and not zero"));
@@ -245,7 +292,7 @@ pub fn memory(text: &str) -> Result<MemoryConfig, Failure> {
         Ok(bytes)
     })?;
     Ok(MemoryConfig {
-        size,
+        size: bytes,
         hugepages,
         prefault: values.need("prefault", switch)?,
         dma,
@@ -354,6 +401,7 @@ fn net(text: &str, index: usize) -> Result<NetConfig, Failure> {
         mac: values
             .get("mac", mac)?
             .unwrap_or([0x02, 0x76, 0x70, 0, 0, number]),
+        iotlb_timeout: values.need("iotlb-timeout", milliseconds(1))?,
     })
 }
 
@@ -372,6 +420,34 @@ fn vhost_pci(text: &str) -> Result<VhostPciConfig, Failure> {
         })?,
         queues: values.need("queues", number(1..=MAX_QUEUES))?,
         uuid: values.get("uuid", uuid)?.unwrap_or_default(),
+        miss_timeout: values.need("miss-timeout", milliseconds(0))?,
+    })
+}
+
+/// Milliseconds, from `least` to a minute.
+fn milliseconds(least: u64) -> impl FnOnce(&str) -> Result<Duration, String> {
+    move |text| number(least..=60_000)(text).map(Duration::from_millis)
+}
+
+/// Reads `--iommu`.
+fn iommu(text: &str) -> Result<IommuConfig, Failure> {
+    let values = IOMMU.parse(text)?;
+    let usual = IommuConfig::default();
+    let range = values.need("range", |text| {
+        let bytes = size(text)?;
+        if !bytes.is_power_of_two() || bytes < 4096 {
+            return Err("it is a power of two, 4K or more".to_owned());
+        }
+        Ok(bytes)
+    })?;
+    Ok(IommuConfig {
+        input_range_end: range - 1,
+        max_mappings: values.need("mappings", number(1..=1 << 20))?,
+        max_domains: values
+            .get("domains", number(1..=1 << 16))?
+            .unwrap_or(usual.max_domains),
+        bypass: values.need("bypass", switch)?,
+        ..usual
     })
 }
 
@@ -436,6 +512,7 @@ impl RunArgs {
                 ConsoleArg::Output => Console::Output,
             },
             control: None,
+            iommu: self.iommu.as_deref().map(iommu).transpose()?,
         })
     }
 }
@@ -491,6 +568,24 @@ mod tests {
         assert_eq!((device.window, device.queues), (64 << 30, 32));
         assert_eq!(device.uuid, [0; 16]);
         assert_eq!(config.cmdline, "work=both ms=3000");
+        assert_eq!(net.iotlb_timeout, Duration::from_secs(1));
+        assert_eq!(device.miss_timeout, Duration::from_millis(50));
+        assert!(config.iommu.is_none());
+    }
+
+    #[test]
+    fn an_iommu_is_there_when_it_is_asked_for_and_its_list_may_be_empty() {
+        for args in [&["--iommu"][..], &["--iommu="], &["--iommu", "--net", "socket=/n"]] {
+            let iommu = config(args).unwrap().iommu.unwrap();
+            assert_eq!(iommu.input_range_end, (64 << 30) - 1);
+            assert_eq!((iommu.max_mappings, iommu.bypass), (16384, false));
+            assert_eq!(iommu.max_domains, IommuConfig::default().max_domains);
+        }
+        let text = "range=1G,mappings=8,domains=2,bypass=on";
+        let iommu = config(&["--iommu", text]).unwrap().iommu.unwrap();
+        assert_eq!(iommu.input_range_end, (1 << 30) - 1);
+        assert_eq!((iommu.max_mappings, iommu.max_domains), (8, 2));
+        assert!(iommu.bypass);
     }
 
     #[test]
@@ -501,9 +596,9 @@ mod tests {
             "--cpus",
             "count=2,affinity=5:0",
             "--net",
-            "socket=/n,listen=on,mac=02:aa:bb:cc:dd:ee,size=1024",
+            "socket=/n,listen=on,mac=02:aa:bb:cc:dd:ee,size=1024,iotlb-timeout=250",
             "--vhost-pci",
-            "socket=/v,listen=off,window=1T,queues=4,uuid=00112233-4455-6677-8899-aabbccddeeff",
+            "socket=/v,listen=off,window=1T,queues=4,miss-timeout=0,uuid=00112233-4455-6677-8899-aabbccddeeff",
             "--console",
             "output",
             "--cmdline",
@@ -519,6 +614,8 @@ mod tests {
         assert!(matches!(config.vhost_pci[0].role, SocketRole::Connect));
         assert_eq!(config.vhost_pci[0].uuid[..4], [0x00, 0x11, 0x22, 0x33]);
         assert_eq!(config.vhost_pci[0].window, 1 << 40);
+        assert_eq!(config.net[0].iotlb_timeout, Duration::from_millis(250));
+        assert_eq!(config.vhost_pci[0].miss_timeout, Duration::ZERO);
         assert_eq!(config.cmdline, "work=sink verify=off");
         assert!(matches!(config.console, Console::Output));
     }
@@ -602,6 +699,19 @@ mod tests {
                 "--vhost-pci: queues=257: it is a number from 1 to 256",
             ),
             (&["--vhost-pci", "socket=a,uuid=+1"], "--vhost-pci: uuid="),
+            (
+                &["--vhost-pci", "socket=a,miss-timeout=60001"],
+                "--vhost-pci: miss-timeout=60001: it is a number from 0 to 60000",
+            ),
+            (
+                &["--net", "socket=a,iotlb-timeout=0"],
+                "--net: iotlb-timeout=0: it is a number from 1 to 60000",
+            ),
+            (&["--iommu", "range=3G"], "--iommu: range=3G: "),
+            (&["--iommu", "mappings=0"], "--iommu: mappings=0: "),
+            (&["--iommu", "domains=0"], "--iommu: domains=0: "),
+            (&["--iommu", "bypass=1"], "--iommu: bypass=1: "),
+            (&["--iommu", "on"], "--iommu: 'on' is not key=value"),
             (
                 &["--net", "socket=a", "--vhost-pci", "socket=a"],
                 "two devices",

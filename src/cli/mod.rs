@@ -1,6 +1,8 @@
 //! The command line.
 
 pub mod bench;
+pub mod iommu;
+pub mod isolation;
 pub mod keys;
 pub mod machine;
 pub mod plot;
@@ -38,6 +40,9 @@ pub enum Command {
     /// Measure throughput and latency from VM to VM, beside the upper bound of the same ring between two host threads
     #[command(after_help = exit::HELP)]
     Bench(Box<bench::BenchArgs>),
+    /// Attack one VM from the other in every known way, and report what got through (nothing should)
+    #[command(after_help = exit::HELP)]
+    Isolation(isolation::IsolationArgs),
     /// Draw charts (SVG) from a report of `bench --json`
     #[command(after_help = exit::HELP)]
     Plot(plot::PlotArgs),
@@ -131,6 +136,11 @@ pub struct PairArgs {
     pub in_order: Option<rings::Switch>,
     #[command(flatten)]
     pub rings: rings::RingArgs,
+    /// Put the front-end's device behind a virtio-iommu: the window shows what its guest has mapped
+    #[arg(long, value_enum, value_name = "HOW", default_value = "off")]
+    pub iommu: iommu::Iommu,
+    #[command(flatten)]
+    pub back: iommu::BackArgs,
     #[command(flatten)]
     pub both: machine::BothArgs,
 }

@@ -9,6 +9,7 @@ use crate::console::ConsoleOutput;
 use crate::control::ControlOutput;
 use crate::layout::{ECAM_BASE, ECAM_SIZE};
 use crate::serial::{COM1, COM2, PORTS, Uart};
+use crate::vcpu::refused::Mmio;
 
 /// A one-byte write ends the VM with that exit code.
 pub const POWER_OFF_PORT: u16 = 0xF4;
@@ -63,9 +64,11 @@ impl Bus {
             self.pci.io_read(port, data);
         }
     }
+}
 
+impl Mmio for Bus {
     /// A read of memory that no memory slot shows; all-ones where there is nothing.
-    pub(crate) fn mmio_read(&self, gpa: u64, data: &mut [u8]) {
+    fn mmio_read(&self, gpa: u64, data: &mut [u8]) {
         data.fill(0xFF);
         match gpa
             .checked_sub(ECAM_BASE)
@@ -79,7 +82,7 @@ impl Bus {
     }
 
     /// A write to memory that no memory slot shows.
-    pub(crate) fn mmio_write(&self, gpa: u64, data: &[u8]) {
+    fn mmio_write(&self, gpa: u64, data: &[u8]) {
         match gpa
             .checked_sub(ECAM_BASE)
             .filter(|offset| *offset < ECAM_SIZE)

@@ -4,7 +4,9 @@ use std::io;
 use std::sync::Arc;
 
 use devices::host::{Host, Interrupt, MemoryRegion, Window};
-use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
+use kvm_bindings::{
+    CpuId, KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_MAX_CPUID_ENTRIES, kvm_enable_cap,
+};
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
@@ -15,7 +17,7 @@ use crate::layout;
 use crate::memory::Memory;
 use crate::slots::Slots;
 use crate::sys::{kvm, size_text};
-use crate::windows::SlotWindow;
+use crate::windows::Windows;
 
 /// Why KVM cannot run a VM here.
 #[derive(Debug, thiserror::Error)]
@@ -52,7 +54,7 @@ pub struct Machine {
     cpuid: CpuId,
     address_bits: u8,
     router: Arc<Router>,
-    slots: Arc<Slots>,
+    windows: Arc<Windows>,
     doorbells: Doorbells,
     /// Dropped after the VM's users: memory slots refer to it. (Vcpus are joined before a machine is dropped.)
     memory: Memory,
@@ -92,6 +94,7 @@ impl Machine {
             .map_err(|e| kvm("KVM_SET_TSS_ADDR", e))?;
         vm.create_irq_chip()
             .map_err(|e| kvm("KVM_CREATE_IRQCHIP", e))?;
+        report_unemulated(&vm)?;
         let cpuid = kvm_fd
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(|e| kvm("KVM_GET_SUPPORTED_CPUID", e))?;
@@ -110,7 +113,7 @@ impl Machine {
             cpuid,
             address_bits,
             router,
-            slots,
+            windows: Windows::new(slots),
             doorbells,
             memory,
         })
@@ -119,6 +122,11 @@ impl Machine {
     /// The VM.
     pub fn vm(&self) -> &Arc<VmFd> {
         &self.vm
+    }
+
+    /// The windows of all devices.
+    pub(crate) fn windows(&self) -> &Arc<Windows> {
+        &self.windows
     }
 
     /// What KVM can offer its guests by CPUID.
@@ -146,6 +154,21 @@ impl Machine {
         };
         layout::pci_window64(end, bits).ok_or(Error::AddressSpace { ram, bits })
     }
+}
+
+/// Asks KVM to return where the guest's user mode executes what it cannot emulate, rather than to tell the guest that there is no such
+/// instruction. Kernels before 5.14 cannot; an access by a vector register that a window refuses is an undefined instruction there.
+fn report_unemulated(vm: &VmFd) -> io::Result<()> {
+    if vm.check_extension_raw(KVM_CAP_EXIT_ON_EMULATION_FAILURE.into()) <= 0 {
+        return Ok(());
+    }
+    let mut cap = kvm_enable_cap {
+        cap: KVM_CAP_EXIT_ON_EMULATION_FAILURE,
+        ..Default::default()
+    };
+    cap.args[0] = 1;
+    vm.enable_cap(&cap)
+        .map_err(|e| kvm("KVM_CAP_EXIT_ON_EMULATION_FAILURE", e))
 }
 
 #[allow(unsafe_code)] // RAM is given to the guest by address
@@ -179,7 +202,8 @@ impl Host for Machine {
     }
 
     fn window(&self, size: u64) -> io::Result<Arc<dyn Window>> {
-        Ok(Arc::new(SlotWindow::new(Arc::clone(&self.slots), size)?))
+        let window: Arc<dyn Window> = self.windows.add(size)?;
+        Ok(window)
     }
 
     fn memory(&self) -> &GuestMemoryMmap {

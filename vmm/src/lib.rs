@@ -31,6 +31,7 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
 use devices::vhost_pci::VhostPciConfig;
+use devices::virtio_iommu::IommuConfig;
 use devices::virtio_net::NetConfig;
 
 pub use boot::{Error as BootError, Kernel};
@@ -59,6 +60,9 @@ pub struct VmConfig {
     pub net: Vec<NetConfig>,
     /// Its vhost-pci devices.
     pub vhost_pci: Vec<VhostPciConfig>,
+    /// Its virtio-iommu, with all other virtio devices behind it; each is known to it by its PCI requester ID. The page size is that of the
+    /// memory, whatever is set here.
+    pub iommu: Option<IommuConfig>,
     /// What COM1 is.
     pub console: Console,
     /// One end of a stream socket that is COM2: the control channel. The VMM answers the lines that begin with `vmm`.
@@ -132,6 +136,12 @@ pub enum Error {
         /// Why.
         source: devices::vhost_pci::Error,
     },
+    /// The virtio-iommu cannot be made.
+    #[error("virtio-iommu: {0}")]
+    Iommu(#[from] devices::virtio_iommu::Error),
+    /// The virtio-iommu cannot be plugged in.
+    #[error("virtio-iommu: {0}")]
+    IommuFunction(#[source] devices::virtio::Error),
     /// A device cannot be plugged in.
     #[error("device {}: {source}", .socket.display())]
     Virtio {

@@ -1,5 +1,8 @@
 //! Putting a VM together, running it, and taking it apart.
 
+#[cfg(test)]
+mod tests;
+
 use std::os::fd::AsRawFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
@@ -11,6 +14,7 @@ use devices::host::Host;
 use devices::pci::PciRoot;
 use devices::vhost_pci::VhostPci;
 use devices::virtio::{VirtioDevice, VirtioPci};
+use devices::virtio_iommu::{Endpoint, IommuConfig, VirtioIommu};
 use devices::virtio_net::VirtioNet;
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use log::{info, warn};
@@ -46,7 +50,7 @@ pub fn run(config: VmConfig) -> Result<Outcome, Error> {
     let memory = Memory::new(&config.memory)?;
     let machine = Arc::new(Machine::new(&kvm_fd, memory)?);
     let mut subscribers: Vec<Subscriber> = Vec::new();
-    let devices = make_devices(&machine, &config, &mut subscribers)?;
+    let devices = Devices::new(&machine, &config, &mut subscribers)?;
     let pci = Arc::new(PciRoot::new());
 
     let vm = machine.vm();
@@ -91,7 +95,7 @@ pub fn run(config: VmConfig) -> Result<Outcome, Error> {
         boot::set_registers(first, entry)?;
     }
 
-    let vcpus = Vcpus::spawn(vcpus, &config.affinity, &bus, &stop)?;
+    let vcpus = Vcpus::spawn(vcpus, &config.affinity, &bus, &machine, &stop)?;
     let terminal = if config.console == Console::Stdio {
         let terminal = RawTerminal::new()?;
         subscribers.push(Box::new(Stdin::new(
@@ -104,7 +108,7 @@ pub fn run(config: VmConfig) -> Result<Outcome, Error> {
         None
     };
     if let Some(outbox) = &outbox {
-        let stats = stats_record(stats, devices.vhost_pci.clone());
+        let stats = stats_record(stats, devices.clone());
         subscribers.push(Box::new(Control::new(
             Arc::clone(outbox),
             Arc::clone(&bus.com2),
@@ -139,9 +143,9 @@ fn supervise(
     start: impl FnOnce() -> Result<(), Error>,
 ) -> Result<(), Error> {
     let ends = [signals.as_raw_fd(), stop.event().as_raw_fd()];
-    for (socket, device) in &devices.net {
-        info!("waiting for the back-end at {}", socket.display());
-        let ready = device.ready();
+    for net in &devices.net {
+        info!("waiting for the back-end at {}", net.socket.display());
+        let ready = net.device.ready();
         while !ended(stop, signals) && ready.read().is_err() {
             wait_readable(&[ends[0], ends[1], ready.as_raw_fd()], -1)?;
         }
@@ -178,83 +182,203 @@ fn check(config: &VmConfig) -> Result<(), Error> {
     Ok(())
 }
 
-/// The devices, each with its socket.
+/// A device with its socket, and what it is to the IOMMU where there is one.
+struct Attached<D> {
+    socket: PathBuf,
+    device: Arc<D>,
+    endpoint: Option<Arc<Endpoint>>,
+}
+
+impl<D> Clone for Attached<D> {
+    fn clone(&self) -> Self {
+        Self {
+            socket: self.socket.clone(),
+            device: Arc::clone(&self.device),
+            endpoint: self.endpoint.clone(),
+        }
+    }
+}
+
+#[derive(Clone)]
 struct Devices {
-    net: Vec<(PathBuf, Arc<VirtioNet>)>,
-    vhost_pci: Vec<(PathBuf, Arc<VhostPci>)>,
+    /// All the others are behind it.
+    iommu: Option<Arc<VirtioIommu>>,
+    net: Vec<Attached<VirtioNet>>,
+    vhost_pci: Vec<Attached<VhostPci>>,
 }
 
-fn make_devices(
-    machine: &Arc<Machine>,
-    config: &VmConfig,
-    subscribers: &mut Vec<Subscriber>,
-) -> Result<Devices, Error> {
-    let host = || Arc::clone(machine) as Arc<dyn Host>;
-    let mut devices = Devices {
-        net: Vec::new(),
-        vhost_pci: Vec::new(),
-    };
-    for net in &config.net {
-        let socket = net.socket.clone();
-        match VirtioNet::new(net.clone(), host()) {
-            Ok(device) => {
-                subscribers.push(device.subscriber());
-                devices.net.push((socket, device));
-            }
-            Err(source) => return Err(Error::Net { socket, source }),
+impl Devices {
+    fn new(
+        machine: &Arc<Machine>,
+        config: &VmConfig,
+        subscribers: &mut Vec<Subscriber>,
+    ) -> Result<Self, Error> {
+        let host = || Arc::clone(machine) as Arc<dyn Host>;
+        let endpoint = || {
+            let wanted = config.iommu.map(|_| Endpoint::new());
+            wanted.transpose().map_err(|e| context("an eventfd", e))
+        };
+        let mut devices = Devices {
+            iommu: None,
+            net: Vec::new(),
+            vhost_pci: Vec::new(),
+        };
+        if let Some(iommu) = config.iommu {
+            // A part of a huge page could not be shown.
+            let page_size = config.memory.hugepages.page_size();
+            let iommu = VirtioIommu::new(IommuConfig { page_size, ..iommu }, host())?;
+            subscribers.push(iommu.subscriber());
+            devices.iommu = Some(iommu);
         }
-    }
-    for vhost_pci in &config.vhost_pci {
-        let socket = vhost_pci.socket.clone();
-        match VhostPci::new(vhost_pci.clone(), host()) {
-            Ok(device) => {
-                subscribers.push(device.subscriber());
-                devices.vhost_pci.push((socket, device));
-            }
-            Err(source) => return Err(Error::VhostPci { socket, source }),
+        for net in &config.net {
+            let (socket, endpoint) = (net.socket.clone(), endpoint()?);
+            let device = match VirtioNet::new(net.clone(), endpoint.clone(), host()) {
+                Ok(device) => device,
+                Err(source) => return Err(Error::Net { socket, source }),
+            };
+            subscribers.push(device.subscriber());
+            devices.net.push(Attached {
+                socket,
+                device,
+                endpoint,
+            });
         }
+        for vhost_pci in &config.vhost_pci {
+            let (socket, endpoint) = (vhost_pci.socket.clone(), endpoint()?);
+            let device = match VhostPci::new(vhost_pci.clone(), endpoint.clone(), host()) {
+                Ok(device) => device,
+                Err(source) => return Err(Error::VhostPci { socket, source }),
+            };
+            subscribers.push(device.subscriber());
+            devices.vhost_pci.push(Attached {
+                socket,
+                device,
+                endpoint,
+            });
+        }
+        Ok(devices)
     }
-    Ok(devices)
 }
 
-/// Puts the devices on the bus. Not before the network devices have met their back-ends: what a function offers its driver is
-/// fixed when it is made, and the back-end has a say in it.
+/// Puts the devices on the bus, the IOMMU first: a driver that looks for functions in their order finds it before those behind it. Not
+/// before the network devices have met their back-ends: what a function offers its driver is fixed when it is made, and the back-end has a
+/// say in it.
 fn plug(machine: &Arc<Machine>, pci: &PciRoot, devices: &Devices) -> Result<(), Error> {
-    let net = devices.net.iter().map(|(socket, device)| {
-        let device: Arc<dyn VirtioDevice> = Arc::clone(device) as _;
-        (socket, device)
+    let host = || Arc::clone(machine) as Arc<dyn Host>;
+    if let Some(iommu) = &devices.iommu {
+        let device: Arc<dyn VirtioDevice> = Arc::clone(iommu) as _;
+        pci.add(VirtioPci::new(device, host()).map_err(Error::IommuFunction)?)?;
+    }
+    let net = devices.net.iter().map(|net| {
+        let device: Arc<dyn VirtioDevice> = Arc::clone(&net.device) as _;
+        (&net.socket, device, &net.endpoint)
     });
-    let vhost_pci = devices.vhost_pci.iter().map(|(socket, device)| {
-        let device: Arc<dyn VirtioDevice> = Arc::clone(device) as _;
-        (socket, device)
+    let vhost_pci = devices.vhost_pci.iter().map(|vhost_pci| {
+        let device: Arc<dyn VirtioDevice> = Arc::clone(&vhost_pci.device) as _;
+        (&vhost_pci.socket, device, &vhost_pci.endpoint)
     });
-    for (socket, device) in net.chain(vhost_pci) {
-        let host = Arc::clone(machine) as Arc<dyn Host>;
-        let function = VirtioPci::new(device, host).map_err(|source| Error::Virtio {
+    for (socket, device, endpoint) in net.chain(vhost_pci) {
+        let function = VirtioPci::new(device, host()).map_err(|source| Error::Virtio {
             socket: socket.clone(),
             source,
         })?;
-        pci.add(function)?;
+        let slot = pci.add(function)?;
+        if let (Some(iommu), Some(endpoint)) = (&devices.iommu, endpoint) {
+            // Bus 0, function 0.
+            let requester_id = u32::from(slot) << 3;
+            iommu.add_endpoint(requester_id, Arc::clone(endpoint));
+        }
     }
     pci.assign_bars(layout::PCI_WINDOW32, machine.pci_window64()?)?;
     Ok(())
 }
 
-/// The fields of the record that answers `vmm stats`.
-fn stats_record(vcpus: Vec<Arc<VcpuStats>>, vhost_pci: Vec<(PathBuf, Arc<VhostPci>)>) -> Stats {
+/// The fields of the record that answers `vmm stats`. Devices of a kind are added up.
+fn stats_record(vcpus: Vec<Arc<VcpuStats>>, devices: Devices) -> Stats {
     Box::new(move || {
         let vcpus: Vec<String> = vcpus.iter().map(|v| v.to_json()).collect();
-        let (mut reads, mut writes) = (0, 0);
-        for (_, device) in &vhost_pci {
-            let stats = device.stats();
-            reads += stats.window_reads;
-            writes += stats.window_writes;
+        let mut record = format!("\"vcpus\":[{}]", vcpus.join(","));
+        if let Some(iommu) = &devices.iommu {
+            record += &format!(",\"iommu\":{}", iommu_counters(&iommu.stats()));
         }
-        format!(
-            "\"vcpus\":[{}],\"window\":{{\"reads\":{reads},\"writes\":{writes}}}",
-            vcpus.join(",")
-        )
+        if !devices.net.is_empty() {
+            let all = devices
+                .net
+                .iter()
+                .map(|net| net_counters(&net.device.stats()));
+            record += &format!(",\"net\":{}", object(all));
+        }
+        let all = devices.vhost_pci.iter().map(|v| v.device.stats());
+        // An empty window where there is no device.
+        let all = all.chain([Default::default()]).map(|s| window_counters(&s));
+        record += &format!(",\"window\":{}", object(all));
+        record
     })
+}
+
+/// The sums of counters of the same names as a JSON object.
+fn object<const N: usize>(all: impl Iterator<Item = [(&'static str, u64); N]>) -> String {
+    let sums = all.reduce(|mut sums, counters| {
+        for ((_, sum), (_, counter)) in sums.iter_mut().zip(counters) {
+            *sum = sum.saturating_add(counter);
+        }
+        sums
+    });
+    let fields = sums.into_iter().flatten();
+    let fields: Vec<String> = fields.map(|(name, n)| format!("\"{name}\":{n}")).collect();
+    format!("{{{}}}", fields.join(","))
+}
+
+fn iommu_counters(stats: &devices::virtio_iommu::Stats) -> String {
+    object(std::iter::once([
+        ("attach", stats.attach),
+        ("detach", stats.detach),
+        ("map", stats.map),
+        ("unmap", stats.unmap),
+        ("probe", stats.probe),
+        ("unknown", stats.unknown),
+        ("errors", stats.errors),
+        ("malformed", stats.malformed),
+        ("mappings", stats.mappings),
+        ("faults_reported", stats.faults_reported),
+        ("faults_lost", stats.faults_lost),
+        ("maps", stats.map_time.count),
+        ("map_ns", stats.map_time.total_ns),
+        ("map_waiting_ns", stats.map_time.waiting_ns),
+        ("unmaps", stats.unmap_time.count),
+        ("unmap_ns", stats.unmap_time.total_ns),
+        ("unmap_waiting_ns", stats.unmap_time.waiting_ns),
+    ]))
+}
+
+fn net_counters(stats: &devices::virtio_net::Stats) -> [(&'static str, u64); 9] {
+    [
+        ("updates", stats.updates),
+        ("invalidates", stats.invalidates),
+        ("answered", stats.answered),
+        ("answered_ns", stats.answered_ns),
+        ("refused", stats.refused),
+        ("timeouts", stats.timeouts),
+        ("misses", stats.misses),
+        ("misses_refused", stats.misses_refused),
+        ("access_fails", stats.access_fails),
+    ]
+}
+
+fn window_counters(stats: &devices::vhost_pci::Stats) -> [(&'static str, u64); 11] {
+    [
+        ("reads", stats.window_reads),
+        ("writes", stats.window_writes),
+        ("misses", stats.misses),
+        ("misses_answered", stats.misses_answered),
+        ("updates", stats.updates),
+        ("invalidates", stats.invalidates),
+        ("windows", stats.windows),
+        ("maps", stats.maps),
+        ("map_ns", stats.map_ns),
+        ("unmaps", stats.unmaps),
+        ("unmap_ns", stats.unmap_ns),
+    ]
 }
 
 /// The thread that the devices, the console's input and the control channel live on.

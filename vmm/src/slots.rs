@@ -9,15 +9,16 @@ use kvm_ioctls::{Cap, VmFd};
 
 use crate::sys::{kvm, lock};
 
-/// No VM uses more slots than this, whatever KVM offers.
-pub const LIMIT: u32 = 64;
+/// No VM uses more slots than this, whatever KVM offers: what windows may take, and some for the RAM.
+pub const LIMIT: u32 = crate::windows::MAX_CHUNKS + 64;
+const WORDS: usize = (LIMIT as usize).div_ceil(64);
 
 /// The memory slots of a VM.
 pub struct Slots {
     vm: Arc<VmFd>,
     limit: u32,
-    /// Bit n: slot n is taken.
-    used: Mutex<u64>,
+    /// Bit n of all: slot n is taken.
+    used: Mutex<[u64; WORDS]>,
 }
 
 impl Slots {
@@ -27,34 +28,39 @@ impl Slots {
         Slots {
             vm,
             limit: offered.min(LIMIT),
-            used: Mutex::new(0),
+            used: Mutex::new([0; WORDS]),
         }
     }
 
     /// Takes a number. Fails where [`LIMIT`] (or what KVM offers) is reached.
     pub fn allocate(&self) -> io::Result<u32> {
         let mut used = lock(&self.used);
-        let free = used.trailing_ones();
-        if free >= self.limit {
-            return Err(io::Error::new(
-                io::ErrorKind::QuotaExceeded,
-                format!("all {} memory slots of the VM are in use", self.limit),
-            ));
+        for (base, word) in (0u32..).step_by(64).zip(used.iter_mut()) {
+            let free = base + word.trailing_ones();
+            if *word != u64::MAX && free < self.limit {
+                *word |= 1 << (free - base);
+                return Ok(free);
+            }
         }
-        *used |= 1 << free;
-        Ok(free)
+        Err(io::Error::new(
+            io::ErrorKind::QuotaExceeded,
+            format!("all {} memory slots of the VM are in use", self.limit),
+        ))
     }
 
     /// Gives a number back; its slot shows nothing any more.
     pub fn release(&self, slot: u32) {
-        *lock(&self.used) &= !1u64.checked_shl(slot).unwrap_or(0);
+        let word = usize::try_from(slot / 64).unwrap_or(usize::MAX);
+        if let Some(word) = lock(&self.used).get_mut(word) {
+            *word &= !(1 << (slot % 64));
+        }
     }
 
     /// Shows `len` bytes of host memory at `hva` to the guest at `gpa`.
     ///
     /// # Safety
     ///
-    /// The caller keeps `hva..hva + len` mapped, as memory that the guest may write at any time, until [`Slots::hide`]
+    /// The caller keeps `hva..hva + len` mapped for the guest alone (inaccessible parts are allowed), until [`Slots::hide`]
     /// succeeds or the VM runs no more.
     pub unsafe fn show(&self, slot: u32, gpa: u64, hva: u64, len: u64) -> io::Result<()> {
         let region = kvm_userspace_memory_region {

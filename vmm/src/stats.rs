@@ -39,6 +39,8 @@ pub(crate) struct Exits {
     pub(crate) io_out: Counter,
     pub(crate) mmio_read: Counter,
     pub(crate) mmio_write: Counter,
+    /// Accesses that a window's host memory refused, and instructions that KVM could not emulate.
+    pub(crate) refused: Counter,
     pub(crate) other: Counter,
 }
 
@@ -71,12 +73,13 @@ impl VcpuStats {
             .map(|(name, value)| format!("\"{name}\":{value}"))
             .collect();
         format!(
-            "{{\"tid\":{},\"exits\":{{\"io_in\":{},\"io_out\":{},\"mmio_read\":{},\"mmio_write\":{},\"other\":{}}},\"kvm\":{{{}}}}}",
+            "{{\"tid\":{},\"exits\":{{\"io_in\":{},\"io_out\":{},\"mmio_read\":{},\"mmio_write\":{},\"refused\":{},\"other\":{}}},\"kvm\":{{{}}}}}",
             self.tid.load(Ordering::Relaxed),
             exits.io_in.get(),
             exits.io_out.get(),
             exits.mmio_read.get(),
             exits.mmio_write.get(),
+            exits.refused.get(),
             exits.other.get(),
             kernel.join(","),
         )

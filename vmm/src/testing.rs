@@ -6,10 +6,12 @@ use std::arch::global_asm;
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsRawFd, FromRawFd};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use devices::host::{Host, SharedRegion};
+use devices::host::{Host, SharedRegion, Window};
+use kvm_bindings::{kvm_regs, kvm_segment, kvm_xcrs};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -17,6 +19,7 @@ use crate::boot::{self, Kernel};
 use crate::host::{Machine, open_kvm};
 use crate::memory::{HugePages, Memory, MemoryConfig};
 use crate::vcpu;
+use crate::vcpu::refused::{Mmio, Next, Refused, raise_undefined};
 
 /// Where [`elf`] puts its code.
 pub(crate) const CODE: u64 = 0x10_0000;
@@ -149,6 +152,78 @@ guest!(
     "out dx, al"
     "hlt"
 );
+
+// Pieces of 32 bytes for CPL 3 (see `Op`), and exception handlers for CPL 0. RBX is an address in a window, RCX a buffer in RAM.
+guest!(
+    pieces, "vmm_test_pieces", "vmm_test_pieces_end",
+    "xor eax, eax" "mov al, byte ptr [rbx]" "jmp 9f" ".balign 32"
+    "xor eax, eax" "mov ax, word ptr [rbx]" "jmp 9f" ".balign 32"
+    "mov eax, dword ptr [rbx]" "jmp 9f" ".balign 32"
+    "mov rax, qword ptr [rbx]" "jmp 9f" ".balign 32"
+    "mov byte ptr [rbx], al" "jmp 9f" ".balign 32"
+    "mov word ptr [rbx], ax" "jmp 9f" ".balign 32"
+    "mov dword ptr [rbx], eax" "jmp 9f" ".balign 32"
+    "mov qword ptr [rbx], rax" "jmp 9f" ".balign 32"
+    "vmovdqu ymm7, ymmword ptr [rbx]" "vmovdqu ymmword ptr [rcx], ymm7" "jmp 9f" ".balign 32"
+    "vmovdqu ymm7, ymmword ptr [rcx]" "vmovdqu ymmword ptr [rbx], ymm7" "jmp 9f" ".balign 32"
+    "vmovdqu64 zmm21, zmmword ptr [rbx]" "vmovdqu64 zmmword ptr [rcx], zmm21" "jmp 9f" ".balign 32"
+    "vmovdqu64 zmm21, zmmword ptr [rcx]" "vmovdqu64 zmmword ptr [rbx], zmm21" "jmp 9f" ".balign 32"
+    "vmovdqu ymm1, ymmword ptr [rcx]" "vpxor ymm1, ymm1, ymmword ptr [rbx]" "vmovdqu ymmword ptr [rcx], ymm1" "jmp 9f" ".balign 32"
+    "vmovdqu xmm1, xmmword ptr [rcx]" "vmovhps qword ptr [rbx], xmm1" "jmp 9f" ".balign 32"
+    "lock xadd dword ptr [rbx], eax" "jmp 9f" ".balign 32"
+    "mov rsi, rbx" "mov rdi, rcx" "mov rcx, rax" "rep movsb" "jmp 9f" ".balign 32"
+    "kmovq k1, rax" "vmovdqu8 zmm3, zmmword ptr [rcx]" "vmovdqu8 zmmword ptr [rbx] {{k1}}, zmm3" "jmp 9f" ".balign 32"
+    "kmovq k1, rax" "vmovdqu8 zmm3, zmmword ptr [rcx]" "vmovdqu8 zmm3 {{k1}}, zmmword ptr [rbx]" "jmp 8f" ".balign 32"
+    // Hammers: counts in RAX, at RBX; what it reads is added up at RCX.
+    "2:" "inc rax" "mov qword ptr [rbx], rax" "mov rdx, qword ptr [rbx]" "mov qword ptr [rcx], rax" "mov qword ptr [rcx + 8], rdx" "jmp 2b" ".balign 32"
+    // Touches RAX pages from RBX on.
+    "2:" "mov edx, dword ptr [rbx]" "add rbx, 4096" "dec rax" "jnz 2b" "jmp 9f" ".balign 32"
+    // Loads and stores 32 bytes at RBX for ever, from and to RCX.
+    "2:" "vmovdqu ymm7, ymmword ptr [rcx]" "vmovdqu ymmword ptr [rbx], ymm7" "vmovdqu ymm6, ymmword ptr [rbx]" "inc qword ptr [rcx]" "jmp 2b" ".balign 32"
+    "ud2" ".balign 32"
+    // Reads 16 pages, every other one, for ever, and counts at RCX.
+    "2:" "mov rdx, rbx" "mov esi, 16" "3:" "mov eax, dword ptr [rdx]" "add rdx, 8192" "dec esi" "jnz 3b" "inc qword ptr [rcx]" "jmp 2b" ".balign 32"
+    "8:" "vmovdqu8 zmmword ptr [rcx], zmm3"
+    "9:" "mov dword ptr [r15], eax" "2:" "pause" "jmp 2b" ".balign 32"
+    "mov eax, 6" "mov dword ptr [r14], eax" "hlt" ".balign 32"
+    "mov eax, 13" "mov dword ptr [r14], eax" "hlt" ".balign 32"
+    "mov eax, 14" "mov dword ptr [r14], eax" "hlt" ".balign 32"
+);
+
+/// A piece of [`pieces`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Op {
+    Load8,
+    Load16,
+    Load32,
+    Load64,
+    Store8,
+    Store16,
+    Store32,
+    Store64,
+    LoadYmm,
+    StoreYmm,
+    LoadZmm,
+    StoreZmm,
+    /// XORs 32 bytes at RBX to the buffer.
+    Xor,
+    /// Stores bytes 8..16 of the buffer in a way that only the processor knows.
+    StoreHigh,
+    Exchange,
+    /// Copies RAX bytes from RBX to the buffer.
+    CopyString,
+    /// RAX is the mask of bytes.
+    StoreMasked,
+    /// The buffer's bytes stay where the mask in RAX has none.
+    LoadMasked,
+    Hammer,
+    Touch,
+    HammerYmm,
+    Undefined,
+    Sweep,
+}
+
+const HANDLERS: u64 = 24;
 
 /// KVM, or a clear line on why this test cannot run.
 pub(crate) fn kvm() -> Kvm {
@@ -328,5 +403,281 @@ impl Monitor {
             self.peek(0);
         }
         self.interrupts
+    }
+}
+
+/// What is at the other end of the accesses that leave a [`User`]: a window, as a device's BAR, and nothing else.
+pub(crate) struct Bar {
+    pub(crate) window: Arc<dyn Window>,
+    pub(crate) base: AtomicU64,
+    pub(crate) size: u64,
+    /// Accesses that the window refused: address, length, whether it was a write.
+    pub(crate) missed: Mutex<Vec<(u64, usize, bool)>>,
+    /// When it refuses a read or a write.
+    pub(crate) on_miss: Mutex<Option<Box<dyn FnMut() + Send>>>,
+}
+
+impl Bar {
+    fn miss(&self, gpa: u64, len: usize, write: bool) {
+        self.missed.lock().unwrap().push((gpa, len, write));
+        if let Some(act) = &mut *self.on_miss.lock().unwrap() {
+            act();
+        }
+    }
+
+    fn offset(&self, gpa: u64) -> Option<u64> {
+        gpa.checked_sub(self.base.load(Ordering::SeqCst))
+            .filter(|at| *at < self.size)
+    }
+}
+
+impl Mmio for Bar {
+    fn mmio_read(&self, gpa: u64, data: &mut [u8]) {
+        data.fill(0xFF);
+        if let Some(offset) = self.offset(gpa)
+            && !self.window.read(offset, data)
+        {
+            self.miss(gpa, data.len(), false);
+            self.window.read(offset, data);
+        }
+    }
+
+    fn mmio_write(&self, gpa: u64, data: &[u8]) {
+        if let Some(offset) = self.offset(gpa)
+            && !self.window.write(offset, data)
+        {
+            self.miss(gpa, data.len(), true);
+            self.window.write(offset, data);
+        }
+    }
+}
+
+/// A VM with 4 MiB of RAM whose vCPU runs [`pieces`] at CPL 3, with everything below 4 GiB mapped for it.
+pub(crate) struct User {
+    pub(crate) machine: Arc<Machine>,
+    vcpu: VcpuFd,
+    refused: Refused,
+    pub(crate) bar: Arc<Bar>,
+    /// Whether the processor has AVX-512.
+    pub(crate) avx512: bool,
+    /// Returns of KVM_RUN.
+    pub(crate) exits: u64,
+}
+
+impl User {
+    /// Where a piece's buffer is.
+    pub(crate) const BUFFER: u64 = 0x20_0000;
+    const GDT: u64 = 0x3_1000;
+    const IDT: u64 = 0x3_0000;
+    const TASK: u64 = 0x3_2000;
+    const TABLES: u64 = 0x4_0000;
+    const DONE: u64 = 0xE000_0000;
+    const EXCEPTION: u64 = 0xE000_0008;
+
+    /// With a window of `size` bytes at `base`.
+    pub(crate) fn new(base: u64, size: u64) -> Self {
+        let machine = Machine::new(&kvm(), Memory::new(&ram(4 << 20)).unwrap()).unwrap();
+        let window = machine.window(size).unwrap();
+        window.place(Some(base)).unwrap();
+        let vcpu = machine.vm().create_vcpu(0).unwrap();
+        vcpu::set_up(machine.vm(), machine.cpuid(), &vcpu, 0, 1).unwrap();
+        let memory = machine.memory();
+        boot::load(memory, 4 << 20, &image(pieces()), None, "").unwrap();
+        let put = |at: u64, value: u64| memory.write_obj(value, GuestAddress(at)).unwrap();
+        let tables = Self::TABLES;
+        put(tables, tables + 0x1007);
+        for gib in 0..4 {
+            put(
+                tables + 0x1000 + gib * 8,
+                (tables + 0x2000 + gib * 0x1000) | 7,
+            );
+        }
+        for page in 0..2048 {
+            put(tables + 0x2000 + page * 8, page << 21 | 0x87);
+        }
+        let gdt = [
+            0,
+            0x00af_9b00_0000_ffff,
+            0x00cf_9300_0000_ffff,
+            0x00cf_f300_0000_ffff,
+            0x00af_fb00_0000_ffff,
+            0x0000_8903_2000_0067,
+            0,
+        ];
+        for (at, entry) in (Self::GDT..).step_by(8).zip(gdt) {
+            put(at, entry);
+        }
+        // RSP0
+        put(Self::TASK + 4, 0x3_8000);
+        for (vector, number) in [6, 13, 14].into_iter().zip(0..) {
+            let handler = CODE + (HANDLERS + number) * 32;
+            let gate =
+                handler & 0xFFFF | 0x08 << 16 | 0x8E00 << 32 | (handler >> 16 & 0xFFFF) << 48;
+            put(Self::IDT + vector * 16, gate);
+        }
+        // SAFETY: CPUID has no side effects.
+        let supported = std::arch::x86_64::__cpuid_count(0xD, 0).eax & 0xE7;
+        let mut xcrs = kvm_xcrs {
+            nr_xcrs: 1,
+            ..Default::default()
+        };
+        xcrs.xcrs[0].value = supported.into();
+        let bar = Bar {
+            window,
+            base: AtomicU64::new(base),
+            size,
+            missed: Mutex::default(),
+            on_miss: Mutex::default(),
+        };
+        let user = User {
+            refused: Refused::new(machine.windows(), machine.memory()),
+            machine: Arc::new(machine),
+            vcpu,
+            bar: Arc::new(bar),
+            avx512: supported == 0xE7,
+            exits: 0,
+        };
+        user.to_user();
+        user.vcpu.set_xcrs(&xcrs).unwrap();
+        user
+    }
+
+    fn to_user(&self) {
+        let mut sregs = self.vcpu.get_sregs().unwrap();
+        let data = kvm_segment {
+            limit: 0xFFFF_FFFF,
+            selector: 0x1B,
+            type_: 3,
+            present: 1,
+            dpl: 3,
+            db: 1,
+            s: 1,
+            g: 1,
+            ..Default::default()
+        };
+        (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
+        sregs.cs = kvm_segment {
+            selector: 0x23,
+            type_: 11,
+            db: 0,
+            l: 1,
+            ..data
+        };
+        sregs.tr = kvm_segment {
+            base: Self::TASK,
+            limit: 0x67,
+            selector: 0x28,
+            type_: 11,
+            present: 1,
+            ..Default::default()
+        };
+        (sregs.gdt.base, sregs.gdt.limit) = (Self::GDT, 7 * 8 - 1);
+        (sregs.idt.base, sregs.idt.limit) = (Self::IDT, 32 * 16 - 1);
+        sregs.cr0 = 0x8001_0033;
+        sregs.cr3 = Self::TABLES;
+        sregs.cr4 = 0x4_0620;
+        sregs.efer |= 0x500;
+        self.vcpu.set_sregs(&sregs).unwrap();
+    }
+
+    /// Runs a piece to its end; returns RAX, or the number of the exception that it raised.
+    pub(crate) fn call(&mut self, op: Op, rbx: u64, rax: u64) -> Result<u64, u64> {
+        self.run(op, rbx, rax, None).expect("it ends")
+    }
+
+    /// Runs a piece until it ends or `stop` is set and the vCPU's thread is interrupted or leaves the guest.
+    pub(crate) fn run(
+        &mut self,
+        op: Op,
+        rbx: u64,
+        rax: u64,
+        stop: Option<&AtomicBool>,
+    ) -> Option<Result<u64, u64>> {
+        self.to_user();
+        let regs = kvm_regs {
+            rax,
+            rbx,
+            rcx: Self::BUFFER,
+            r14: Self::EXCEPTION,
+            r15: Self::DONE,
+            rsp: 0x3_9000,
+            rip: CODE + op as u64 * 32,
+            rflags: 2,
+            ..Default::default()
+        };
+        self.vcpu.set_regs(&regs).unwrap();
+        loop {
+            if stop.is_some_and(|stop| stop.load(Ordering::Relaxed)) {
+                return None;
+            }
+            self.exits += 1;
+            let next = match self.vcpu.run() {
+                Ok(VcpuExit::MmioRead(gpa, data)) => {
+                    self.bar.mmio_read(gpa, data);
+                    self.refused.answered(&mut self.vcpu);
+                    continue;
+                }
+                Ok(VcpuExit::MmioWrite(gpa, data)) => {
+                    let value = u64::from(data.first().copied().unwrap_or(0));
+                    if gpa == Self::DONE || gpa == Self::EXCEPTION {
+                        self.refused.returned(&mut self.vcpu);
+                        // Completes the access, so that the registers can be set.
+                        self.vcpu.set_kvm_immediate_exit(1);
+                        assert!(self.vcpu.run().is_err());
+                        self.vcpu.set_kvm_immediate_exit(0);
+                        let rax = self.vcpu.get_regs().unwrap().rax;
+                        return Some(if gpa == Self::DONE {
+                            Ok(rax)
+                        } else {
+                            Err(value)
+                        });
+                    }
+                    self.bar.mmio_write(gpa, data);
+                    self.refused.answered(&mut self.vcpu);
+                    continue;
+                }
+                Err(e) if e.errno() == libc::EFAULT => {
+                    self.refused.fault(&mut self.vcpu, &*self.bar)
+                }
+                Ok(VcpuExit::InternalError) => self.refused.unemulated(&mut self.vcpu, &*self.bar),
+                Err(e) if e.errno() == libc::EINTR => {
+                    self.refused.returned(&mut self.vcpu);
+                    continue;
+                }
+                other => {
+                    let text = format!("{other:?}");
+                    panic!("{text} at {:x?}", self.vcpu.get_regs().unwrap());
+                }
+            };
+            match next {
+                Next::Run => {}
+                Next::Undefined => raise_undefined(&self.vcpu).unwrap(),
+                Next::Real => panic!(
+                    "the vCPU cannot go on: {:x?}",
+                    self.vcpu.get_regs().unwrap()
+                ),
+            }
+        }
+    }
+
+    pub(crate) fn buffer(&self) -> [u8; 64] {
+        let mut bytes = [0; 64];
+        let memory = self.machine.memory();
+        memory
+            .read_slice(&mut bytes, GuestAddress(Self::BUFFER))
+            .unwrap();
+        bytes
+    }
+
+    pub(crate) fn set_buffer(&self, bytes: &[u8; 64]) {
+        let memory = self.machine.memory();
+        memory
+            .write_slice(bytes, GuestAddress(Self::BUFFER))
+            .unwrap();
+    }
+
+    /// What has been refused since the last time.
+    pub(crate) fn missed(&self) -> Vec<(u64, usize, bool)> {
+        std::mem::take(&mut *self.bar.missed.lock().unwrap())
     }
 }

@@ -7,9 +7,10 @@ use std::os::unix::thread::JoinHandleExt;
 use std::thread;
 use std::time::Duration;
 
-use devices::vhost_pci::VhostPciConfig;
+use devices::vhost_pci::{DEFAULT_MISS_TIMEOUT, VhostPciConfig};
 use devices::vhost_user::SocketRole;
-use devices::virtio_net::{NetConfig, RingFeatures};
+use devices::virtio_iommu::IommuConfig;
+use devices::virtio_net::{DEFAULT_IOTLB_TIMEOUT, NetConfig, RingFeatures};
 
 use crate::testing::{self, image, ram};
 use crate::{Console, Error, Fault, Kernel, Outcome, VmConfig, run};
@@ -26,6 +27,7 @@ fn config(kernel: Kernel) -> VmConfig {
         vcpus: 1,
         net: Vec::new(),
         vhost_pci: Vec::new(),
+        iommu: None,
         console: Console::Output,
         control: None,
     }
@@ -123,7 +125,7 @@ fn lines_reach_the_guest_and_come_back_and_the_vmm_answers_its_own() {
         "\"io_in\":",
         "\"mmio_write\":0",
         "\"kvm\":{",
-        "\"window\":{\"reads\":0,\"writes\":0}}",
+        "\"window\":{\"reads\":0,\"writes\":0,",
     ] {
         assert!(stats.contains(part), "{part}: {stats}");
     }
@@ -137,6 +139,39 @@ fn lines_reach_the_guest_and_come_back_and_the_vmm_answers_its_own() {
     assert_eq!(vm.join().unwrap().unwrap(), Outcome::PowerOff { code: 7 });
     // Whole lines until the very end, then the end.
     assert_eq!(line(&mut socket), "");
+}
+
+#[test]
+fn the_record_has_the_iommus_counters_where_there_is_one() {
+    let (mut config, mut socket) = controlled(image(testing::spin()));
+    config.iommu = Some(IommuConfig::default());
+    let vm = thread::spawn(move || run(config));
+    socket.get_mut().write_all(b"vmm stats\n").unwrap();
+    let stats = line(&mut socket);
+    assert!(stats.contains("],\"iommu\":{\"attach\":0,"), "{stats}");
+    assert!(
+        stats.contains("\"unmap_waiting_ns\":0},\"window\":{"),
+        "{stats}"
+    );
+    // SAFETY: the thread has not been joined, and it blocks the signal (see above).
+    unsafe { libc::pthread_kill(vm.as_pthread_t(), libc::SIGTERM) };
+    assert_eq!(vm.join().unwrap().unwrap(), Outcome::Signal(libc::SIGTERM));
+}
+
+#[test]
+fn an_iommu_has_the_page_size_of_the_memory_and_one_that_cannot_be_made_is_an_error() {
+    let config = VmConfig {
+        iommu: Some(IommuConfig {
+            input_range_end: 0x1234,
+            // Not asked for.
+            page_size: 1,
+            ..IommuConfig::default()
+        }),
+        ..config(image(testing::power_off()))
+    };
+    let error = run(config).unwrap_err().to_string();
+    assert!(error.contains("virtio-iommu: "), "{error}");
+    assert!(error.contains("a page of 0x1000 bytes"), "{error}");
 }
 
 #[test]
@@ -211,6 +246,7 @@ fn a_vm_waits_for_its_back_end_and_leaves_no_socket_behind() {
         queue_size: 256,
         rings: RingFeatures::default(),
         mac: [2, 0, 0, 0, 0, 1],
+        iotlb_timeout: DEFAULT_IOTLB_TIMEOUT,
     }];
     config.vhost_pci = vec![VhostPciConfig {
         socket: peer.clone(),
@@ -218,6 +254,7 @@ fn a_vm_waits_for_its_back_end_and_leaves_no_socket_behind() {
         window: 64 << 30,
         queues: 2,
         uuid: [0; 16],
+        miss_timeout: DEFAULT_MISS_TIMEOUT,
     }];
     let vm = thread::spawn(move || run(config));
     socket.get_mut().write_all(b"vmm stats\n").unwrap();
@@ -243,6 +280,7 @@ fn a_device_that_cannot_be_made_is_named_by_its_socket() {
         window: 64 << 30,
         queues: 2,
         uuid: [0; 16],
+        miss_timeout: DEFAULT_MISS_TIMEOUT,
     }];
     let error = run(config).unwrap_err().to_string();
     assert!(

@@ -10,16 +10,27 @@ use std::sync::{Arc, Once};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use devices::host::Host;
 use kvm_bindings::{CpuId, Msrs, kvm_cpuid_entry2, kvm_fpu, kvm_msr_entry};
 use kvm_ioctls::{Cap, VcpuExit, VcpuFd, VmFd};
 use log::debug;
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
+use self::refused::{Mmio, Next, Refused};
 use crate::bus::Bus;
+use crate::host::Machine;
 use crate::stats::VcpuStats;
 use crate::stop::Stop;
 use crate::sys::{context, kvm};
 use crate::{Error, Outcome};
+
+mod general;
+mod guest;
+pub(crate) mod refused;
+mod vector;
+
+/// KVM_RUN's reason in an exit for an internal error: it met an instruction that it cannot emulate.
+const KVM_INTERNAL_ERROR_EMULATION: u32 = 1;
 
 /// Most vCPUs of a VM.
 pub const MAX_VCPUS: u8 = 8;
@@ -227,6 +238,7 @@ impl Vcpus {
         vcpus: Vec<(VcpuFd, Arc<VcpuStats>)>,
         affinity: &[usize],
         bus: &Arc<Bus>,
+        machine: &Machine,
         stop: &Arc<Stop>,
     ) -> Result<Self, Error> {
         static HANDLER: Once = Once::new();
@@ -247,6 +259,7 @@ impl Vcpus {
                 vcpu,
                 stats,
                 bus: Arc::clone(bus),
+                refused: Refused::new(machine.windows(), machine.memory()),
                 stop: Arc::clone(stop),
             };
             let handle = thread::Builder::new()
@@ -312,6 +325,7 @@ struct Thread {
     vcpu: VcpuFd,
     stats: Arc<VcpuStats>,
     bus: Arc<Bus>,
+    refused: Refused,
     stop: Arc<Stop>,
 }
 
@@ -342,80 +356,100 @@ impl Thread {
     fn run(&mut self) -> Result<Option<Outcome>, Fault> {
         while !self.stop.requested() {
             let exits = &self.stats.exits;
-            let unexpected = match self.vcpu.run() {
-                Ok(VcpuExit::IoOut(port, data)) => {
-                    exits.io_out.bump();
-                    if let Some(outcome) = self.bus.io_write(port, data) {
-                        return Ok(Some(outcome));
-                    }
-                    continue;
-                }
-                Ok(VcpuExit::IoIn(port, data)) => {
-                    exits.io_in.bump();
-                    self.bus.io_read(port, data);
-                    continue;
-                }
+            let result = match self.vcpu.run() {
                 Ok(VcpuExit::MmioRead(gpa, data)) => {
                     exits.mmio_read.bump();
                     self.bus.mmio_read(gpa, data);
+                    self.refused.answered(&mut self.vcpu);
                     continue;
                 }
                 Ok(VcpuExit::MmioWrite(gpa, data)) => {
                     exits.mmio_write.bump();
                     self.bus.mmio_write(gpa, data);
+                    self.refused.answered(&mut self.vcpu);
                     continue;
                 }
-                Ok(VcpuExit::Intr | VcpuExit::IrqWindowOpen | VcpuExit::Hlt) => {
-                    exits.other.bump();
+                Err(e) if e.errno() == libc::EFAULT => {
+                    exits.refused.bump();
+                    match self.refused.fault(&mut self.vcpu, &*self.bus) {
+                        Next::Run => continue,
+                        Next::Undefined => self.raise_undefined()?,
+                        Next::Real => return Err(self.no_memory(None)),
+                    }
                     continue;
-                }
-                Ok(VcpuExit::Shutdown) => {
-                    let cr2 = self.vcpu.get_sregs().map_or(0, |s| s.cr2);
-                    return Err(Fault::TripleFault {
-                        rip: self.rip(),
-                        cr2,
-                    });
-                }
-                Ok(VcpuExit::FailEntry(reason, _)) => {
-                    return Err(Fault::FailEntry {
-                        reason,
-                        rip: self.rip(),
-                    });
                 }
                 Ok(VcpuExit::InternalError) => {
+                    exits.refused.bump();
                     // SAFETY: KVM fills this member of the union for this exit reason.
                     let suberror =
                         unsafe { self.vcpu.get_kvm_run().__bindgen_anon_1.internal.suberror };
-                    return Err(Fault::Internal {
-                        suberror,
-                        rip: self.rip(),
-                    });
-                }
-                Ok(VcpuExit::MemoryFault { gpa, .. }) => {
-                    return Err(Fault::NoMemory {
-                        gpa: Some(gpa),
-                        rip: self.rip(),
-                    });
-                }
-                Ok(other) => format!("{other:?}"),
-                Err(e) if matches!(e.errno(), libc::EINTR | libc::EAGAIN) => {
-                    exits.other.bump();
+                    let next = match suberror {
+                        KVM_INTERNAL_ERROR_EMULATION => {
+                            self.refused.unemulated(&mut self.vcpu, &*self.bus)
+                        }
+                        _ => Next::Real,
+                    };
+                    match next {
+                        Next::Run => {}
+                        Next::Undefined => self.raise_undefined()?,
+                        Next::Real => {
+                            let rip = self.rip();
+                            return Err(Fault::Internal { suberror, rip });
+                        }
+                    }
                     continue;
                 }
-                Err(e) if matches!(e.errno(), libc::EFAULT | libc::EHWPOISON) => {
-                    return Err(Fault::NoMemory {
-                        gpa: None,
-                        rip: self.rip(),
-                    });
+                Ok(VcpuExit::IoOut(port, data)) => {
+                    exits.io_out.bump();
+                    if let Some(outcome) = self.bus.io_write(port, data) {
+                        return Ok(Some(outcome));
+                    }
+                    Ok(())
                 }
-                Err(e) => return Err(Fault::Run(e.into())),
+                Ok(VcpuExit::IoIn(port, data)) => {
+                    exits.io_in.bump();
+                    self.bus.io_read(port, data);
+                    Ok(())
+                }
+                Ok(VcpuExit::Intr | VcpuExit::IrqWindowOpen | VcpuExit::Hlt) => {
+                    exits.other.bump();
+                    Ok(())
+                }
+                Ok(VcpuExit::Shutdown) => {
+                    let cr2 = self.vcpu.get_sregs().map_or(0, |s| s.cr2);
+                    let rip = self.rip();
+                    Err(Fault::TripleFault { rip, cr2 })
+                }
+                Ok(VcpuExit::FailEntry(reason, _)) => {
+                    let rip = self.rip();
+                    Err(Fault::FailEntry { reason, rip })
+                }
+                Ok(VcpuExit::MemoryFault { gpa, .. }) => Err(self.no_memory(Some(gpa))),
+                Ok(other) => {
+                    let what = format!("{other:?}");
+                    let rip = self.rip();
+                    Err(Fault::Unexpected { what, rip })
+                }
+                Err(e) if matches!(e.errno(), libc::EINTR | libc::EAGAIN) => {
+                    exits.other.bump();
+                    Ok(())
+                }
+                Err(e) if e.errno() == libc::EHWPOISON => Err(self.no_memory(None)),
+                Err(e) => Err(Fault::Run(e.into())),
             };
-            return Err(Fault::Unexpected {
-                what: unexpected,
-                rip: self.rip(),
-            });
+            self.refused.returned(&mut self.vcpu);
+            result?;
         }
         Ok(None)
+    }
+
+    fn no_memory(&self, gpa: Option<u64>) -> Fault {
+        let rip = self.rip();
+        Fault::NoMemory { gpa, rip }
+    }
+
+    fn raise_undefined(&self) -> Result<(), Fault> {
+        refused::raise_undefined(&self.vcpu).map_err(Fault::Run)
     }
 
     fn rip(&self) -> u64 {

@@ -4,39 +4,48 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
 use thiserror::Error;
 
-use crate::host::SharedRegion;
+use super::iotlb::{Translation, Translations};
+use crate::host::{Access, Permission, SharedRegion};
 use crate::vhost_user::{
-    DecodeError, MAX_PAYLOAD, MemoryRegion, MemoryTable, Message, Payload, SingleMemoryRegion, U64,
-    VringFd, flags, protocol_features, requests,
+    DecodeError, Iotlb, IotlbKind, MAX_PAYLOAD, MemoryRegion, MemoryTable, Message, Payload,
+    SingleMemoryRegion, U64, VringFd, flags, protocol_features, requests,
 };
+use crate::virtio::F_ACCESS_PLATFORM;
 
 /// How many regions a memory table may have.
 pub(super) const MAX_REGIONS: usize = 32;
 /// How many answers may be outstanding before no more messages are read.
 const MAX_OUTSTANDING: usize = 32;
-const PAGE: u64 = 4096;
+/// How many translations a front-end may have at one time; one that leads into two regions counts as two.
+pub(super) const MAX_TRANSLATIONS: usize = 32768;
+/// What memory is shared in.
+pub(super) const PAGE: u64 = 4096;
 const HEADER: usize = 12;
 
-/// Protocol features that pass.
+/// Protocol features of the driver's that pass. BACKEND_REQ is the device's own.
 const PROTOCOL_FEATURES: u64 =
     protocol_features::MQ | protocol_features::REPLY_ACK | protocol_features::CONFIGURE_MEM_SLOTS;
-/// Feature bits that the device cannot carry: VHOST_F_LOG_ALL and VIRTIO_F_ACCESS_PLATFORM.
-const WITHHELD_FEATURES: u64 = 1 << 26 | 1 << 33;
+/// Feature bits that the device cannot carry: VHOST_F_LOG_ALL.
+const WITHHELD_FEATURES: u64 = 1 << 26;
 
 /// Where the effects of messages go.
 pub(super) trait Machine {
-    /// Shows a region at its offset.
-    fn map(&mut self, offset: u64, region: &SharedRegion) -> io::Result<()>;
-    /// Takes the region at `offset` away.
+    /// Shows a region at its offset, for these accesses.
+    fn map(&mut self, offset: u64, region: &SharedRegion, permission: Permission)
+    -> io::Result<()>;
+    /// Takes away what is shown in `len` bytes from `offset` on.
     fn unmap(&mut self, offset: u64, len: u64) -> io::Result<()>;
     /// Connects or disconnects one of a queue's eventfds.
     fn connect(&mut self, what: Line, queue: u16, fd: Option<OwnedFd>) -> io::Result<()>;
+    /// Takes the socket on which the front-end can be asked, in place of the one before.
+    fn set_channel(&mut self, socket: OwnedFd) -> io::Result<()>;
 }
 
 /// The eventfds of a vring.
@@ -90,6 +99,22 @@ pub(super) enum Refusal {
     NoRegion(MemoryRegion),
     #[error("region {0:#x?} cannot be shown: {1}")]
     Map(MemoryRegion, #[source] io::Error),
+    #[error("translations were not negotiated (feature bit 33)")]
+    NoTranslations,
+    #[error("{0:x?} is for the other direction")]
+    Direction(Iotlb),
+    #[error(
+        "{0:x?} is empty, not made of whole pages, or beyond the window of {1:#x} bytes or the address space"
+    )]
+    TranslationShape(Iotlb, u64),
+    #[error("{0:x?} leads out of the memory table at {1:#x}")]
+    Nowhere(Iotlb, u64),
+    #[error("more than {MAX_TRANSLATIONS} translations")]
+    TooManyTranslations,
+    #[error("{0:x?} cannot be shown: {1}")]
+    Translate(Iotlb, #[source] io::Error),
+    #[error("the channel for requests is no connected socket: {0}")]
+    Channel(#[source] io::Error),
     #[error("the {0:?} eventfd of queue {1} cannot be used: {2}")]
     EventFd(Line, u16, #[source] io::Error),
 }
@@ -114,6 +139,10 @@ pub(super) enum Step {
     Pass(Message),
     /// The device has dealt with it; see [`Backend::answer`].
     Done,
+    /// The same, and these device addresses have a new translation (or are said to have none).
+    Updated(Range<u64>),
+    /// The same, and translations are gone.
+    Invalidated,
 }
 
 enum Error {
@@ -137,6 +166,8 @@ impl From<Refusal> for Error {
 enum Applied {
     Pass,
     Answer(U64),
+    /// The driver does not see it, and the device answers where an answer is wanted.
+    Consumed(Step),
 }
 
 /// An answer that the front-end waits for, in the order of its requests.
@@ -148,6 +179,7 @@ enum Outstanding {
     Ready(Message),
 }
 
+/// A region of the memory table, with its file.
 struct Shown {
     region: MemoryRegion,
     shared: SharedRegion,
@@ -197,7 +229,16 @@ pub(super) struct Backend {
     window: u64,
     queues: u16,
     reply_ack: bool,
-    shown: Vec<Shown>,
+    /// The driver offers ACCESS_PLATFORM.
+    driver_translates: bool,
+    /// BACKEND_REQ was put into the answer to GET_PROTOCOL_FEATURES.
+    offers_channel: bool,
+    /// BACKEND_REQ was negotiated.
+    has_channel: bool,
+    /// What the window shows: `table` at its guest addresses, or, where ACCESS_PLATFORM was negotiated, `translations` into it.
+    translating: bool,
+    table: Vec<Shown>,
+    translations: Translations,
     outstanding: VecDeque<Outstanding>,
 }
 
@@ -208,7 +249,12 @@ impl Backend {
             window,
             queues,
             reply_ack: false,
-            shown: Vec::new(),
+            driver_translates: false,
+            offers_channel: false,
+            has_channel: false,
+            translating: false,
+            table: Vec::new(),
+            translations: Translations::default(),
             outstanding: VecDeque::new(),
         }
     }
@@ -216,6 +262,27 @@ impl Backend {
     /// Whether another message may be read: not before the driver has answered some of those that it has.
     pub(super) fn accepts(&self) -> bool {
         self.outstanding.len() < MAX_OUTSTANDING
+    }
+
+    /// Whether the window shows translations, not the memory table.
+    pub(super) fn translates(&self) -> bool {
+        self.translating
+    }
+
+    /// Whether a request of the device's own may ask for a reply.
+    pub(super) fn acknowledges(&self) -> bool {
+        self.reply_ack
+    }
+
+    /// How many translations there are.
+    pub(super) fn translations(&self) -> usize {
+        self.translations.len()
+    }
+
+    /// The first byte of a range that this access cannot have.
+    pub(super) fn first_missing(&self, range: &Range<u64>, access: Access) -> Option<u64> {
+        self.translations
+            .first_missing(range.start, range.end, access)
     }
 
     /// Takes a message of the front-end.
@@ -239,6 +306,12 @@ impl Backend {
             Ok(Applied::Answer(value)) => {
                 self.own_answer(request, value);
                 Ok(Step::Done)
+            }
+            Ok(Applied::Consumed(step)) => {
+                if acknowledge {
+                    self.own_answer(request, U64(0));
+                }
+                Ok(step)
             }
             Err(Error::Refusal(refusal)) if acknowledge => {
                 log::debug!("vhost-pci: refused {}: {refusal}", requests::name(request));
@@ -265,20 +338,25 @@ impl Backend {
         {
             return Err(Dropped::Unasked(request));
         }
-        let mask = match request {
-            requests::GET_FEATURES => Some(!WITHHELD_FEATURES),
-            requests::GET_PROTOCOL_FEATURES => Some(PROTOCOL_FEATURES),
-            _ => None,
-        };
         let mut message = Message {
             request,
             flags: flags::VERSION | flags::REPLY,
             payload: payload.to_vec(),
             fds: Vec::new(),
         };
-        if let Some(mask) = mask {
-            let U64(features) = U64::decode(payload).map_err(|_| Dropped::Payload(request))?;
-            message.payload = U64(features & mask).encode();
+        let number = || U64::decode(payload).map_err(|_| Dropped::Payload(request));
+        match request {
+            requests::GET_FEATURES => {
+                let U64(features) = number()?;
+                self.driver_translates = features & F_ACCESS_PLATFORM != 0;
+                message.payload = U64(features & !WITHHELD_FEATURES).encode();
+            }
+            requests::GET_PROTOCOL_FEATURES => {
+                let U64(features) = number()?;
+                self.offers_channel = self.driver_translates;
+                message.payload = U64(features & PROTOCOL_FEATURES | self.channel_bit()).encode();
+            }
+            _ => {}
         }
         self.outstanding.pop_front();
         Ok(message)
@@ -292,6 +370,15 @@ impl Backend {
                 self.outstanding.push_front(driver);
                 None
             }
+        }
+    }
+
+    /// The protocol feature that the device has by itself.
+    fn channel_bit(&self) -> u64 {
+        if self.offers_channel {
+            protocol_features::BACKEND_REQ
+        } else {
+            0
         }
     }
 
@@ -343,14 +430,34 @@ impl Backend {
                 if features & WITHHELD_FEATURES != 0 {
                     return Err(Fault::Features(request, features & WITHHELD_FEATURES).into());
                 }
+                self.set_translating(features & F_ACCESS_PLATFORM != 0, machine)?;
             }
             requests::SET_PROTOCOL_FEATURES => {
                 expect(request, 0, &fds)?;
                 let U64(features) = decode(message)?;
-                if features & !PROTOCOL_FEATURES != 0 {
-                    return Err(Fault::Features(request, features & !PROTOCOL_FEATURES).into());
+                let unknown = features & !(PROTOCOL_FEATURES | self.channel_bit());
+                if unknown != 0 {
+                    return Err(Fault::Features(request, unknown).into());
                 }
                 self.reply_ack = features & protocol_features::REPLY_ACK != 0;
+                self.has_channel = features & protocol_features::BACKEND_REQ != 0;
+                // The driver has not offered it.
+                message.payload = U64(features & PROTOCOL_FEATURES).encode();
+            }
+            requests::IOTLB_MSG => {
+                let iotlb = decode(message)?;
+                expect(request, 0, &fds)?;
+                return Ok(Applied::Consumed(self.translate(&iotlb, machine)?));
+            }
+            requests::SET_BACKEND_REQ_FD => {
+                if !self.has_channel {
+                    return Err(Fault::NotOffered(request).into());
+                }
+                expect(request, 1, &fds)?;
+                for fd in fds {
+                    machine.set_channel(fd).map_err(Refusal::Channel)?;
+                }
+                return Ok(Applied::Consumed(Step::Done));
             }
             _ if needs_withheld_feature(request) => return Err(Fault::NotOffered(request).into()),
             _ => expect(request, 0, &fds)?,
@@ -395,14 +502,188 @@ impl Backend {
         else {
             return Err(Refusal::Shape(*region));
         };
-        if end > self.window {
+        // Translations lead to regions by user address; where the guest has them does not matter then.
+        if end > self.window && !self.translating {
             Err(Refusal::BeyondWindow(*region, self.window))
         } else {
             Ok(())
         }
     }
 
-    /// Makes the window show `table` and nothing else. What is shown already stays. Nothing has changed where it refuses.
+    /// Shows a region of the table, where it is what the window shows.
+    fn show(&self, shown: &Shown, machine: &mut impl Machine) -> io::Result<()> {
+        if self.translating {
+            return Ok(());
+        }
+        let start = shown.region.guest_address;
+        machine.map(start, &shown.shared, Permission::READ_WRITE)
+    }
+
+    /// Takes away whatever the window shows of a region.
+    fn hide(&mut self, shown: &Shown, machine: &mut impl Machine) -> Result<(), Fault> {
+        let start = shown.region.guest_address;
+        if !self.translating {
+            return machine
+                .unmap(start, shown.region.size)
+                .map_err(Fault::Window);
+        }
+        for (start, end) in self.translations.leading_to(start) {
+            self.revoke(start, end, machine)?;
+        }
+        Ok(())
+    }
+
+    /// Nothing between two device addresses is shown any more.
+    fn revoke(&mut self, start: u64, end: u64, machine: &mut impl Machine) -> Result<(), Fault> {
+        if let Some((first, behind)) = self.translations.span(start, end) {
+            machine
+                .unmap(first, behind - first)
+                .map_err(Fault::Window)?;
+            self.translations.remove(start, end);
+        }
+        Ok(())
+    }
+
+    /// Shows the table or translations of it. The window shows nothing in between; what there was to translate is forgotten.
+    fn set_translating(&mut self, on: bool, machine: &mut impl Machine) -> Result<(), Error> {
+        if on == self.translating {
+            return Ok(());
+        }
+        let table = std::mem::take(&mut self.table);
+        let result = self.switch(&table, machine);
+        self.table = table;
+        result
+    }
+
+    fn switch(&mut self, table: &[Shown], machine: &mut impl Machine) -> Result<(), Error> {
+        if !self.translating {
+            for shown in table {
+                self.hide(shown, machine)?;
+            }
+            self.translating = true;
+            return Ok(());
+        }
+        if let Some(shown) = table.iter().find(|shown| shown.end() > self.window) {
+            return Err(Refusal::BeyondWindow(shown.region, self.window).into());
+        }
+        self.revoke(0, self.window, machine)?;
+        self.translating = false;
+        for shown in table {
+            self.show(shown, machine).map_err(Fault::Window)?;
+        }
+        Ok(())
+    }
+
+    fn translate(&mut self, iotlb: &Iotlb, machine: &mut impl Machine) -> Result<Step, Error> {
+        if !self.translating {
+            return Err(Refusal::NoTranslations.into());
+        }
+        let Iotlb { iova, size, .. } = *iotlb;
+        let shape = Refusal::TranslationShape(*iotlb, self.window);
+        if size == 0 || !iova.is_multiple_of(PAGE) {
+            return Err(shape.into());
+        }
+        match iotlb.kind {
+            IotlbKind::Update => {
+                let end = iova.checked_add(size);
+                let Some(end) = end.filter(|&end| end <= self.window && end.is_multiple_of(PAGE))
+                else {
+                    return Err(shape.into());
+                };
+                self.update(iotlb, end, machine)?;
+                Ok(Step::Updated(iova..end))
+            }
+            IotlbKind::Invalidate => {
+                // A range may be as large as a number can say, for everything.
+                let end = iova.saturating_add(size).min(self.window);
+                if !end.is_multiple_of(PAGE) {
+                    return Err(shape.into());
+                }
+                if iova < end {
+                    if self.translations.count_without(iova, end) > MAX_TRANSLATIONS {
+                        return Err(Refusal::TooManyTranslations.into());
+                    }
+                    self.revoke(iova, end, machine)?;
+                }
+                Ok(Step::Invalidated)
+            }
+            IotlbKind::Miss | IotlbKind::AccessFail => Err(Refusal::Direction(*iotlb).into()),
+        }
+    }
+
+    /// Where the addresses from an update's `iova` to `end` lead. One that allows nothing leads nowhere.
+    fn pieces(&self, iotlb: &Iotlb, end: u64) -> Result<Vec<Translation>, Refusal> {
+        let permission = Permission {
+            read: iotlb.read,
+            write: iotlb.write,
+        };
+        let mut pieces = Vec::new();
+        if !(iotlb.read || iotlb.write) {
+            return Ok(pieces);
+        }
+        if iotlb.user_address.checked_add(iotlb.size).is_none() {
+            return Err(Refusal::TranslationShape(*iotlb, self.window));
+        }
+        let mut next = iotlb.iova;
+        // Each turn goes to the end of another region.
+        while next < end {
+            let user = iotlb.user_address + (next - iotlb.iova);
+            let found = self.table.iter().find_map(|shown| {
+                let region = &shown.region;
+                let offset = user.checked_sub(region.user_address)?;
+                (offset < region.size).then_some((region, offset))
+            });
+            let (region, offset) = found.ok_or(Refusal::Nowhere(*iotlb, user))?;
+            if !offset.is_multiple_of(PAGE) {
+                return Err(Refusal::TranslationShape(*iotlb, self.window));
+            }
+            let len = (region.size - offset).min(end - next);
+            pieces.push(Translation {
+                iova: next,
+                len,
+                region: region.guest_address,
+                offset,
+                permission,
+            });
+            next += len;
+        }
+        Ok(pieces)
+    }
+
+    /// Replaces whatever there was. Where it cannot be shown, nothing is left in its range.
+    fn update(&mut self, iotlb: &Iotlb, end: u64, machine: &mut impl Machine) -> Result<(), Error> {
+        let pieces = self.pieces(iotlb, end)?;
+        // Front-ends repeat themselves, as an answer to a miss for instance; a window in use must not blink then.
+        if !pieces.is_empty() && pieces.iter().all(|piece| self.translations.has(piece)) {
+            return Ok(());
+        }
+        let others = self.translations.count_without(iotlb.iova, end);
+        if others + pieces.len() > MAX_TRANSLATIONS {
+            return Err(Refusal::TooManyTranslations.into());
+        }
+        self.revoke(iotlb.iova, end, machine)?;
+        for piece in pieces {
+            let region = self
+                .table
+                .iter()
+                .find(|shown| shown.region.guest_address == piece.region)
+                .ok_or(Refusal::Nowhere(*iotlb, piece.region))?;
+            let part = SharedRegion {
+                file_offset: region.shared.file_offset + piece.offset,
+                len: piece.len,
+                ..region.shared.clone()
+            };
+            if let Err(error) = machine.map(piece.iova, &part, piece.permission) {
+                self.revoke(iotlb.iova, end, machine)?;
+                return Err(Refusal::Translate(*iotlb, error).into());
+            }
+            self.translations.insert(piece);
+        }
+        Ok(())
+    }
+
+    /// Makes `table` the memory table: what the window shows, or what translations lead into, and nothing else. What is there already stays. Nothing
+    /// has changed where it refuses.
     fn set_table(
         &mut self,
         mut table: Vec<Shown>,
@@ -422,9 +703,16 @@ impl Backend {
             return Err(Refusal::Overlap(second.region.guest_address).into());
         }
 
-        let is_in = |shown: &Shown, table: &[Shown]| table.iter().any(|other| other.same(shown));
+        let translating = self.translating;
+        let is_in = |shown: &Shown, table: &[Shown]| {
+            table.iter().any(|other| {
+                // A user address is what a translation has been made from.
+                let moved = other.region.user_address != shown.region.user_address;
+                !(translating && moved) && other.same(shown)
+            })
+        };
         let (mut kept, removed): (Vec<_>, Vec<_>) =
-            self.shown.drain(..).partition(|old| is_in(old, &table));
+            self.table.drain(..).partition(|old| is_in(old, &table));
         let (same, added): (Vec<_>, Vec<_>) = table.into_iter().partition(|new| is_in(new, &kept));
         for old in &mut kept {
             // A region may move in the front-end's own address space.
@@ -435,49 +723,42 @@ impl Backend {
                 old.region = new.region;
             }
         }
-        self.shown = kept;
+        self.table = kept;
         for old in &removed {
-            machine
-                .unmap(old.region.guest_address, old.region.size)
-                .map_err(Fault::Window)?;
+            self.hide(old, machine)?;
         }
         for (done, new) in added.iter().enumerate() {
-            if let Err(error) = machine.map(new.region.guest_address, &new.shared) {
+            if let Err(error) = self.show(new, machine) {
                 for undo in &added[..done] {
-                    machine
-                        .unmap(undo.region.guest_address, undo.region.size)
-                        .map_err(Fault::Window)?;
+                    self.hide(undo, machine)?;
                 }
                 for old in removed {
-                    machine
-                        .map(old.region.guest_address, &old.shared)
-                        .map_err(Fault::Window)?;
-                    self.shown.push(old);
+                    self.show(&old, machine).map_err(Fault::Window)?;
+                    self.table.push(old);
                 }
                 return Err(Refusal::Map(new.region, error).into());
             }
         }
-        self.shown.extend(added);
+        self.table.extend(added);
         Ok(())
     }
 
     fn add_region(&mut self, new: Shown, machine: &mut impl Machine) -> Result<(), Refusal> {
         self.check(&new.region)?;
-        if self.shown.len() >= MAX_REGIONS {
+        if self.table.len() >= MAX_REGIONS {
             return Err(Refusal::TooMany);
         }
         let start = new.region.guest_address;
         if self
-            .shown
+            .table
             .iter()
             .any(|old| old.region.guest_address < new.end() && start < old.end())
         {
             return Err(Refusal::Overlap(start));
         }
-        machine
-            .map(start, &new.shared)
+        self.show(&new, machine)
             .map_err(|error| Refusal::Map(new.region, error))?;
-        self.shown.push(new);
+        self.table.push(new);
         Ok(())
     }
 
@@ -489,14 +770,12 @@ impl Backend {
         // The specification identifies a region by these three; the offset into the file is not among them.
         let key = |r: &MemoryRegion| (r.guest_address, r.size, r.user_address);
         let at = self
-            .shown
+            .table
             .iter()
             .position(|old| key(&old.region) == key(&region));
         let at = at.ok_or(Refusal::NoRegion(region))?;
-        let old = self.shown.swap_remove(at);
-        machine
-            .unmap(old.region.guest_address, old.region.size)
-            .map_err(Fault::Window)?;
+        let old = self.table.swap_remove(at);
+        self.hide(&old, machine)?;
         Ok(())
     }
 }

@@ -2,10 +2,13 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
+use std::time::Instant;
 
 use super::backend::{Line, Machine};
-use super::{FIRST_SPECIAL, Shared};
+use super::misses::Channel;
+use super::{FIRST_SPECIAL, Shared, count};
 use crate::host::{Permission, SharedRegion, Window};
 use crate::virtio::{Transport, event};
 
@@ -24,6 +27,7 @@ pub(super) struct Plumbing {
     window: Arc<dyn Window>,
     shared: Arc<Shared>,
     queues: u16,
+    channel: Option<Channel>,
 }
 
 impl Plumbing {
@@ -32,7 +36,13 @@ impl Plumbing {
             window,
             shared,
             queues,
+            channel: None,
         }
+    }
+
+    /// The channel that came since the last call.
+    pub(super) fn take_channel(&mut self) -> Option<Channel> {
+        self.channel.take()
     }
 
     fn transport(&self) -> io::Result<Arc<dyn Transport>> {
@@ -46,6 +56,7 @@ impl Plumbing {
     /// Takes everything away: first the memory, so that nothing that a doorbell or a kick starts can reach it.
     pub(super) fn clear(&mut self) {
         self.window.clear();
+        self.channel = None;
         let Ok(transport) = self.transport() else {
             return;
         };
@@ -60,12 +71,25 @@ impl Plumbing {
 }
 
 impl Machine for Plumbing {
-    fn map(&mut self, offset: u64, region: &SharedRegion) -> io::Result<()> {
-        self.window.map(offset, region, Permission::READ_WRITE)
+    fn map(
+        &mut self,
+        offset: u64,
+        region: &SharedRegion,
+        permission: Permission,
+    ) -> io::Result<()> {
+        let since = Instant::now();
+        let result = self.window.map(offset, region, permission);
+        let counters = &self.shared.counters;
+        took(since, &counters.maps, &counters.map_ns);
+        result
     }
 
     fn unmap(&mut self, offset: u64, len: u64) -> io::Result<()> {
-        self.window.unmap(offset, len)
+        let since = Instant::now();
+        let result = self.window.unmap(offset, len);
+        let counters = &self.shared.counters;
+        took(since, &counters.unmaps, &counters.unmap_ns);
+        result
     }
 
     fn connect(&mut self, what: Line, queue: u16, fd: Option<OwnedFd>) -> io::Result<()> {
@@ -77,4 +101,15 @@ impl Machine for Plumbing {
             Line::Error => transport.set_doorbell(error(queue), event),
         }
     }
+    fn set_channel(&mut self, socket: OwnedFd) -> io::Result<()> {
+        self.channel = Some(Channel::new(socket)?);
+        Ok(())
+    }
+}
+
+/// One more of these, and how long it took.
+fn took(since: Instant, calls: &AtomicU64, nanoseconds: &AtomicU64) {
+    count(calls);
+    let ns = u64::try_from(since.elapsed().as_nanos()).unwrap_or(u64::MAX);
+    nanoseconds.fetch_add(ns, Ordering::Relaxed);
 }

@@ -2,14 +2,21 @@
 //! guest is the back-end of that VM's virtio device.
 //!
 //! * `backend`: what each vhost-user message does;
+//! * `iotlb`: the front-end's translations;
+//! * `misses`: accesses that wait for one;
 //! * `doorbells`: how the peer's eventfds and memory reach the transport and the window;
 //! * `queues`: messages to and from the guest;
+//! * `memory`: the guest's memory, where the device is behind an IOMMU too;
 //! * `worker`: the device thread's part, which owns all of these.
 //!
-//! A vCPU only writes down what it wants (`Shared`) and wakes the device thread.
+//! A vCPU only writes down what it wants (`Shared`) and wakes the device thread. It waits for nothing but a translation that it misses, and
+//! that for a bounded time.
 
 mod backend;
 mod doorbells;
+mod iotlb;
+mod memory;
+mod misses;
 mod queues;
 #[cfg(test)]
 mod tests;
@@ -19,15 +26,18 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::time::Duration;
 
 use event_manager::MutEventSubscriber;
 use log::info;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::host::{Host, Window};
+use crate::host::{Access, Host, Window};
 use crate::vhost_user::{Socket, SocketError, SocketRole};
-use crate::virtio::{Activation, SpecialQueues, Transport, VirtioDevice, event};
+use crate::virtio::{Activation, F_ACCESS_PLATFORM, SpecialQueues, Transport, VirtioDevice, event};
+use crate::virtio_iommu::Endpoint;
 
+use misses::Misses;
 use worker::Worker;
 
 /// The virtio device type.
@@ -39,6 +49,8 @@ const FIRST_SPECIAL: u16 = 2;
 /// How many vhost-user queues a device can serve: as many as a message can name.
 pub const MAX_QUEUES: u16 = 256;
 const MIN_WINDOW: u64 = 4096;
+/// [`VhostPciConfig::miss_timeout`] where nothing else is wanted.
+pub const DEFAULT_MISS_TIMEOUT: Duration = Duration::from_millis(50);
 
 /// Bit of the `status` field: the driver is ready for a front-end.
 pub const BACKEND_UP: u32 = 1;
@@ -58,6 +70,9 @@ pub struct VhostPciConfig {
     pub queues: u16,
     /// Identifies the device to its guest; zero where that is not wanted.
     pub uuid: [u8; 16],
+    /// How long an access of the guest waits for the front-end to say where its address leads, before it is refused; zero: the front-end
+    /// is never asked.
+    pub miss_timeout: Duration,
 }
 
 /// Why a device could not be made.
@@ -80,10 +95,28 @@ pub enum Error {
 /// What has happened so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Stats {
-    /// Guest reads from the window where it shows nothing.
+    /// Guest reads from the window that were refused: it shows nothing there, or nothing to read.
     pub window_reads: u64,
-    /// Guest writes to the window where it shows nothing.
+    /// Guest writes to the window that were refused.
     pub window_writes: u64,
+    /// Pages that front-ends were asked for (MISS).
+    pub misses: u64,
+    /// Accesses that waited for those and were let through.
+    pub misses_answered: u64,
+    /// Translations that came (UPDATE) and were taken.
+    pub updates: u64,
+    /// Revocations of translations (INVALIDATE) that were carried out.
+    pub invalidates: u64,
+    /// Translations that there are now.
+    pub windows: u64,
+    /// Calls of `Window::map`, for translations and memory tables.
+    pub maps: u64,
+    /// Nanoseconds that those took in all.
+    pub map_ns: u64,
+    /// Calls of `Window::unmap`.
+    pub unmaps: u64,
+    /// Nanoseconds that those took in all.
+    pub unmap_ns: u64,
     /// Messages put on `rxq`.
     pub messages_to_guest: u64,
     /// Messages sent to front-ends, the device's own answers included.
@@ -100,6 +133,15 @@ pub struct Stats {
 struct Counters {
     window_reads: AtomicU64,
     window_writes: AtomicU64,
+    misses: AtomicU64,
+    misses_answered: AtomicU64,
+    updates: AtomicU64,
+    invalidates: AtomicU64,
+    windows: AtomicU64,
+    maps: AtomicU64,
+    map_ns: AtomicU64,
+    unmaps: AtomicU64,
+    unmap_ns: AtomicU64,
     messages_to_guest: AtomicU64,
     messages_to_peer: AtomicU64,
     dropped: AtomicU64,
@@ -134,6 +176,7 @@ struct Shared {
     /// Wakes the device thread.
     wake: EventFd,
     transport: OnceLock<Weak<dyn Transport>>,
+    misses: Misses,
     counters: Counters,
 }
 
@@ -155,18 +198,30 @@ pub struct VhostPci {
     window_size: u64,
     queues: u16,
     uuid: [u8; 16],
+    miss_timeout: Duration,
+    /// The device's own addresses, those of the control queues, go through an IOMMU.
+    translated: bool,
 }
 
 impl VhostPci {
     /// Makes the device and, where it listens, its socket. The window is cut to a quarter of the physical address space. Front-ends are
     /// served once [`VhostPci::subscriber`] is on an event loop.
-    pub fn new(config: VhostPciConfig, host: Arc<dyn Host>) -> Result<Arc<Self>, Error> {
+    ///
+    /// With an `endpoint`, the device is behind an IOMMU: its driver has to accept [`F_ACCESS_PLATFORM`], and its control queues lie at
+    /// addresses that the endpoint translates. The event loop must be that of the IOMMU. The window is not affected: it is no access of
+    /// the device.
+    pub fn new(
+        config: VhostPciConfig,
+        endpoint: Option<Arc<Endpoint>>,
+        host: Arc<dyn Host>,
+    ) -> Result<Arc<Self>, Error> {
         let VhostPciConfig {
             socket,
             role,
             window,
             queues,
             uuid,
+            miss_timeout,
         } = config;
         if !window.is_power_of_two() || window < MIN_WINDOW {
             return Err(Error::WindowSize(window));
@@ -190,12 +245,15 @@ impl VhostPci {
             guest: Mutex::default(),
             wake: event::new().map_err(|e| Error::Host("an eventfd", e))?,
             transport: OnceLock::new(),
+            misses: Misses::default(),
             counters: Counters::default(),
         });
         let socket = Socket::new(socket, role)?;
+        let translated = endpoint.is_some();
         let worker = Worker::new(
             shared.clone(),
             host,
+            endpoint,
             socket,
             window.clone(),
             window_size,
@@ -209,6 +267,8 @@ impl VhostPci {
             window_size,
             queues,
             uuid,
+            miss_timeout,
+            translated,
         }))
     }
 
@@ -226,6 +286,15 @@ impl VhostPci {
         Stats {
             window_reads: read(&counters.window_reads),
             window_writes: read(&counters.window_writes),
+            misses: read(&counters.misses),
+            misses_answered: read(&counters.misses_answered),
+            updates: read(&counters.updates),
+            invalidates: read(&counters.invalidates),
+            windows: read(&counters.windows),
+            maps: read(&counters.maps),
+            map_ns: read(&counters.map_ns),
+            unmaps: read(&counters.unmaps),
+            unmap_ns: read(&counters.unmap_ns),
             messages_to_guest: read(&counters.messages_to_guest),
             messages_to_peer: read(&counters.messages_to_peer),
             dropped: read(&counters.dropped),
@@ -236,6 +305,15 @@ impl VhostPci {
 
     fn wake(&self) {
         event::signal(&self.shared.wake);
+    }
+
+    /// Waits for the translation of an address that the window does not show for this access. Returns whether another try is worth
+    /// it.
+    fn miss(&self, offset: u64, len: usize, access: Access) -> bool {
+        let range = offset..offset.saturating_add(len as u64);
+        self.shared
+            .misses
+            .wait(range, access, self.miss_timeout, || self.wake())
     }
 }
 
@@ -253,7 +331,15 @@ impl VirtioDevice for VhostPci {
     }
 
     fn features(&self) -> u64 {
-        0
+        if self.translated {
+            F_ACCESS_PLATFORM
+        } else {
+            0
+        }
+    }
+
+    fn accepts(&self, features: u64) -> bool {
+        features & F_ACCESS_PLATFORM != 0 || !self.translated
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
@@ -314,11 +400,20 @@ impl VirtioDevice for VhostPci {
         Some((self.window_size, self.window.clone()))
     }
 
-    fn window_read(&self, _offset: u64, _data: &mut [u8]) {
-        count(&self.shared.counters.window_reads);
+    fn window_read(&self, offset: u64, data: &mut [u8]) {
+        let allowed = self.window.read(offset, data)
+            || self.miss(offset, data.len(), Access::Read) && self.window.read(offset, data);
+        if !allowed {
+            data.fill(0xff);
+            count(&self.shared.counters.window_reads);
+        }
     }
 
-    fn window_write(&self, _offset: u64, _data: &[u8]) {
-        count(&self.shared.counters.window_writes);
+    fn window_write(&self, offset: u64, data: &[u8]) {
+        let allowed = self.window.write(offset, data)
+            || self.miss(offset, data.len(), Access::Write) && self.window.write(offset, data);
+        if !allowed {
+            count(&self.shared.counters.window_writes);
+        }
     }
 }

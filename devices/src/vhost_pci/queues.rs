@@ -1,14 +1,14 @@
 //! The control queues: messages to and from the guest's driver.
 
-use std::io::{Read, Write};
 use std::sync::Arc;
 
 use thiserror::Error;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
-use vm_memory::{Address, GuestAddress, GuestMemory, GuestMemoryMmap, Permissions};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, Permissions};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::QUEUE_SIZE;
+use super::memory::DeviceMemory;
 use crate::virtio::{Activation, QueueSetup, event};
 
 /// The longest message, header included; also what a receive buffer must hold.
@@ -23,6 +23,8 @@ pub(super) enum Fault {
     Ring(&'static str, #[source] virtio_queue::Error),
     #[error("{0}: a buffer is not in memory")]
     Buffer(&'static str),
+    #[error("{0}: the IOMMU maps a ring or a buffer no more, or not for this access")]
+    Unmapped(&'static str),
     #[error("a receive buffer of {have} bytes is too small for a message of {need}")]
     TooSmall { need: usize, have: usize },
 }
@@ -44,11 +46,7 @@ struct Ring {
 }
 
 impl Ring {
-    fn new(
-        name: &'static str,
-        setup: &QueueSetup,
-        memory: &GuestMemoryMmap,
-    ) -> Result<Self, Fault> {
+    fn new(name: &'static str, setup: &QueueSetup, memory: &DeviceMemory) -> Result<Self, Fault> {
         let fault = |_| Fault::Setup(name);
         let mut queue = Queue::new(QUEUE_SIZE).map_err(fault)?;
         queue.try_set_size(setup.size).map_err(fault)?;
@@ -86,15 +84,31 @@ impl Ring {
 
     fn next<'m>(
         &mut self,
-        memory: &'m GuestMemoryMmap,
-    ) -> Result<Option<DescriptorChain<&'m GuestMemoryMmap>>, Fault> {
-        match self.queue.iter(memory) {
-            Ok(mut chains) => Ok(chains.next()),
-            Err(error) => Err(Fault::Ring(self.name, error)),
+        memory: &'m DeviceMemory<'m>,
+    ) -> Result<Option<DescriptorChain<&'m DeviceMemory<'m>>>, Fault> {
+        let chains = self.queue.iter(memory);
+        let chain = chains
+            .map_err(|error| Fault::Ring(self.name, error))?
+            .next();
+        self.check(memory)?;
+        Ok(chain)
+    }
+
+    /// A buffer could not be reached.
+    fn buffer(&self, memory: &DeviceMemory) -> Fault {
+        self.check(memory).err().unwrap_or(Fault::Buffer(self.name))
+    }
+
+    /// Whether the IOMMU has let everything through: the virtio-queue crate takes what it cannot read for the end of a chain or of the ring.
+    fn check(&self, memory: &DeviceMemory) -> Result<(), Fault> {
+        if memory.refused() {
+            Err(Fault::Unmapped(self.name))
+        } else {
+            Ok(())
         }
     }
 
-    fn put(&mut self, memory: &GuestMemoryMmap, head: u16, written: u32) -> Result<(), Fault> {
+    fn put(&mut self, memory: &DeviceMemory, head: u16, written: u32) -> Result<(), Fault> {
         let ring = |error| Fault::Ring(self.name, error);
         self.queue.add_used(memory, head, written).map_err(ring)?;
         if self.queue.needs_notification(memory).map_err(ring)? {
@@ -111,7 +125,7 @@ pub(super) struct ControlQueues {
 }
 
 impl ControlQueues {
-    pub(super) fn new(activation: &Activation, memory: &GuestMemoryMmap) -> Result<Self, Fault> {
+    pub(super) fn new(activation: &Activation, memory: &DeviceMemory) -> Result<Self, Fault> {
         let [rx, tx] = activation.queues.as_slice() else {
             return Err(Fault::Setup("rxq"));
         };
@@ -127,23 +141,26 @@ impl ControlQueues {
     }
 
     /// Puts a message in the next receive buffer; returns whether there was one.
-    pub(super) fn deliver(
-        &mut self,
-        memory: &GuestMemoryMmap,
-        message: &[u8],
-    ) -> Result<bool, Fault> {
+    pub(super) fn deliver(&mut self, memory: &DeviceMemory, message: &[u8]) -> Result<bool, Fault> {
         let Some(chain) = self.rx.next(memory)? else {
             return Ok(false);
         };
         let head = chain.head_index();
-        let mut writer = chain.writer(memory).map_err(|_| Fault::Buffer("rxq"))?;
-        let (need, have) = (message.len(), writer.available_bytes());
-        if have < need {
+        let need = message.len();
+        let mut rest = message;
+        for buffer in chain.writable() {
+            let room = usize::try_from(buffer.len()).unwrap_or(usize::MAX);
+            let (part, behind) = rest.split_at(rest.len().min(room));
+            memory
+                .write_slice(part, buffer.addr())
+                .map_err(|_| self.rx.buffer(memory))?;
+            rest = behind;
+        }
+        self.rx.check(memory)?;
+        if !rest.is_empty() {
+            let have = need - rest.len();
             return Err(Fault::TooSmall { need, have });
         }
-        writer
-            .write_all(message)
-            .map_err(|_| Fault::Buffer("rxq"))?;
         // A message is at most `MAX_MESSAGE` long.
         self.rx
             .put(memory, head, u32::try_from(need).unwrap_or(0))?;
@@ -151,20 +168,30 @@ impl ControlQueues {
     }
 
     /// Takes the next message of the driver.
-    pub(super) fn take(&mut self, memory: &GuestMemoryMmap) -> Result<Option<Sent>, Fault> {
+    pub(super) fn take(&mut self, memory: &DeviceMemory) -> Result<Option<Sent>, Fault> {
         let Some(chain) = self.tx.next(memory)? else {
             return Ok(None);
         };
         let head = chain.head_index();
-        let mut reader = chain.reader(memory).map_err(|_| Fault::Buffer("txq"))?;
-        let len = reader.available_bytes();
-        let sent = if len > MAX_MESSAGE {
+        let mut bytes = Vec::new();
+        let mut too_long = false;
+        for buffer in chain.readable() {
+            let start = bytes.len();
+            let len = usize::try_from(buffer.len()).unwrap_or(usize::MAX);
+            too_long = len > MAX_MESSAGE - start;
+            if too_long {
+                break;
+            }
+            bytes.resize(start + len, 0);
+            let part = bytes.get_mut(start..).unwrap_or_default();
+            memory
+                .read_slice(part, buffer.addr())
+                .map_err(|_| self.tx.buffer(memory))?;
+        }
+        self.tx.check(memory)?;
+        let sent = if too_long {
             Sent::TooLong
         } else {
-            let mut bytes = vec![0; len];
-            reader
-                .read_exact(&mut bytes)
-                .map_err(|_| Fault::Buffer("txq"))?;
             Sent::Message(bytes)
         };
         self.tx.put(memory, head, 0)?;

@@ -3,10 +3,13 @@
 //! Every event leads to the same [`Worker::run`], which looks at all there is and does a bounded amount of it. Nothing waits: where a
 //! side is slow, the other side's messages stay where they are.
 
+use std::collections::VecDeque;
 use std::fmt;
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
@@ -16,16 +19,22 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use super::backend::{self, Backend, Step};
 use super::doorbells::Plumbing;
+use super::memory::DeviceMemory;
+use super::misses::{self, Channel};
 use super::queues::{self, ControlQueues, Sent};
 use super::{BACKEND_UP, FRONTEND_UP, Shared, count};
 use crate::host::{Host, Window};
 use crate::vhost_user::{self, Connection, Message, RateLimit, Socket};
 use crate::virtio::event;
+use crate::virtio_iommu::Endpoint;
 
 /// How many messages of each side one call handles before other devices on the thread have their turn.
 const BUDGET: usize = 64;
 /// How often an absent front-end is looked for.
 const RETRY: Duration = Duration::from_millis(50);
+/// How many messages may wait for the driver's buffers before no more are read where some of those that follow may be about translations: these
+/// need no buffer, and the front-end's guest waits for them.
+const READ_AHEAD: usize = 32;
 
 // What an event is about.
 const WAKE: u32 = 0;
@@ -34,6 +43,7 @@ const LISTENER: u32 = 2;
 const RXQ: u32 = 3;
 const TXQ: u32 = 4;
 const PEER: u32 = 5;
+const CHANNEL: u32 = 6;
 
 /// Why a connection ends, other than by the guest's wish.
 #[derive(Debug, Error)]
@@ -50,14 +60,23 @@ enum End {
 struct Peer {
     connection: Connection,
     backend: Backend,
-    /// Read ahead: it has taken effect and waits for a receive buffer.
-    waiting: Option<Vec<u8>>,
+    /// Where the front-end is asked for translations.
+    channel: Option<Channel>,
+    /// Read ahead: they have taken effect and wait for receive buffers.
+    waiting: VecDeque<Vec<u8>>,
+    /// The addresses whose translation came since the accesses that wait were looked at.
+    updated: Vec<Range<u64>>,
 }
 
 impl Peer {
     /// Whether another message of the front-end may be read.
     fn may_read(&self) -> bool {
-        self.waiting.is_none() && !self.connection.wants_write() && self.backend.accepts()
+        let ahead = if self.backend.translates() {
+            READ_AHEAD
+        } else {
+            1
+        };
+        self.waiting.len() < ahead && !self.connection.wants_write() && self.backend.accepts()
     }
 }
 
@@ -93,6 +112,7 @@ fn say(limit: &mut RateLimit, level: Level, socket: &Socket, text: fmt::Argument
 pub(super) struct Worker {
     shared: Arc<Shared>,
     host: Arc<dyn Host>,
+    endpoint: Option<Arc<Endpoint>>,
     plumbing: Plumbing,
     window_size: u64,
     max_queues: u16,
@@ -114,6 +134,7 @@ impl Worker {
     pub(super) fn new(
         shared: Arc<Shared>,
         host: Arc<dyn Host>,
+        endpoint: Option<Arc<Endpoint>>,
         socket: Socket,
         window: Arc<dyn Window>,
         window_size: u64,
@@ -123,6 +144,7 @@ impl Worker {
             plumbing: Plumbing::new(window, shared.clone(), max_queues),
             shared,
             host,
+            endpoint,
             window_size,
             max_queues,
             queues: None,
@@ -163,7 +185,8 @@ impl Worker {
             }
         }
         if let Some(activation) = orders.activation {
-            match ControlQueues::new(&activation, self.host.memory()) {
+            let memory = DeviceMemory::new(self.host.memory(), self.endpoint.as_deref());
+            match ControlQueues::new(&activation, &memory) {
                 Ok(queues) => self.queues = Some(queues),
                 Err(fault) => self.guest_fault(&fault),
             }
@@ -189,6 +212,57 @@ impl Worker {
         if let Err(end) = self.serve() {
             self.end(&end);
         }
+        self.ask();
+    }
+
+    /// Sees to the accesses that wait for a translation, and to the channel on which front-ends are asked for it.
+    fn ask(&mut self) {
+        let shared = &self.shared;
+        let mut fault = None;
+        let mut open = false;
+        let mut windows = 0;
+        if let Some(peer) = &mut self.peer {
+            windows = peer.backend.translations();
+            let updated = std::mem::take(&mut peer.updated);
+            if let Some(channel) = self.plumbing.take_channel() {
+                shared.misses.set_open(false);
+                let old = peer.channel.replace(channel);
+                self.retired.extend(old.map(|old| Box::new(old) as _));
+            }
+            if let Some(channel) = &mut peer.channel {
+                let result = channel.receive(&shared.misses, BUDGET).and_then(|()| {
+                    if peer.backend.translates() {
+                        channel.ask(&shared.misses, &peer.backend, &updated, &shared.counters)
+                    } else {
+                        Ok(())
+                    }
+                });
+                if let Err(error) = result {
+                    fault = Some(error);
+                    let old = peer.channel.take();
+                    self.retired.extend(old.map(|old| Box::new(old) as _));
+                }
+            }
+            open = peer.channel.is_some() && peer.backend.translates();
+        }
+        shared
+            .counters
+            .windows
+            .store(windows as u64, Ordering::Relaxed);
+        shared.misses.set_open(open);
+        if let Some(fault) = fault {
+            self.channel_closed(&fault);
+        }
+    }
+
+    fn channel_closed(&mut self, fault: &misses::Fault) {
+        let text = format_args!("the channel for requests is closed: {fault}");
+        match fault {
+            misses::Fault::Connection(error) if error.is_disconnect() => {
+                say(&mut self.log.gone, Level::Info, &self.socket, text);
+            }
+            _ => self.warn(text),
+        }
     }
 
     fn connect(&mut self) {
@@ -201,7 +275,9 @@ impl Worker {
                 self.peer = Some(Peer {
                     connection,
                     backend,
-                    waiting: None,
+                    channel: None,
+                    waiting: VecDeque::new(),
+                    updated: Vec::new(),
                 });
                 self.shared.guest().status |= FRONTEND_UP;
                 self.config_changed();
@@ -270,6 +346,8 @@ impl Worker {
         };
         self.plumbing.clear();
         self.retired.push(Box::new(peer.connection));
+        self.retired
+            .extend(peer.channel.map(|channel| Box::new(channel) as _));
         true
     }
 
@@ -284,7 +362,7 @@ impl Worker {
         let Some(queues) = &mut self.queues else {
             return Ok(());
         };
-        let memory = self.host.memory();
+        let memory = &DeviceMemory::new(self.host.memory(), self.endpoint.as_deref());
         let counters = &self.shared.counters;
         let mut left = BUDGET;
         let Some(peer) = &mut self.peer else {
@@ -326,32 +404,26 @@ impl Worker {
         }
 
         for _ in 0..BUDGET {
-            if let Some(bytes) = &peer.waiting {
-                if !queues.deliver(memory, bytes)? {
-                    break;
-                }
-                peer.waiting = None;
-                count(&counters.messages_to_guest);
-            }
+            deliver(peer, queues, memory, counters)?;
             if !peer.may_read() {
                 break;
             }
             let Some(message) = peer.connection.receive()? else {
                 break;
             };
-            if let Step::Pass(message) = peer.backend.front_end(message, &mut self.plumbing)? {
-                peer.waiting = Some(bytes(&message));
+            match peer.backend.front_end(message, &mut self.plumbing)? {
+                Step::Pass(message) => peer.waiting.push_back(bytes(&message)),
+                Step::Done => {}
+                Step::Updated(range) => {
+                    count(&counters.updates);
+                    peer.updated.push(range);
+                }
+                Step::Invalidated => count(&counters.invalidates),
             }
             answer(peer, counters)?;
         }
         // The budget may have ended with a message in hand; the socket alone would not bring it back to mind.
-        if let Some(bytes) = &peer.waiting
-            && queues.deliver(memory, bytes)?
-        {
-            peer.waiting = None;
-            count(&counters.messages_to_guest);
-        }
-        Ok(())
+        deliver(peer, queues, memory, counters)
     }
 
     /// What the event loop has to watch now.
@@ -375,6 +447,13 @@ impl Worker {
                 events |= EventSet::OUT;
             }
             list.push((peer.connection.as_raw_fd(), PEER, events));
+            if let Some(channel) = &peer.channel {
+                let mut events = EventSet::IN;
+                if channel.wants_write() {
+                    events |= EventSet::OUT;
+                }
+                list.push((channel.as_raw_fd(), CHANNEL, events));
+            }
         } else if let Some(listener) = self.socket.listener()
             && !self.pause
             && self.shared.guest().status & BACKEND_UP != 0
@@ -422,6 +501,23 @@ fn answer(peer: &mut Peer, counters: &super::Counters) -> Result<(), End> {
     while let Some(message) = peer.backend.answer() {
         peer.connection.send(&message)?;
         count(&counters.messages_to_peer);
+    }
+    Ok(())
+}
+
+/// Gives the driver the messages that wait, as far as it has buffers for them.
+fn deliver(
+    peer: &mut Peer,
+    queues: &mut ControlQueues,
+    memory: &DeviceMemory,
+    counters: &super::Counters,
+) -> Result<(), End> {
+    while let Some(bytes) = peer.waiting.front() {
+        if !queues.deliver(memory, bytes)? {
+            break;
+        }
+        peer.waiting.pop_front();
+        count(&counters.messages_to_guest);
     }
     Ok(())
 }

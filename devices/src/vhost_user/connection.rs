@@ -85,6 +85,7 @@ pub struct Connection {
     fds: Vec<OwnedFd>,
     queue: VecDeque<Pending>,
     backlog: usize,
+    blocked: bool,
 }
 
 impl AsRawFd for Connection {
@@ -105,6 +106,7 @@ impl Connection {
             fds: Vec::new(),
             queue: VecDeque::new(),
             backlog: 0,
+            blocked: false,
         })
     }
 
@@ -163,13 +165,7 @@ impl Connection {
 
     /// Sends a message, or as much of it as the socket takes; the rest waits for [`Connection::flush`].
     pub fn send(&mut self, message: &Message) -> Result<(), Error> {
-        if message.payload.len() > MAX_PAYLOAD || message.fds.len() > MAX_FDS {
-            return Err(Error::Unsendable {
-                payload: message.payload.len(),
-                fds: message.fds.len(),
-            });
-        }
-        let bytes = [&message.header()[..], &message.payload].concat();
+        let bytes = sendable(message)?;
         let mut sent = 0;
         if self.queue.is_empty() {
             sent = write(&self.stream, &bytes, &message.fds)?;
@@ -191,12 +187,36 @@ impl Connection {
         self.flush()
     }
 
+    /// As [`Connection::send`], but the message waits for [`Connection::flush`] in any case: many small ones go in one piece, and wake
+    /// the peer once.
+    pub fn post(&mut self, message: &Message) -> Result<(), Error> {
+        if !message.fds.is_empty() {
+            return self.send(message);
+        }
+        let bytes = sendable(message)?;
+        if self.backlog + bytes.len() > MAX_BACKLOG {
+            return Err(Error::Overflow);
+        }
+        self.backlog += bytes.len();
+        match self.queue.back_mut() {
+            // One that is on its way is left alone: it would grow for ever if the peer were just slow enough.
+            Some(last) if last.sent == 0 => last.bytes.extend_from_slice(&bytes),
+            _ => self.queue.push_back(Pending {
+                bytes,
+                sent: 0,
+                fds: Vec::new(),
+            }),
+        }
+        Ok(())
+    }
+
     /// Sends what waits, as far as the socket takes it.
     pub fn flush(&mut self) -> Result<(), Error> {
         while let Some(pending) = self.queue.front_mut() {
             let rest = pending.bytes.get(pending.sent..).unwrap_or_default();
             let sent = write(&self.stream, rest, &pending.fds)?;
             if sent == 0 {
+                self.blocked = true;
                 return Ok(());
             }
             pending.fds.clear();
@@ -206,7 +226,14 @@ impl Connection {
                 self.queue.pop_front();
             }
         }
+        self.blocked = false;
         Ok(())
+    }
+
+    /// Whether the socket took less than there was for it the last time.
+    #[must_use]
+    pub fn is_blocked(&self) -> bool {
+        self.blocked
     }
 
     /// Whether something waits for the socket to become writable.
@@ -214,6 +241,17 @@ impl Connection {
     pub fn wants_write(&self) -> bool {
         !self.queue.is_empty()
     }
+}
+
+/// The bytes of a message, where it can be sent.
+fn sendable(message: &Message) -> Result<Vec<u8>, Error> {
+    if message.payload.len() > MAX_PAYLOAD || message.fds.len() > MAX_FDS {
+        return Err(Error::Unsendable {
+            payload: message.payload.len(),
+            fds: message.fds.len(),
+        });
+    }
+    Ok([&message.header()[..], &message.payload].concat())
 }
 
 /// One read; `None` where nothing is there. New descriptors join `fds`.
@@ -249,10 +287,15 @@ fn read(
 fn write(stream: &UnixStream, bytes: &[u8], fds: &[OwnedFd]) -> Result<usize, Error> {
     let fds: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
     loop {
-        match stream
-            .send_with_fds(&[bytes], &fds)
-            .map_err(io::Error::from)
-        {
+        // What carries descriptors is a front-end's; its socket is its own.
+        let result = if fds.is_empty() {
+            sys::send(stream, bytes)
+        } else {
+            stream
+                .send_with_fds(&[bytes], &fds)
+                .map_err(io::Error::from)
+        };
+        match result {
             Ok(sent) => return Ok(sent),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(0),

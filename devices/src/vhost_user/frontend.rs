@@ -10,23 +10,31 @@
 //! The protocol gives ring addresses in "user addresses" of the front-end. Those that are sent here are **guest physical
 //! addresses**, in the memory table and for the rings alike: a back-end needs no more than a consistent space, and the VMM's
 //! own virtual addresses are none of its business.
+//!
+//! Where VIRTIO_F_ACCESS_PLATFORM was negotiated ring addresses are IO virtual, and [`Frontend::iotlb`] tells the back-end what those
+//! lead to: guest physical addresses again, as user addresses of the memory table. The order on the wire is: features, the back-end's channel,
+//! memory, translations, rings; a back-end may touch a ring as soon as it has its kick.
 
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::channel::Channel;
 use super::connection::{self, Connection};
 use super::wire::{
-    DecodeError, MemoryRegion, MemoryTable, Message, Payload, SingleMemoryRegion, U64, VringAddr,
-    VringFd, VringState, protocol_features, requests,
+    DecodeError, Iotlb, IotlbKind, MemoryRegion, MemoryTable, Message, Payload, SingleMemoryRegion,
+    U64, VringAddr, VringFd, VringState, protocol_features, requests,
 };
 use super::{VHOST_USER_F_PROTOCOL_FEATURES, sys};
 use crate::host;
-use crate::virtio::F_RING_PACKED;
+use crate::virtio::{F_ACCESS_PLATFORM, F_RING_PACKED};
+use crate::virtio_iommu::Change;
 
 /// The base of a packed ring that nobody has used yet (payload "vring descriptor indices for packed virtqueues"): the index of the
 /// next available descriptor in bits 0 to 14 and that of the next used one in bits 16 to 30, both 0; the driver's wrap counter
@@ -34,11 +42,16 @@ use crate::virtio::F_RING_PACKED;
 pub const PACKED_BASE: u32 = 0x8000_8000;
 
 /// The protocol features that this front-end makes use of.
-const PROTOCOL_FEATURES: u64 =
-    protocol_features::MQ | protocol_features::REPLY_ACK | protocol_features::CONFIGURE_MEM_SLOTS;
+const PROTOCOL_FEATURES: u64 = protocol_features::MQ
+    | protocol_features::REPLY_ACK
+    | protocol_features::BACKEND_REQ
+    | protocol_features::CONFIGURE_MEM_SLOTS;
 
 /// How many regions SET_MEM_TABLE may have ("Multiple memory regions description").
 const MAX_TABLE_REGIONS: u64 = 8;
+
+/// How many changes of translations the back-end may owe an answer to; see [`Frontend::has_iotlb_room`].
+pub const MAX_IOTLB_OWED: usize = 256;
 
 /// What the back-end did that the protocol does not allow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
@@ -108,6 +121,9 @@ pub enum Error {
     /// The host failed.
     #[error("cannot share a file descriptor: {0}")]
     Duplicate(#[source] io::Error),
+    /// The host gives no socket.
+    #[error("cannot make a channel for the back-end's requests: {0}")]
+    Channel(#[source] io::Error),
 }
 
 impl Error {
@@ -128,7 +144,8 @@ pub struct Offer {
     pub queues: u64,
 }
 
-/// A vring to start. Addresses are guest physical, and checked to lie in the memory that is shared.
+/// A vring to start. Addresses are the device's: guest physical ones, or IO virtual ones where ACCESS_PLATFORM was negotiated. They are checked
+/// to lead to memory that is shared.
 #[derive(Clone, Debug)]
 pub struct Vring {
     /// Its index.
@@ -160,6 +177,19 @@ pub enum Event {
     Stopped(Vec<(u8, u32)>),
     /// The back-end has stopped the vring of this index ([`Frontend::stop_vring`]), and would go on from this base.
     VringStopped(u8, u32),
+    /// Changes of translations are done.
+    Iotlb(IotlbDone),
+}
+
+/// How far the back-end has carried out what [`Frontend::iotlb`] sent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct IotlbDone {
+    /// The highest number among those that are done, which are all that were sent before the last of them.
+    pub number: u64,
+    /// How many answers of the back-end this is about.
+    pub answers: u64,
+    /// For those answers, the times from sending to answer, added up.
+    pub waited: Duration,
 }
 
 /// A reply that is owed.
@@ -177,6 +207,12 @@ enum Owed {
     Base(u8),
     /// The base of this vring, by itself.
     SingleBase(u8),
+    /// A change of translations: this request answers for it and all before.
+    Iotlb {
+        request: u32,
+        number: u64,
+        since: Instant,
+    },
 }
 
 impl Owed {
@@ -186,7 +222,7 @@ impl Owed {
             Self::ProtocolFeatures => requests::GET_PROTOCOL_FEATURES,
             Self::QueueNum => requests::GET_QUEUE_NUM,
             Self::MaxMemSlots => requests::GET_MAX_MEM_SLOTS,
-            Self::Ack(request) => request,
+            Self::Ack(request) | Self::Iotlb { request, .. } => request,
             Self::Base(_) | Self::SingleBase(_) => requests::GET_VRING_BASE,
         }
     }
@@ -207,13 +243,22 @@ pub struct Frontend {
     connection: Connection,
     state: State,
     owed: VecDeque<Owed>,
+    /// How many of those are about translations.
+    iotlb_owed: usize,
+    /// What is done and has not been reported.
+    iotlb_done: Option<IotlbDone>,
     offer: Offer,
     /// VHOST_USER_F_PROTOCOL_FEATURES was offered.
     has_protocol_features: bool,
     /// The protocol features in use.
     protocol_features: u64,
     max_mem_slots: u64,
+    /// The features that the back-end was told since the vrings stopped last.
+    told: Option<u64>,
     memory_sent: bool,
+    channel_sent: bool,
+    /// Until its owner takes it.
+    channel: Option<Channel>,
     /// The vrings that were started.
     vrings: Vec<u8>,
     /// Their layout.
@@ -236,6 +281,8 @@ impl Frontend {
             connection,
             state: State::Handshake,
             owed: VecDeque::new(),
+            iotlb_owed: 0,
+            iotlb_done: None,
             offer: Offer {
                 features: 0,
                 queues: 1,
@@ -243,7 +290,10 @@ impl Frontend {
             has_protocol_features: false,
             protocol_features: 0,
             max_mem_slots: 0,
+            told: None,
             memory_sent: false,
+            channel_sent: false,
+            channel: None,
             vrings: Vec::new(),
             packed: false,
             bases: Vec::new(),
@@ -283,8 +333,44 @@ impl Frontend {
         self.connection.wants_write()
     }
 
-    /// Starts vrings. `features` are the driver's, `memory` is all of the guest's memory, which must not change as long as
-    /// the connection lasts: it is sent once.
+    /// Gets the back-end as far as it can get without vrings: it is told the driver's features and given `memory`, all of the guest's, which must
+    /// not change as long as the connection lasts: it is sent once. So is the channel for the back-end's requests, where it is behind an
+    /// IOMMU: [`Frontend::take_channel`]. May be called again; what has been said is not repeated.
+    pub fn set_up(&mut self, features: u64, memory: &[host::MemoryRegion]) -> Result<(), Error> {
+        if self.state != State::Ready {
+            return Err(Error::State("setting up"));
+        }
+        let mut features = features & self.offer.features;
+        self.packed = features & F_RING_PACKED != 0;
+        if self.has_protocol_features {
+            features |= VHOST_USER_F_PROTOCOL_FEATURES;
+        }
+        if self.told != Some(features) {
+            self.told = Some(features);
+            self.step(Message::request(requests::SET_FEATURES, &U64(features)))?;
+        }
+        let asks = features & F_ACCESS_PLATFORM != 0 && self.uses(protocol_features::BACKEND_REQ);
+        if asks && !self.channel_sent {
+            self.channel_sent = true;
+            let (ours, theirs) = UnixStream::pair().map_err(Error::Channel)?;
+            let ours = Connection::new(ours).map_err(Error::Channel)?;
+            let message = Message::bare(requests::SET_BACKEND_REQ_FD);
+            self.step(message.with_fds(vec![theirs.into()]))?;
+            self.channel = Some(Channel::new(ours));
+        }
+        if !self.memory_sent {
+            self.memory_sent = true;
+            self.send_memory(memory)?;
+        }
+        Ok(())
+    }
+
+    /// The channel that [`Frontend::set_up`] opened, once.
+    pub fn take_channel(&mut self) -> Option<Channel> {
+        self.channel.take()
+    }
+
+    /// Starts vrings, after [`Frontend::set_up`], which it does by itself where it has not been done with these features.
     ///
     /// Where REPLY_ACK was negotiated every step is acknowledged and a refusal is a [`Violation::Refused`]; elsewhere a
     /// GET_FEATURES at the end tells that the back-end got that far.
@@ -297,17 +383,8 @@ impl Frontend {
         if self.state != State::Ready {
             return Err(Error::State("starting vrings"));
         }
+        self.set_up(features, memory)?;
         self.state = State::Starting;
-        let mut features = features & self.offer.features;
-        self.packed = features & F_RING_PACKED != 0;
-        if self.has_protocol_features {
-            features |= VHOST_USER_F_PROTOCOL_FEATURES;
-        }
-        self.step(Message::request(requests::SET_FEATURES, &U64(features)))?;
-        if !self.memory_sent {
-            self.send_memory(memory)?;
-            self.memory_sent = true;
-        }
         for vring in vrings {
             self.start_vring(vring)?;
         }
@@ -323,6 +400,7 @@ impl Frontend {
             return Err(Error::State("stopping vrings"));
         }
         self.state = State::Stopping;
+        self.told = None;
         let vrings = std::mem::take(&mut self.vrings);
         if self.has_protocol_features {
             for &index in &vrings {
@@ -349,6 +427,83 @@ impl Frontend {
         self.ask(&get_base(index), Owed::SingleBase(index))
     }
 
+    /// Tells the back-end of a change of its translations, after [`Frontend::set_up`]; [`Event::Iotlb`] follows when it is done. `number` is the
+    /// caller's, and not less than those before, or 0 for a change that nobody waits for.
+    ///
+    /// Where REPLY_ACK was negotiated a change is done when the back-end has acknowledged it, and a refusal is a [`Violation::Refused`]. Elsewhere
+    /// the protocol has no answer: an invalidation is done when the back-end has answered a GET_FEATURES behind it, and an update with
+    /// what was sent before it. The caller paces itself by [`Frontend::has_iotlb_room`], and says when these are all for now:
+    /// [`Frontend::flush`].
+    pub fn iotlb(&mut self, change: &Change, number: u64) -> Result<(), Error> {
+        if !self.memory_sent {
+            return Err(Error::State("changing a translation"));
+        }
+        let acks = self.acks();
+        let message = Message::request(requests::IOTLB_MSG, &wire_change(change));
+        self.connection.post(&message.with_need_reply(acks))?;
+        let request = match change {
+            _ if acks => requests::IOTLB_MSG,
+            Change::Unmap { .. } => {
+                let barrier = Message::bare(requests::GET_FEATURES);
+                self.connection.post(&barrier)?;
+                requests::GET_FEATURES
+            }
+            Change::Map(_) => {
+                self.pass(number);
+                return Ok(());
+            }
+        };
+        let since = Instant::now();
+        self.iotlb_owed += 1;
+        self.owed.push_back(Owed::Iotlb {
+            request,
+            number,
+            since,
+        });
+        Ok(())
+    }
+
+    /// Sends what [`Frontend::iotlb`] was given, in as few pieces as the socket takes.
+    pub fn flush(&mut self) -> Result<(), Error> {
+        Ok(self.connection.flush()?)
+    }
+
+    /// Lets a change that the back-end need not know be done in its turn.
+    pub fn pass(&mut self, number: u64) {
+        let last = self.owed.iter_mut().rev().find_map(|owed| match owed {
+            Owed::Iotlb { number, .. } => Some(number),
+            _ => None,
+        });
+        match last {
+            Some(last) => *last = number.max(*last),
+            None => {
+                let done = self.iotlb_done.get_or_insert_default();
+                done.number = done.number.max(number);
+            }
+        }
+    }
+
+    /// What is done already, for a caller that has just sent changes which need no answer: [`Event::Iotlb`] does not repeat it.
+    pub fn take_iotlb_done(&mut self) -> Option<IotlbDone> {
+        self.iotlb_done.take()
+    }
+
+    /// Whether one more change of a translation may be sent: the back-end owes less than [`MAX_IOTLB_OWED`] answers to such, and
+    /// takes what is sent to it. So no number of changes fills the memory of this process, or overruns the connection.
+    #[must_use]
+    pub fn has_iotlb_room(&self) -> bool {
+        self.iotlb_owed < MAX_IOTLB_OWED && !self.connection.is_blocked()
+    }
+
+    /// When the oldest of the changes that are not done was sent.
+    #[must_use]
+    pub fn oldest_iotlb(&self) -> Option<Instant> {
+        self.owed.iter().find_map(|owed| match owed {
+            Owed::Iotlb { since, .. } => Some(*since),
+            _ => None,
+        })
+    }
+
     /// Sends and receives what is possible now. To be called again until it returns `None`.
     ///
     /// Any error but [`Error::State`] ends the conversation. The number of messages taken from the back-end is bounded by
@@ -361,17 +516,18 @@ impl Frontend {
             }
             match self.connection.receive()? {
                 Some(message) => self.reply(&message)?,
-                None => return Ok(None),
+                // Together, for all that have come.
+                None => return Ok(self.iotlb_done.take().map(Event::Iotlb)),
             }
         }
     }
 
-    /// The state change that is due when nothing is owed any more.
+    /// The state change that is due when nothing is owed any more but answers to changes of translations, which have no end.
     fn advance(&mut self) -> Option<Event> {
         if let Some((index, base)) = self.stopped.take() {
             return Some(Event::VringStopped(index, base));
         }
-        if self.waits() {
+        if self.owed.len() > self.iotlb_owed {
             return None;
         }
         match self.state {
@@ -395,6 +551,9 @@ impl Frontend {
     fn reply(&mut self, message: &Message) -> Result<(), Error> {
         let request = message.request;
         let owed = self.owed.pop_front().ok_or(Violation::Unasked(request))?;
+        if matches!(owed, Owed::Iotlb { .. }) {
+            self.iotlb_owed -= 1;
+        }
         if request != owed.request() || !message.is_reply() {
             return Err(Violation::WrongReply {
                 owed: owed.request(),
@@ -426,6 +585,16 @@ impl Frontend {
                 self.bases.push((index, base));
             }
             Owed::SingleBase(index) => self.stopped = Some((index, self.base(index, message)?)),
+            Owed::Iotlb { number, since, .. } => {
+                let value = decode::<U64>(message)?.0;
+                if request == requests::IOTLB_MSG && value != 0 {
+                    return Err(Violation::Refused { request, value }.into());
+                }
+                let done = self.iotlb_done.get_or_insert_default();
+                done.number = done.number.max(number);
+                done.answers += 1;
+                done.waited += since.elapsed();
+            }
         }
         Ok(())
     }
@@ -576,6 +745,25 @@ fn enable(index: u8, enabled: bool) -> Message {
         num: enabled.into(),
     };
     Message::request(requests::SET_VRING_ENABLE, &state)
+}
+
+fn wire_change(change: &Change) -> Iotlb {
+    match *change {
+        Change::Map(mapping) => Iotlb {
+            iova: mapping.iova,
+            size: mapping.len,
+            user_address: mapping.gpa,
+            read: mapping.permission.read,
+            write: mapping.permission.write,
+            kind: IotlbKind::Update,
+        },
+        Change::Unmap { iova, len } => Iotlb {
+            iova,
+            size: len,
+            kind: IotlbKind::Invalidate,
+            ..Iotlb::default()
+        },
+    }
 }
 
 fn wire_region(region: &host::MemoryRegion) -> MemoryRegion {

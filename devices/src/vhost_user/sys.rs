@@ -1,4 +1,4 @@
-//! The three system calls that no crate in use offers in the way that a hostile peer requires.
+//! The system calls that no crate in use offers in the way that a hostile peer requires.
 //!
 //! Unsafe code is needed here because: the standard library neither receives file descriptors nor connects a Unix socket
 //! without blocking on a full backlog, and the receive call of vmm-sys-util leaves descriptors open across `exec`.
@@ -37,7 +37,8 @@ pub(super) struct Received {
     pub(super) truncated: bool,
 }
 
-/// Receives bytes and descriptors from a stream socket.
+/// Receives bytes and descriptors from a stream socket. It never blocks, whatever the open file's flags say: a peer that has sent the socket may
+/// still hold it, and could change them.
 pub(super) fn receive(socket: &UnixStream, buffer: &mut [u8]) -> io::Result<Received> {
     let mut control = Control([0; 16 + 4 * MAX_FDS]);
     let mut iov = libc::iovec {
@@ -52,7 +53,13 @@ pub(super) fn receive(socket: &UnixStream, buffer: &mut [u8]) -> io::Result<Rece
     header.msg_controllen = mem::size_of::<Control>();
     // SAFETY: the header points to `iov` and `control`, which live until the end of this function; `iov` describes `buffer`, which
     // is borrowed exclusively.
-    let len = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut header, libc::MSG_CMSG_CLOEXEC) };
+    let len = unsafe {
+        libc::recvmsg(
+            socket.as_raw_fd(),
+            &raw mut header,
+            libc::MSG_CMSG_CLOEXEC | libc::MSG_DONTWAIT,
+        )
+    };
     let len = usize::try_from(len).map_err(|_| io::Error::last_os_error())?;
 
     let mut fds = Vec::new();
@@ -82,6 +89,20 @@ pub(super) fn receive(socket: &UnixStream, buffer: &mut [u8]) -> io::Result<Rece
         fds,
         truncated: header.msg_flags & libc::MSG_CTRUNC != 0,
     })
+}
+
+/// Sends bytes, or as many of them as the socket takes. As [`receive`], it never blocks.
+pub(super) fn send(socket: &UnixStream, bytes: &[u8]) -> io::Result<usize> {
+    // SAFETY: the pointer and the length are those of `bytes`, which is only read during the call.
+    let len = unsafe {
+        libc::send(
+            socket.as_raw_fd(),
+            bytes.as_ptr().cast(),
+            bytes.len(),
+            libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL,
+        )
+    };
+    usize::try_from(len).map_err(|_| io::Error::last_os_error())
 }
 
 /// Connects to the socket at `path` without blocking; `WouldBlock` where the listener's backlog is full. The stream is

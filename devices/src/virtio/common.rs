@@ -10,7 +10,7 @@ const DEVICE_FEATURE_SELECT: u64 = 0;
 const DRIVER_FEATURE_SELECT: u64 = 8;
 const DRIVER_FEATURE: u64 = 12;
 const CONFIG_VECTOR: u64 = 16;
-const DEVICE_STATUS: u64 = 20;
+pub(super) const DEVICE_STATUS: u64 = 20;
 const QUEUE_SELECT: u64 = 22;
 const QUEUE_SIZE: u64 = 24;
 const QUEUE_VECTOR: u64 = 26;
@@ -95,6 +95,8 @@ impl QueueRegisters {
 pub(super) struct Common {
     offered: u64,
     pub(super) driver_features: u64,
+    /// Whether the device can work with them; asked before the status is written.
+    pub(super) acceptable: bool,
     device_feature_select: u32,
     driver_feature_select: u32,
     pub(super) status: u8,
@@ -112,6 +114,7 @@ impl Common {
         Self {
             offered: offered | F_VERSION_1,
             driver_features: 0,
+            acceptable: true,
             device_feature_select: 0,
             driver_feature_select: 0,
             status: 0,
@@ -267,8 +270,9 @@ impl Common {
         }
         // Bits are only gained (section 2.1.1); NEEDS_RESET is the device's.
         self.status |= value & (status::ACKNOWLEDGE | status::DRIVER | status::FAILED);
-        let agreed =
-            self.driver_features & !self.offered == 0 && self.driver_features & F_VERSION_1 != 0;
+        let agreed = self.driver_features & !self.offered == 0
+            && self.driver_features & F_VERSION_1 != 0
+            && self.acceptable;
         if value & status::FEATURES_OK != 0 && agreed {
             self.status |= status::FEATURES_OK;
         }

@@ -151,7 +151,7 @@ impl Driver {
         self.set_vector(queue, vector);
         self.write(24, &ring.size.to_le_bytes());
         for (offset, address) in [(32, ring.desc()), (40, ring.avail()), (48, ring.used())] {
-            self.write(offset, &address.to_le_bytes());
+            self.write(offset, &(address + ring.shift).to_le_bytes());
         }
         self.write(28, &1u16.to_le_bytes());
     }
@@ -172,6 +172,8 @@ pub(crate) struct Ring {
     host: Arc<FakeHost>,
     base: u64,
     pub(crate) size: u16,
+    /// What is added to an address in memory to make the device's.
+    pub(crate) shift: u64,
     added: u16,
     seen: u16,
 }
@@ -187,6 +189,7 @@ impl Ring {
             host: host.clone(),
             base,
             size,
+            shift: 0,
             added: 0,
             seen: 0,
         }
@@ -247,7 +250,7 @@ impl Ring {
     /// Offers a buffer that the device writes.
     pub(crate) fn offer(&mut self, len: u32) {
         let slot = self.added % self.size;
-        self.set_desc(slot, self.buffer(slot), len, WRITE, 0);
+        self.set_desc(slot, self.buffer(slot) + self.shift, len, WRITE, 0);
         self.publish(slot);
     }
 
@@ -255,14 +258,9 @@ impl Ring {
     pub(crate) fn offer_chain(&mut self, first: u32, second: u32) {
         let slot = self.added % self.size;
         let other = (slot + 1) % self.size;
-        self.set_desc(slot, self.buffer(slot), first, WRITE | NEXT, other);
-        self.set_desc(
-            other,
-            self.buffer(slot) + u64::from(first),
-            second,
-            WRITE,
-            0,
-        );
+        let buffer = self.buffer(slot) + self.shift;
+        self.set_desc(slot, buffer, first, WRITE | NEXT, other);
+        self.set_desc(other, buffer + u64::from(first), second, WRITE, 0);
         self.publish(slot);
     }
 
@@ -271,7 +269,7 @@ impl Ring {
         let slot = self.added % self.size;
         self.put(self.buffer(slot), data);
         let len = u32::try_from(data.len()).unwrap();
-        self.set_desc(slot, self.buffer(slot), len, 0, 0);
+        self.set_desc(slot, self.buffer(slot) + self.shift, len, 0, 0);
         self.publish(slot);
     }
 

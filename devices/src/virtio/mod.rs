@@ -24,6 +24,8 @@ pub use pci::{Error, VirtioPci};
 
 /// VIRTIO_F_VERSION_1: every device offers it and every driver has to accept it.
 pub const F_VERSION_1: u64 = 1 << 32;
+/// VIRTIO_F_ACCESS_PLATFORM: the device is behind an IOMMU, its addresses are IO virtual (VIRTIO 1.3, section 6).
+pub const F_ACCESS_PLATFORM: u64 = 1 << 33;
 /// VIRTIO_F_RING_PACKED: rings have the packed layout (VIRTIO 1.3, section 2.8).
 pub const F_RING_PACKED: u64 = 1 << 34;
 /// VIRTIO_F_RING_RESET: the driver may reset queues one by one (VIRTIO 1.3, section 2.6.1).
@@ -128,6 +130,12 @@ pub trait VirtioDevice: Send + Sync {
     fn queue_sizes(&self) -> Vec<u16>;
     /// The feature bits that are offered; the transport adds VERSION_1.
     fn features(&self) -> u64;
+    /// Whether the device can work with these features (those that were not offered are refused anyway): where not, FEATURES_OK stays clear
+    /// (VIRTIO 1.3, section 2.2.2). Must not block.
+    fn accepts(&self, features: u64) -> bool {
+        let _ = features;
+        true
+    }
     /// Reads the device configuration. Bytes beyond it are left as they are (zero).
     fn read_config(&self, offset: u64, data: &mut [u8]);
     /// Writes the device configuration. Bytes that cannot be written are ignored.
@@ -160,11 +168,12 @@ pub trait VirtioDevice: Send + Sync {
     fn window(&self) -> Option<(u64, Arc<dyn Window>)> {
         None
     }
-    /// The guest read from BAR 2 where the window shows nothing. `data` is all-ones already.
+    /// The guest read from BAR 2 what its memory did not let through (see [`Window`]); the device asks [`Window::read`]. `data` is all-ones
+    /// already. The vCPU waits; this may take as long as the device's configuration says.
     fn window_read(&self, offset: u64, data: &mut [u8]) {
         let _ = (offset, data);
     }
-    /// The guest wrote to BAR 2 where the window shows nothing.
+    /// The guest wrote to BAR 2 what its memory did not let through, as [`VirtioDevice::window_read`].
     fn window_write(&self, offset: u64, data: &[u8]) {
         let _ = (offset, data);
     }

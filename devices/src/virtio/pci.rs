@@ -242,6 +242,12 @@ impl VirtioPci {
     fn common_write(&self, offset: u64, data: &[u8]) {
         let _order = self.order.lock().unwrap_or_else(PoisonError::into_inner);
         for (field, size) in Common::touched(offset, data.len()) {
+            if field == common::DEVICE_STATUS {
+                // The features cannot change in between: that takes `order`.
+                let features = self.state().common.driver_features;
+                let acceptable = self.device.accepts(features);
+                self.state().common.acceptable = acceptable;
+            }
             let effect = self.state().common_write(field, size, offset, data);
             match effect {
                 Some(Do::Activate(activation)) => self.device.activate(activation),

@@ -50,6 +50,9 @@ impl VirtioDevice for Device {
     fn features(&self) -> u64 {
         self.features
     }
+    fn accepts(&self, features: u64) -> bool {
+        features & F_ACCESS_PLATFORM != 0 || self.features & F_ACCESS_PLATFORM == 0
+    }
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         for (at, byte) in (offset..16).zip(data) {
             *byte = u8::try_from(at).unwrap() + 1;
@@ -195,6 +198,18 @@ fn features_are_agreed_only_if_offered_and_with_version_1() {
             "{features:#x}"
         );
     }
+}
+
+#[test]
+fn a_device_that_cannot_do_without_a_feature_keeps_features_ok_clear() {
+    let (device, driver) = rig_with(F_ACCESS_PLATFORM | FEATURE, [256, 64]);
+    assert!(!driver.negotiate(F_VERSION_1 | FEATURE));
+    driver.set_status(status::DRIVER_OK);
+    assert_eq!(device.activations.lock().unwrap().len(), 0);
+    // The driver may think again.
+    assert!(driver.negotiate(F_VERSION_1 | F_ACCESS_PLATFORM));
+    driver.set_status(status::DRIVER_OK);
+    assert_eq!(device.activations.lock().unwrap().len(), 1);
 }
 
 #[test]

@@ -76,6 +76,13 @@ struct State {
     faults_lost: u64,
 }
 
+impl State {
+    fn lookup(&self, iova: u64) -> Option<Mapping> {
+        let (_, mapping) = self.mappings.range(..=iova).next_back()?;
+        (iova <= mapping.last()).then_some(*mapping)
+    }
+}
+
 /// One device behind the IOMMU.
 pub struct Endpoint {
     state: Mutex<State>,
@@ -142,6 +149,13 @@ impl Endpoint {
         self.state().done >= number
     }
 
+    /// How many changes have been asked for and are not done.
+    #[must_use]
+    pub fn outstanding(&self) -> u64 {
+        let state = self.state();
+        state.issued - state.done
+    }
+
     /// The next fault to report, and how many were lost before it.
     pub fn take_fault(&self) -> Option<(Fault, u64)> {
         let mut state = self.state();
@@ -157,7 +171,8 @@ impl Endpoint {
         &self.changed
     }
 
-    /// From now on, changes are queued for the device. What is mapped already comes first, as changes that nobody waits for.
+    /// From now on, changes are queued for the device. What is mapped already comes first, as changes that nobody waits for. A follower
+    /// that begins anew says [`Endpoint::unfollow`] first: what it had not carried out is forgotten here.
     pub fn follow(&self) {
         let mut state = self.state();
         let State {
@@ -200,9 +215,7 @@ impl Endpoint {
     /// The mapping that an address lies in.
     #[must_use]
     pub fn lookup(&self, iova: u64) -> Option<Mapping> {
-        let state = self.state();
-        let (_, mapping) = state.mappings.range(..=iova).next_back()?;
-        (iova <= mapping.last()).then_some(*mapping)
+        self.state().lookup(iova)
     }
 
     /// The guest physical address of `len` bytes (not zero) that the device may access so, in one piece; `None` where they are not mapped, not for this, or in
@@ -210,7 +223,9 @@ impl Endpoint {
     #[must_use]
     pub fn translate(&self, iova: u64, len: u64, access: Access) -> Option<u64> {
         let last = iova.checked_add(len.checked_sub(1)?)?;
-        let mut next = self.lookup(iova)?;
+        // One lock for all pieces: they are what is mapped at one time.
+        let state = self.state();
+        let mut next = state.lookup(iova)?;
         let gpa = next.gpa + (iova - next.iova);
         loop {
             if !next.permission.allows(access)
@@ -221,14 +236,14 @@ impl Endpoint {
             if last <= next.last() {
                 return Some(gpa);
             }
-            next = self.lookup(next.last() + 1)?;
+            next = state.lookup(next.last() + 1)?;
         }
     }
 
     /// The device was refused an access.
     pub fn report(&self, iova: u64, access: Access) {
-        let mapped = self.lookup(iova).is_some();
         let mut state = self.state();
+        let mapped = state.lookup(iova).is_some();
         if state.faults.len() < MAX_FAULTS {
             state.faults.push_back(Fault {
                 iova,
@@ -274,6 +289,69 @@ mod tests {
         endpoint.unfollow();
         assert!(endpoint.is_done(second));
         assert_eq!(endpoint.next_change(), None);
+    }
+
+    /// The IOMMU on one thread, a follower that comes and goes on another.
+    #[test]
+    fn what_an_unmap_that_is_done_took_away_is_not_handed_on_by_anyone() {
+        use std::collections::BTreeSet;
+        use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+        let endpoint = Endpoint::new().unwrap();
+        let handed_on = Mutex::new(BTreeSet::new());
+        let (carried_out, connections) = (AtomicU32::new(0), AtomicU32::new(0));
+        let end = AtomicBool::new(false);
+        let follower = || {
+            while !end.load(Ordering::Acquire) {
+                endpoint.follow();
+                for n in 0..100 {
+                    let Some((number, change)) = endpoint.next_change() else {
+                        std::thread::yield_now();
+                        continue;
+                    };
+                    let mut there = handed_on.lock().unwrap();
+                    match change {
+                        Change::Map(mapping) => assert!(there.insert(mapping.iova)),
+                        Change::Unmap { iova, .. } => assert!(there.remove(&iova)),
+                    }
+                    drop(there);
+                    carried_out.fetch_add(1, Ordering::Relaxed);
+                    endpoint.done(number);
+                    // The unmap of it is then what the end of the connection completes.
+                    if n > 50 && matches!(change, Change::Map(_)) {
+                        break;
+                    }
+                }
+                // As when the connection is closed: first it is gone, then nobody waits for it.
+                handed_on.lock().unwrap().clear();
+                endpoint.unfollow();
+                connections.fetch_add(1, Ordering::Relaxed);
+            }
+        };
+        std::thread::scope(|scope| {
+            let follower = scope.spawn(follower);
+            let (mut rounds, mut left_over) = (0, false);
+            // Until both have really met; a follower that panics ends it too.
+            while !follower.is_finished()
+                && (carried_out.load(Ordering::Relaxed) < 3000
+                    || connections.load(Ordering::Relaxed) < 10)
+            {
+                let iova = rounds % 7 * 0x1000;
+                rounds += 1;
+                endpoint.map(mapping(iova, 0, 0x1000));
+                let number = endpoint.unmap(iova, 0x1000);
+                while !endpoint.is_done(number) && !follower.is_finished() {
+                    std::thread::yield_now();
+                }
+                left_over = handed_on.lock().unwrap().contains(&iova);
+                if left_over {
+                    break;
+                }
+            }
+            // First the other thread ends: a failure is not to be a standstill.
+            end.store(true, Ordering::Release);
+            follower.join().unwrap();
+            assert!(!left_over, "after {rounds} rounds");
+        });
     }
 
     #[test]

@@ -20,7 +20,15 @@
 //! VIRTIO_F_RING_RESET (VIRTIO 1.3, section 2.6.1) is offered with any back-end, because it takes no more than ordinary vhost-user:
 //! SET_VRING_ENABLE 0 and GET_VRING_BASE stop the vring, and what starts a vring starts it again. A back-end that does not answer
 //! within a second is cut off, and then the reset is complete too.
+//!
+//! # Behind a vIOMMU
+//!
+//! Given an [`Endpoint`], the device offers VIRTIO_F_ACCESS_PLATFORM and insists on it, towards the driver and the back-end. It hands its
+//! address space on to the back-end, so it follows the endpoint (`iotlb.rs`): from the first start of the rings to the end of the connection,
+//! resets of the device included, since the back-end holds what it was told until it is told otherwise. A back-end that does not
+//! acknowledge a change within [`NetConfig::iotlb_timeout`], or refuses one, is cut off; then the guest's requests are complete.
 
+mod iotlb;
 mod rings;
 #[cfg(test)]
 mod tests;
@@ -30,6 +38,7 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::time::Duration;
 
 use event_manager::MutEventSubscriber;
 use thiserror::Error;
@@ -39,9 +48,12 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::host::Host;
 use crate::vhost_user::{Socket, SocketError, SocketRole};
 use crate::virtio::{
-    Activation, F_RING_PACKED, F_RING_RESET, F_VERSION_1, MAX_QUEUE_SIZE, QueueSetup, Transport,
-    VirtioDevice, event,
+    Activation, F_ACCESS_PLATFORM, F_RING_PACKED, F_RING_RESET, F_VERSION_1, MAX_QUEUE_SIZE,
+    QueueSetup, Transport, VirtioDevice, event,
 };
+use crate::virtio_iommu::Endpoint;
+pub use iotlb::Stats;
+use iotlb::{Counters, Follower};
 use worker::Worker;
 
 /// VIRTIO_NET_F_MAC: the configuration has the address.
@@ -124,7 +136,13 @@ pub struct NetConfig {
     pub rings: RingFeatures,
     /// The device's Ethernet address.
     pub mac: [u8; 6],
+    /// How long a back-end may take to acknowledge a change of translations before it is cut off; see [`DEFAULT_IOTLB_TIMEOUT`]. Means
+    /// something behind an IOMMU only.
+    pub iotlb_timeout: Duration,
 }
+
+/// What [`NetConfig::iotlb_timeout`] is where the user has no wish.
+pub const DEFAULT_IOTLB_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Why there is no device. All of it is the host's or its user's doing.
 #[derive(Debug, Error)]
@@ -170,7 +188,10 @@ struct Mailbox {
 struct Shared {
     rings: RingFeatures,
     features: AtomicU64,
+    /// What driver and back-end must have, whatever else: ACCESS_PLATFORM behind an IOMMU.
+    required: u64,
     link_up: AtomicBool,
+    counters: Counters,
     mailbox: Mutex<Mailbox>,
     wake: EventFd,
     ready: EventFd,
@@ -178,6 +199,11 @@ struct Shared {
 }
 
 impl Shared {
+    /// The features that a driver is offered with a back-end that offers `backend`.
+    fn offered(&self, backend: u64) -> u64 {
+        (backend & self.rings.bits()) | OWN_FEATURES | F_VERSION_1 | self.required
+    }
+
     fn mailbox(&self) -> MutexGuard<'_, Mailbox> {
         self.mailbox.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -202,8 +228,12 @@ pub struct VirtioNet {
 
 impl VirtioNet {
     /// Makes the device and, for [`SocketRole::Listen`], its socket. Nothing happens on it before the device thread has the
-    /// [`VirtioNet::subscriber`].
-    pub fn new(config: NetConfig, host: Arc<dyn Host>) -> Result<Arc<Self>, Error> {
+    /// [`VirtioNet::subscriber`]. `endpoint` is what the device is to the IOMMU that it is behind, if any; nobody else may follow it.
+    pub fn new(
+        config: NetConfig,
+        endpoint: Option<Arc<Endpoint>>,
+        host: Arc<dyn Host>,
+    ) -> Result<Arc<Self>, Error> {
         if config.queue_pairs != 1 {
             return Err(Error::QueuePairs(config.queue_pairs));
         }
@@ -212,17 +242,26 @@ impl VirtioNet {
         if !fits || !(rings.packed || size.is_power_of_two()) {
             return Err(Error::QueueSize(size));
         }
-        let shared = Arc::new(Shared {
+        let required = endpoint.as_ref().map_or(0, |_| F_ACCESS_PLATFORM);
+        let shared = Shared {
             rings,
-            features: AtomicU64::new(offered(0, rings)),
+            features: AtomicU64::default(),
+            required,
             link_up: AtomicBool::new(false),
+            counters: Counters::default(),
             mailbox: Mutex::default(),
             wake: event::new().map_err(Error::EventFd)?,
             ready: event::new().map_err(Error::EventFd)?,
             transport: OnceLock::new(),
-        });
+        };
+        let none = shared.offered(0);
+        shared.features.store(none, Ordering::Release);
+        let shared = Arc::new(shared);
+        let follower = endpoint.map(|endpoint| Follower::new(endpoint, config.iotlb_timeout));
+        let follower = follower.transpose().map_err(Error::Timer)?;
         let socket = Socket::new(config.socket, config.role)?;
-        let worker = Worker::new(shared.clone(), host, socket, size).map_err(Error::Timer)?;
+        let worker =
+            Worker::new(shared.clone(), host, socket, follower, size).map_err(Error::Timer)?;
         Ok(Arc::new(Self {
             shared,
             worker: Arc::new(Mutex::new(worker)),
@@ -242,6 +281,12 @@ impl VirtioNet {
     #[must_use]
     pub fn ready(&self) -> &EventFd {
         &self.shared.ready
+    }
+
+    /// What has happened so far between the device and its back-ends on behalf of the IOMMU.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        self.shared.counters.stats()
     }
 
     /// The device configuration as it is now (VIRTIO 1.3, section 5.1.4).
@@ -274,6 +319,10 @@ impl VirtioDevice for VirtioNet {
 
     fn features(&self) -> u64 {
         self.shared.features.load(Ordering::Acquire)
+    }
+
+    fn accepts(&self, features: u64) -> bool {
+        self.shared.required & !features == 0
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
@@ -316,9 +365,4 @@ impl VirtioDevice for VirtioNet {
         self.shared.mailbox().queues.push(order);
         self.shared.wake();
     }
-}
-
-/// The features that a driver is offered with a back-end that offers `backend`.
-fn offered(backend: u64, rings: RingFeatures) -> u64 {
-    (backend & rings.bits()) | OWN_FEATURES | F_VERSION_1
 }

@@ -1,5 +1,6 @@
 //! The device with a fake machine, a fake transport, and back-ends that the tests play.
 
+mod iommu;
 mod queues;
 
 use std::io::Write;
@@ -86,6 +87,15 @@ impl World {
     }
 
     fn with_rings(role: SocketRole, rings: RingFeatures) -> Self {
+        Self::build(role, rings, None, DEFAULT_IOTLB_TIMEOUT)
+    }
+
+    fn build(
+        role: SocketRole,
+        rings: RingFeatures,
+        endpoint: Option<Arc<Endpoint>>,
+        iotlb_timeout: Duration,
+    ) -> Self {
         let place = Place::new();
         let path = place.0.join("s");
         let config = NetConfig {
@@ -95,9 +105,10 @@ impl World {
             queue_size: 256,
             rings,
             mac: MAC,
+            iotlb_timeout,
         };
         let host = FakeHost::new();
-        let net = VirtioNet::new(config, host.clone()).unwrap();
+        let net = VirtioNet::new(config, endpoint, host.clone()).unwrap();
         let transport = Arc::new(FakeTransport::default());
         let weak: Weak<FakeTransport> = Arc::downgrade(&transport);
         net.bind(weak);
@@ -201,6 +212,7 @@ fn activation() -> Activation {
 struct Backend {
     connection: Option<Connection>,
     features: u64,
+    protocol: u64,
     seen: Vec<Message>,
     /// From this request on it says nothing any more.
     silent_at: Option<u32>,
@@ -213,6 +225,7 @@ impl Backend {
         Self {
             connection: Some(Connection::new(stream).unwrap()),
             features,
+            protocol: protocol_features::REPLY_ACK | protocol_features::CONFIGURE_MEM_SLOTS,
             seen: Vec::new(),
             silent_at: None,
             refuses: None,
@@ -224,6 +237,7 @@ impl Backend {
         Self {
             connection: None,
             features: 0,
+            protocol: 0,
             seen: Vec::new(),
             silent_at: None,
             refuses: None,
@@ -252,9 +266,7 @@ impl Backend {
             let reply = match request {
                 _ if self.silent_at == Some(0) => None,
                 requests::GET_FEATURES => number(self.features | VHOST_USER_F_PROTOCOL_FEATURES),
-                requests::GET_PROTOCOL_FEATURES => {
-                    number(protocol_features::REPLY_ACK | protocol_features::CONFIGURE_MEM_SLOTS)
-                }
+                requests::GET_PROTOCOL_FEATURES => number(self.protocol),
                 requests::GET_MAX_MEM_SLOTS => number(8),
                 requests::GET_VRING_BASE => {
                     let mut state = VringState::decode(&message.payload).unwrap();
@@ -382,13 +394,14 @@ fn configurations_that_cannot_be_are_refused_by_name() {
         queue_size: 256,
         rings: RingFeatures::default(),
         mac: MAC,
+        iotlb_timeout: DEFAULT_IOTLB_TIMEOUT,
     };
     for queue_pairs in [0, 2] {
         let config = NetConfig {
             queue_pairs,
             ..config.clone()
         };
-        let error = VirtioNet::new(config, FakeHost::new()).err().unwrap();
+        let error = VirtioNet::new(config, None, FakeHost::new()).err().unwrap();
         assert!(matches!(error, Error::QueuePairs(n) if n == queue_pairs));
     }
     for (packed, sizes) in [
@@ -401,7 +414,7 @@ fn configurations_that_cannot_be_are_refused_by_name() {
                 ..config.clone()
             };
             config.rings.packed = packed;
-            let error = VirtioNet::new(config, FakeHost::new()).err().unwrap();
+            let error = VirtioNet::new(config, None, FakeHost::new()).err().unwrap();
             assert!(matches!(error, Error::QueueSize(n) if n == queue_size));
         }
     }
@@ -411,11 +424,11 @@ fn configurations_that_cannot_be_are_refused_by_name() {
             ..config.clone()
         };
         config.rings.packed = packed;
-        let net = VirtioNet::new(config, FakeHost::new()).unwrap();
+        let net = VirtioNet::new(config, None, FakeHost::new()).unwrap();
         assert_eq!(net.queue_sizes(), [queue_size; 2]);
     }
-    let first = VirtioNet::new(config.clone(), FakeHost::new()).unwrap();
-    let error = VirtioNet::new(config, FakeHost::new()).err().unwrap();
+    let first = VirtioNet::new(config.clone(), None, FakeHost::new()).unwrap();
+    let error = VirtioNet::new(config, None, FakeHost::new()).err().unwrap();
     assert!(matches!(error, Error::Socket(SocketError::InUse(_))));
     drop(first);
 }

@@ -12,8 +12,9 @@ use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::errno;
 use vmm_sys_util::timerfd::TimerFd;
 
-use super::rings::{self, RingError};
-use super::{OWN_FEATURES, QueueOrder, Shared, offered};
+use super::iotlb::{Follower, Watched};
+use super::rings::{self, RingError, Space};
+use super::{OWN_FEATURES, QueueOrder, Shared};
 use crate::host::Host;
 use crate::vhost_user::frontend::{self, Event, Frontend, Offer, PACKED_BASE, Vring};
 use crate::vhost_user::{Connection, RateLimit, Socket};
@@ -34,6 +35,9 @@ const LISTENER: u32 = 1;
 const PEER: u32 = 2;
 const RECONNECT_TIMER: u32 = 3;
 const DEADLINE_TIMER: u32 = 4;
+const CHANGED: u32 = 5;
+pub(super) const CHANNEL: u32 = 6;
+const IOTLB_TIMER: u32 = 7;
 
 /// One queue as the driver wants it.
 struct Queue {
@@ -60,20 +64,26 @@ impl Active {
     }
 }
 
-struct Peer {
-    frontend: Frontend,
+pub(super) struct Peer {
+    pub(super) frontend: Frontend,
     /// What the event manager watches its socket for.
     interest: EventSet,
+    /// Where it asks.
+    pub(super) channel: Option<Watched>,
 }
 
 pub(super) struct Worker {
-    shared: Arc<Shared>,
-    host: Arc<dyn Host>,
+    pub(super) shared: Arc<Shared>,
+    pub(super) host: Arc<dyn Host>,
     socket: Socket,
     queue_size: u16,
     reconnect: TimerFd,
     deadline: TimerFd,
-    peer: Option<Peer>,
+    pub(super) peer: Option<Peer>,
+    /// Where the device is behind an IOMMU.
+    pub(super) follower: Option<Follower>,
+    /// The rings are to be started when the back-end has been told of all translations.
+    pub(super) start_waits: bool,
     active: Option<Active>,
     /// The device needs a reset: nothing is started before.
     broken: bool,
@@ -89,6 +99,7 @@ impl Worker {
         shared: Arc<Shared>,
         host: Arc<dyn Host>,
         socket: Socket,
+        follower: Option<Follower>,
         queue_size: u16,
     ) -> Result<Self, errno::Error> {
         Ok(Self {
@@ -99,6 +110,8 @@ impl Worker {
             reconnect: TimerFd::new()?,
             deadline: TimerFd::new()?,
             peer: None,
+            follower,
+            start_waits: false,
             active: None,
             broken: false,
             resetting: false,
@@ -107,7 +120,7 @@ impl Worker {
         })
     }
 
-    fn path(&self) -> std::path::Display<'_> {
+    pub(super) fn path(&self) -> std::path::Display<'_> {
         self.socket.path().display()
     }
 
@@ -162,7 +175,11 @@ impl Worker {
             return self.retry_later();
         }
         debug!("{}: connected to a back-end", self.path());
-        self.peer = Some(Peer { frontend, interest });
+        self.peer = Some(Peer {
+            frontend,
+            interest,
+            channel: None,
+        });
     }
 
     /// Somebody waits at the listener.
@@ -193,7 +210,8 @@ impl Worker {
     }
 
     /// The connection is of no more use: drops it and everything that hangs on it.
-    fn lost(&mut self, error: &frontend::Error, ops: &mut EventOps) {
+    pub(super) fn lost(&mut self, error: &frontend::Error, ops: &mut EventOps) {
+        self.count_refusal(error);
         // A peer that ends is no fault: of two VMs one ends first.
         let (level, what) = if error.is_disconnect() {
             (Level::Info, "is gone")
@@ -204,7 +222,7 @@ impl Worker {
     }
 
     /// Drops the connection, with one line that says why and what comes of it.
-    fn drop_peer(&mut self, level: Level, why: fmt::Arguments, ops: &mut EventOps) {
+    pub(super) fn drop_peer(&mut self, level: Level, why: fmt::Arguments, ops: &mut EventOps) {
         let stranded = self.strand();
         if self.may_log() {
             let then = if stranded {
@@ -224,6 +242,7 @@ impl Worker {
     /// not put anything into can be started anew.
     fn strand(&mut self) -> bool {
         let memory = self.host.memory();
+        let space = space(&*self.host, self.follower.as_ref());
         let started = self.peer.as_ref().is_some_and(|p| p.frontend.is_started());
         let active = self.active.as_mut().filter(|active| active.packed());
         let Some(active) = active.filter(|_| started) else {
@@ -231,7 +250,7 @@ impl Worker {
         };
         let stranded = active
             .enabled()
-            .any(|(_, queue)| !rings::is_blank(&queue.setup, memory));
+            .any(|(_, queue)| !rings::is_blank(&queue.setup, space, memory));
         if stranded {
             self.active = None;
             self.broken = true;
@@ -240,11 +259,16 @@ impl Worker {
     }
 
     fn disconnect(&mut self, ops: &mut EventOps) {
+        self.close_channel(ops);
         if let Some(peer) = self.peer.take() {
             // Before the descriptor closes: the event manager must not know numbers that may mean something else by then.
             if let Err(error) = ops.remove(Events::empty(&peer.frontend)) {
                 error!("{}: cannot forget the connection: {error}", self.path());
             }
+        }
+        self.start_waits = false;
+        if let Some(follower) = &mut self.follower {
+            follower.unfollow();
         }
         self.update_link();
         for index in std::mem::take(&mut self.queue_resets) {
@@ -261,7 +285,7 @@ impl Worker {
     // ---- talking to it ----
 
     /// Does what the connection has to offer.
-    fn drive(&mut self, ops: &mut EventOps) {
+    pub(super) fn drive(&mut self, ops: &mut EventOps) {
         while let Some(peer) = &mut self.peer {
             match peer.frontend.process() {
                 Ok(Some(Event::Ready(offer))) => self.handshake_done(offer, ops),
@@ -275,18 +299,18 @@ impl Worker {
                     debug!("{}: vring {index} stopped at {base:#x}", self.path());
                     self.vring_stopped(index, ops);
                 }
-                Ok(None) => return,
+                Ok(Some(Event::Iotlb(done))) => self.changes_done(&done),
+                Ok(None) => break,
                 Err(error) => return self.lost(&error, ops),
             }
         }
+        self.carry_on(ops);
     }
 
     fn handshake_done(&mut self, offer: Offer, ops: &mut EventOps) {
         debug!("{}: the back-end offers {:#x}", self.path(), offer.features);
-        self.shared.features.store(
-            offered(offer.features, self.shared.rings),
-            Ordering::Release,
-        );
+        let offered = self.shared.offered(offer.features);
+        self.shared.features.store(offered, Ordering::Release);
         self.try_start(ops);
         self.update_link();
         if let Err(error) = self.shared.ready.write(1) {
@@ -297,7 +321,7 @@ impl Worker {
     /// What the driver uses, or would have to use, and the back-end does not offer.
     fn missing(&self, offer: Offer) -> u64 {
         let accepted = self.active.as_ref().map_or(0, |active| active.features);
-        ((accepted & !OWN_FEATURES) | F_VERSION_1) & !offer.features
+        ((accepted & !OWN_FEATURES) | F_VERSION_1 | self.shared.required) & !offer.features
     }
 
     /// The link is up while there is a back-end that serves the driver, or could.
@@ -311,8 +335,10 @@ impl Worker {
         }
     }
 
-    /// Starts the rings where the driver wants it and the back-end can.
-    fn try_start(&mut self, ops: &mut EventOps) {
+    /// Starts the rings where the driver wants it and the back-end can. Behind an IOMMU the back-end is told of the translations first;
+    /// where it cannot take them all at once, this is called again.
+    pub(super) fn try_start(&mut self, ops: &mut EventOps) {
+        self.start_waits = false;
         let Some(peer) = &self.peer else { return };
         let Some(offer) = peer.frontend.offer() else {
             return;
@@ -332,15 +358,22 @@ impl Worker {
             return;
         };
         let packed = active.packed();
+        let space = space(&*self.host, self.follower.as_ref());
         let vrings = active
             .enabled()
-            .map(|(index, queue)| vring(index, queue, packed, self.host.memory()))
+            .map(|(index, queue)| vring(index, queue, packed, space, self.host.memory()))
             .collect::<Result<Vec<_>, _>>();
         let vrings = match vrings {
             Ok(vrings) => vrings,
             Err(error) => return self.refuse(error),
         };
         let features = active.features;
+        if self.follower.is_some() && !self.tell_translations(features, ops) {
+            return;
+        }
+        let Some(active) = &mut self.active else {
+            return;
+        };
         let again = active.enabled().filter(|(_, queue)| queue.served);
         let again: Vec<_> = again.map(|(_, queue)| queue.setup.clone()).collect();
         for (_, queue) in active.enabled() {
@@ -400,8 +433,13 @@ impl Worker {
         self.update_link();
     }
 
+    /// What the driver's addresses mean.
+    pub(super) fn space(&self) -> Space<'_> {
+        space(&*self.host, self.follower.as_ref())
+    }
+
     fn check(&self, queue: &QueueSetup, packed: bool) -> Result<(), RingError> {
-        rings::check(queue, packed, self.queue_size, self.host.memory_regions())
+        rings::check(queue, packed, self.queue_size, self.space())
     }
 
     /// The driver resets one queue.
@@ -473,7 +511,8 @@ impl Worker {
         // Where the others have not been started, this one comes with them.
         let running = self.peer.as_mut().filter(|p| p.frontend.is_started());
         let Some(peer) = running else { return };
-        let vring = match vring(index, queue, packed, self.host.memory()) {
+        let space = space(&*self.host, self.follower.as_ref());
+        let vring = match vring(index, queue, packed, space, self.host.memory()) {
             Ok(vring) => vring,
             Err(error) => return self.refuse(error),
         };
@@ -488,8 +527,12 @@ impl Worker {
         if self.may_log() {
             warn!("{}: the driver set up {error}", self.path());
         }
+        if let (RingError::Unmapped { iova, access }, Some(follower)) = (error, &self.follower) {
+            follower.endpoint.report(iova, access);
+        }
         self.active = None;
         self.broken = true;
+        self.start_waits = false;
         self.update_link();
         if let Some(transport) = self.shared.transport() {
             transport.set_needs_reset();
@@ -499,6 +542,7 @@ impl Worker {
     fn reset(&mut self, ops: &mut EventOps) {
         self.active = None;
         self.broken = false;
+        self.start_waits = false;
         self.queue_resets.clear();
         if self.resetting {
             return;
@@ -549,6 +593,7 @@ impl Worker {
 
     /// Lets the event manager watch for what the connection wants.
     fn watch_peer(&mut self, ops: &mut EventOps) {
+        self.watch_channel(ops);
         let Some(peer) = &mut self.peer else { return };
         let interest = if peer.frontend.wants_write() {
             EventSet::IN | EventSet::OUT
@@ -567,17 +612,26 @@ impl Worker {
     }
 }
 
+/// What the driver's addresses mean.
+fn space<'a>(host: &'a dyn Host, follower: Option<&'a Follower>) -> Space<'a> {
+    Space {
+        regions: host.memory_regions(),
+        endpoint: follower.map(|follower| &*follower.endpoint),
+    }
+}
+
 /// A queue as a back-end gets it.
 fn vring(
     index: u8,
     queue: &Queue,
     packed: bool,
+    space: Space,
     memory: &GuestMemoryMmap,
 ) -> Result<Vring, RingError> {
     let setup = &queue.setup;
     let base = match (packed, queue.served) {
         (true, _) => PACKED_BASE,
-        (false, true) => rings::used_index(setup, memory)?.into(),
+        (false, true) => rings::used_index(setup, space, memory)?.into(),
         (false, false) => 0,
     };
     Ok(Vring {
@@ -600,7 +654,10 @@ impl MutEventSubscriber for Worker {
             (self.deadline.as_raw_fd(), DEADLINE_TIMER),
         ];
         let listener = self.socket.listener().map(|fd| (fd, LISTENER));
-        for (fd, what) in sources.into_iter().chain(listener) {
+        let follower = self.follower.as_ref().map(Follower::sources);
+        let follower = follower.into_iter().flatten();
+        let follower = follower.zip([CHANGED, IOTLB_TIMER]);
+        for (fd, what) in sources.into_iter().chain(listener).chain(follower) {
             if let Err(error) = ops.add(Events::with_data_raw(fd, what, EventSet::IN)) {
                 error!("{}: cannot watch a descriptor: {error}", self.path());
             }
@@ -629,6 +686,9 @@ impl MutEventSubscriber for Worker {
                 }
             }
             DEADLINE_TIMER => self.deadline_passed(ops),
+            CHANGED => self.changed(ops),
+            CHANNEL => self.serve_channel(events.event_set(), ops),
+            IOTLB_TIMER => self.iotlb_deadline_passed(ops),
             _ => {}
         }
         self.watch_peer(ops);

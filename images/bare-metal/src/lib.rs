@@ -1,4 +1,4 @@
-//! The bare-metal guest, as far as it does not depend on the machine: frames, workloads, commands, records.
+//! The bare-metal guest, as far as it does not depend on the machine: frames, workloads, commands, records, and what the isolation study is made of.
 //!
 //! The guest image (the `bare-metal` binary) runs this on a vCPU; the tool runs the same workloads on two host threads, which gives the
 //! upper bound of its measurements. docs/bare-metal.md specifies commands, records and frames.
@@ -10,9 +10,10 @@ pub mod command;
 pub mod frame;
 pub mod histogram;
 pub mod record;
+pub mod study;
 pub mod workload;
 
-pub use command::{Command, Run, Work};
+pub use command::{Command, Run, Study, Work};
 pub use record::Outcome;
 pub use workload::{Link, execute};
 

@@ -4,6 +4,7 @@ use core::fmt;
 
 use crate::Run;
 use crate::histogram::Histogram;
+use crate::study::windows::Churned;
 
 /// What a sender did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -44,6 +45,8 @@ pub struct Outcome {
     pub received: Option<Received>,
     /// Round-trip times in ticks, where they were measured.
     pub round_trips: Option<alloc::boxed::Box<Histogram>>,
+    /// Windows that came and went beside it, where that was asked for.
+    pub churn: Option<Churned>,
     /// Nothing came for too long.
     pub timeout: bool,
 }
@@ -56,6 +59,60 @@ impl Outcome {
             .received
             .is_none_or(|r| r.lost + r.duplicated + r.reordered + r.corrupted == 0);
         whole && !self.timeout
+    }
+}
+
+/// A histogram in a record.
+struct Quantiles<'a>(&'a Histogram);
+
+impl fmt::Display for Quantiles<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let q = |per_mille| self.0.quantile(per_mille);
+        write!(
+            f,
+            "{{\"count\":{},\"p50\":{},\"p90\":{}",
+            self.0.count(),
+            q(500),
+            q(900)
+        )?;
+        write!(
+            f,
+            ",\"p99\":{},\"p999\":{},\"max\":{}}}",
+            q(990),
+            q(999),
+            self.0.max()
+        )
+    }
+}
+
+/// What stands in a field of a [`Done`] record.
+#[derive(Clone, Copy, Debug)]
+pub enum Field<'a> {
+    /// A number.
+    Number(u64),
+    /// Latencies.
+    Times(&'a Histogram),
+}
+
+/// The record that answers a command of the study.
+#[derive(Debug)]
+pub struct Done<'a> {
+    /// The command's name.
+    pub command: &'a str,
+    /// What else there is to say.
+    pub fields: &'a [(&'a str, Field<'a>)],
+}
+
+impl fmt::Display for Done<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{{\"record\":\"done\",\"command\":\"{}\"", self.command)?;
+        for (name, field) in self.fields {
+            match field {
+                Field::Number(number) => write!(f, ",\"{name}\":{number}")?,
+                Field::Times(times) => write!(f, ",\"{name}\":{}", Quantiles(times))?,
+            }
+        }
+        f.write_str("}")
     }
 }
 
@@ -104,19 +161,15 @@ impl fmt::Display for ResultRecord<'_> {
             write!(f, ",\"reordered\":{reordered},\"corrupted\":{corrupted}")?;
         }
         if let Some(times) = &outcome.round_trips {
-            let q = |per_mille| times.quantile(per_mille);
+            write!(f, ",\"rtt\":{}", Quantiles(times))?;
+        }
+        if let Some(Churned { times, failed }) = &self.1.churn {
             write!(
                 f,
-                ",\"rtt\":{{\"count\":{},\"p50\":{},\"p90\":{}",
+                ",\"churn\":{{\"count\":{},\"failed\":{failed},\"p50\":{},\"p99\":{},\"max\":{}}}",
                 times.count(),
-                q(500),
-                q(900)
-            )?;
-            write!(
-                f,
-                ",\"p99\":{},\"p999\":{},\"max\":{}}}",
-                q(990),
-                q(999),
+                times.quantile(500),
+                times.quantile(990),
                 times.max()
             )?;
         }

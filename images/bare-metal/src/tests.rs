@@ -9,11 +9,14 @@ use std::vec::Vec;
 use std::{format, thread};
 
 use guest_driver::joined::{self, JoinConfig, JoinedBackEnd, JoinedFrontEnd, Silent};
+use guest_driver::port::Error;
 use guest_driver::{Frame, Port, Slot};
 use virtqueue::linear::Linear;
 
 use crate::frame::End;
 use crate::record::ResultRecord;
+use crate::study::windows::Churned;
+use crate::workload::Stopped;
 use crate::{Link, Outcome, Run, Work, execute};
 
 struct Thread<P> {
@@ -224,15 +227,11 @@ impl Port for Meddler {
         count: usize,
         len: usize,
         build: impl FnMut(usize, &mut Slot),
-    ) -> Result<usize, virtqueue::Error> {
+    ) -> Result<usize, Error> {
         self.inner.tx_burst(count, len, build)
     }
 
-    fn rx_burst(
-        &mut self,
-        count: usize,
-        mut receive: impl FnMut(&Frame),
-    ) -> Result<usize, virtqueue::Error> {
+    fn rx_burst(&mut self, count: usize, mut receive: impl FnMut(&Frame)) -> Result<usize, Error> {
         let (fault, seen, held) = (self.fault, &self.seen, &mut self.held);
         self.inner.rx_burst(count, |frame| {
             if !held.is_empty() {
@@ -262,7 +261,7 @@ impl Port for Meddler {
         })
     }
 
-    fn drained(&mut self) -> Result<bool, virtqueue::Error> {
+    fn drained(&mut self) -> Result<bool, Error> {
         self.inner.drained()
     }
 
@@ -311,4 +310,32 @@ fn a_result_record_is_one_line_with_what_applies() {
     assert!(
         line.contains("\"tx_frames\":20000,\"tx_bytes\":1280000") && !line.contains("rx_frames")
     );
+}
+
+#[test]
+fn churn_is_refused_by_an_end_without_windows_and_reported_by_one_with_them() {
+    let bed = bed();
+    let (port, _back): (_, JoinedBackEnd<Silent>) =
+        joined::join(bed.memory, 0, &join_config(), Silent, Silent, false).unwrap();
+    let mut link = Thread {
+        end: End::FrontEnd,
+        port,
+        start: Instant::now(),
+    };
+    let with_churn = Run {
+        churn: 1000,
+        ..run(Work::Sink)
+    };
+    let stopped = execute(&mut link, &with_churn).unwrap_err();
+    assert_eq!(stopped, Stopped::NoChurn);
+    let mut churned = Churned::default();
+    churned.times.add(7);
+    let outcome = Outcome {
+        churn: Some(churned),
+        ..Outcome::default()
+    };
+    let line = format!("{}", ResultRecord(&with_churn, &outcome));
+    assert!(line.ends_with(
+        ",\"churn\":{\"count\":1,\"failed\":0,\"p50\":7,\"p99\":7,\"max\":7},\"timeout\":0}"
+    ));
 }

@@ -5,12 +5,13 @@ use alloc::vec;
 use alloc::vec::Vec;
 use core::fmt;
 
-use guest_driver::port::MAX_BURST;
+use guest_driver::port::{self, MAX_BURST};
 use guest_driver::{Frame, Port};
 
 use crate::frame::{End, Format, Kind, MAX_FRAME, Seen};
 use crate::histogram::Histogram;
 use crate::record::{Outcome, Received, Sent};
+use crate::study::windows::Churned;
 use crate::{Run, Work};
 
 /// What a workload runs on: a port, and the things that go on beside it.
@@ -35,6 +36,20 @@ pub trait Link {
 
     /// How many ticks it makes in a millisecond.
     fn ticks_per_ms(&self) -> u64;
+
+    /// Begins to change windows beside a workload, so many times a second; `false` where this end has none to change.
+    fn start_churn(&mut self, _hz: u64) -> bool {
+        false
+    }
+
+    /// Does what goes on beside a workload without waiting for it; called with the time whenever a workload looks at the clock.
+    #[inline(always)]
+    fn beside(&mut self, _now: u64) {}
+
+    /// Ends what [`Link::start_churn`] began.
+    fn end_churn(&mut self) -> Option<Churned> {
+        None
+    }
 }
 
 /// Why a workload could not go on.
@@ -42,15 +57,18 @@ pub trait Link {
 pub enum Stopped {
     /// The connection went away.
     Down,
-    /// The peer broke a ring rule.
-    Ring(virtqueue::Error),
+    /// The port is of no use any more.
+    Port(port::Error),
+    /// This end has no windows that could be changed beside a workload.
+    NoChurn,
 }
 
 impl fmt::Display for Stopped {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Down => f.write_str("the peer is gone"),
-            Self::Ring(error) => write!(f, "ring: {error}"),
+            Self::Port(error) => error.fmt(f),
+            Self::NoChurn => f.write_str("churn is for a front-end behind an IOMMU"),
         }
     }
 }
@@ -66,13 +84,22 @@ const SERVICE_EVERY: u32 = 256;
 
 /// Runs a workload to its end.
 pub fn execute<L: Link>(link: &mut L, run: &Run) -> Result<Outcome, Stopped> {
-    let mut outcome = match run.work {
+    if run.churn > 0 && !link.start_churn(run.churn) {
+        return Err(Stopped::NoChurn);
+    }
+    let outcome = match run.work {
         Work::Source => traffic(link, run, true, false),
         Work::Sink => traffic(link, run, false, true),
         Work::Both => traffic(link, run, true, true),
         Work::Echo => echo(link, run),
         Work::RoundTrip => round_trip(link, run),
-    }?;
+    };
+    let churn = if run.churn > 0 {
+        link.end_churn()
+    } else {
+        None
+    };
+    let mut outcome = Outcome { churn, ..outcome? };
     if let Some(received) = &mut outcome.received {
         received.ticks = received.ticks.max(1);
     }
@@ -83,9 +110,9 @@ pub fn execute<L: Link>(link: &mut L, run: &Run) -> Result<Outcome, Stopped> {
 #[inline(always)]
 fn with_port<L: Link, R>(
     link: &mut L,
-    burst: impl FnOnce(&mut L::Port) -> Result<R, virtqueue::Error>,
+    burst: impl FnOnce(&mut L::Port) -> Result<R, port::Error>,
 ) -> Result<R, Stopped> {
-    burst(link.port().ok_or(Stopped::Down)?).map_err(Stopped::Ring)
+    burst(link.port().ok_or(Stopped::Down)?).map_err(Stopped::Port)
 }
 
 /// When a run's parts begin and end, in ticks.
@@ -155,7 +182,7 @@ impl Sender {
 
     /// Sends a burst; returns how many frames went.
     #[inline(always)]
-    fn burst<P: Port>(&mut self, port: &mut P, batch: usize) -> Result<usize, virtqueue::Error> {
+    fn burst<P: Port>(&mut self, port: &mut P, batch: usize) -> Result<usize, port::Error> {
         let (format, next) = (&self.format, self.next);
         if self.ended {
             self.done = port.drained()?;
@@ -327,6 +354,7 @@ fn traffic<L: Link>(
         turn = turn.wrapping_add(1);
         if turn.is_multiple_of(CLOCK_EVERY) || idle {
             let now = link.now();
+            link.beside(now);
             if let Some(sender) = &mut sender {
                 sender.tick(now, run);
             }
@@ -440,11 +468,14 @@ fn echo<L: Link>(link: &mut L, run: &Run) -> Result<Outcome, Stopped> {
         if n > 0 {
             if turn.is_multiple_of(CLOCK_EVERY) {
                 let now = link.now();
+                link.beside(now);
                 receiver.tick(now);
                 deadline = now + timeout;
             }
         } else if turn.is_multiple_of(CLOCK_EVERY) || run.interrupts {
-            if link.now() >= deadline {
+            let now = link.now();
+            link.beside(now);
+            if now >= deadline {
                 break 'run true;
             }
             if run.interrupts {
@@ -536,6 +567,7 @@ fn round_trip<L: Link>(link: &mut L, run: &Run) -> Result<Outcome, Stopped> {
             break 'run false;
         }
         let now = link.now();
+        link.beside(now);
         receiver.tick(now);
         if now >= schedule.warm || run.count != 0 {
             times.add(now - sent_at);

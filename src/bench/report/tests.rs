@@ -2,6 +2,7 @@ use serde_json::Value;
 
 use super::*;
 use crate::bench::pairs::{BoundSample, VmSample};
+use crate::json::JsonFile;
 use crate::bench::plan::Case;
 use crate::bench::record::SampleResult;
 use crate::bench::requests::{Request, RequestCase};
@@ -28,6 +29,7 @@ fn pair(mpps: f64, bound: f64, probe_ns: f64) -> Pair {
             shares: None,
         },
         probe_ns,
+        round: 0,
     }
 }
 
@@ -38,6 +40,7 @@ fn measured(direction: Direction, pairs: Vec<Pair>) -> Measured {
                 layout: Layout::Split,
                 in_order: false,
             },
+            iommu: Iommu::Off,
             direction,
             size: 64,
             batch: 32,
@@ -51,9 +54,10 @@ fn measured(direction: Direction, pairs: Vec<Pair>) -> Measured {
     }
 }
 
-fn setup() -> Setup {
+pub fn setup() -> Setup {
     Setup {
         ms: 100,
+        back_iommu: false,
         warmup_ms: 5,
         mode: Mode::Poll,
         cores: [0, 1],

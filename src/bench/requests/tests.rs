@@ -9,6 +9,7 @@ fn setup(size: u16) -> Option<Setup> {
         return None;
     };
     Some(Setup {
+        back_iommu: false,
         ms: 3,
         warmup_ms: 1,
         mode: Mode::Poll,

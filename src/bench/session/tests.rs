@@ -1,6 +1,7 @@
 //! The session against guests that are threads of the test.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
@@ -15,6 +16,7 @@ const RING: Ring = Ring {
 };
 const CASE: Case = Case {
     ring: RING,
+    iommu: Iommu::Off,
     direction: Direction::BeToFe,
     size: 64,
     batch: 32,
@@ -23,6 +25,7 @@ const CASE: Case = Case {
 fn setup() -> Setup {
     Setup {
         ms: 10,
+        back_iommu: false,
         warmup_ms: 1,
         mode: Mode::Poll,
         cores: [0, 1],
@@ -61,11 +64,7 @@ fn session(
             }
             seen
         }));
-        Side {
-            stream: ours,
-            buffer: Vec::new(),
-            process: None,
-        }
+        Guest::played(NAMES[side], ours)
     });
     let session = Session {
         sides,
@@ -76,9 +75,11 @@ fn session(
             event_idx: Some(true),
             ..setup().rings.with(RING)
         },
+        iommu: Iommu::Off,
         tsc_khz: 1_000_000,
         bound: None,
         id: 0,
+        churn: 0,
         _directory: None,
     };
     (session, threads.try_into().unwrap())
@@ -219,7 +220,7 @@ fn guests_that_agreed_on_other_features_are_not_measured() {
 
 #[test]
 fn an_endless_line_is_refused() {
-    let (mut session, _threads) = session(|_, _| Some("x".repeat(LINE_LIMIT + 4096)));
+    let (mut session, _threads) = session(|_, _| Some("x".repeat(70 << 10)));
     let error = session.guests(&CASE).unwrap_err().to_string();
     assert!(error.contains("line of more than"), "{error}");
 }

@@ -1,10 +1,14 @@
-use devices::host::{Host, Window};
+use std::fs::File;
+use std::os::fd::AsRawFd;
+
+use devices::host::{Host, Permission, Window};
 
 use super::*;
 use crate::testing::{Monitor, memfd, region};
 
 const BAR: u64 = 0xC000_0000;
 const SIZE: u64 = 1 << 20;
+const PAGE: u64 = PAGE_SIZE;
 
 fn window(monitor: &Monitor) -> Arc<dyn Window> {
     monitor.machine.window(SIZE).unwrap()
@@ -15,7 +19,13 @@ fn the_guest_reads_and_writes_the_shared_file_at_bar_plus_offset() {
     let mut monitor = Monitor::new();
     let file = memfd(&[0x11, 0x22, 0x33], true);
     let window = window(&monitor);
-    window.map(0x4000, &region(&file, 0x1000, 0x2000)).unwrap();
+    window
+        .map(
+            0x4000,
+            &region(&file, 0x1000, 0x2000),
+            Permission::READ_WRITE,
+        )
+        .unwrap();
     window.place(Some(BAR)).unwrap();
     assert_eq!(monitor.peek(BAR + 0x4000), 0x22);
     assert_eq!(monitor.peek(BAR + 0x5FFC), 0x33);
@@ -32,7 +42,9 @@ fn a_hole_leaves_the_guest_as_mmio() {
     let file = memfd(&[0x11], true);
     let window = window(&monitor);
     window.place(Some(BAR)).unwrap();
-    window.map(0x4000, &region(&file, 0, 0x1000)).unwrap();
+    window
+        .map(0x4000, &region(&file, 0, 0x1000), Permission::READ_WRITE)
+        .unwrap();
     assert_eq!(monitor.peek(BAR + 0x3FFC), u32::MAX);
     monitor.poke(BAR + 0x5000, 1);
     assert_eq!(monitor.missed, [BAR + 0x3FFC, BAR + 0x5000]);
@@ -44,20 +56,29 @@ fn what_is_unmapped_cannot_be_reached_any_more() {
     let file = memfd(&[0x11, 0x22], true);
     let window = window(&monitor);
     window.place(Some(BAR)).unwrap();
-    window.map(0, &region(&file, 0, 0x1000)).unwrap();
-    window.map(0x1000, &region(&file, 0x1000, 0x1000)).unwrap();
+    window
+        .map(0, &region(&file, 0, 0x1000), Permission::READ_WRITE)
+        .unwrap();
+    window
+        .map(
+            0x1000,
+            &region(&file, 0x1000, 0x1000),
+            Permission::READ_WRITE,
+        )
+        .unwrap();
     assert_eq!(
         (monitor.peek(BAR), monitor.peek(BAR + 0x1000)),
         (0x11, 0x22)
     );
-    window.unmap(0).unwrap();
+    window.unmap(0, 0x1000).unwrap();
     assert_eq!(
         (monitor.peek(BAR), monitor.peek(BAR + 0x1000)),
         (u32::MAX, 0x22)
     );
     window.clear();
     assert_eq!(monitor.peek(BAR + 0x1000), u32::MAX);
-    assert!(window.unmap(0x1000).is_err());
+    // Nothing is there: no error.
+    window.unmap(0x1000, 0x1000).unwrap();
 }
 
 #[test]
@@ -65,7 +86,9 @@ fn a_window_moves_with_its_bar() {
     let mut monitor = Monitor::new();
     let file = memfd(&[0x11], true);
     let window = window(&monitor);
-    window.map(0x2000, &region(&file, 0, 0x1000)).unwrap();
+    window
+        .map(0x2000, &region(&file, 0, 0x1000), Permission::READ_WRITE)
+        .unwrap();
     assert_eq!(monitor.peek(BAR + 0x2000), u32::MAX);
     window.place(Some(BAR)).unwrap();
     assert_eq!(monitor.peek(BAR + 0x2000), 0x11);
@@ -86,30 +109,39 @@ fn a_bar_on_top_of_ram_shows_nothing_and_is_an_error() {
     let mut monitor = Monitor::new();
     let file = memfd(&[0x11], true);
     let window = window(&monitor);
-    window.map(0, &region(&file, 0, 0x1000)).unwrap();
+    window
+        .map(0, &region(&file, 0, 0x1000), Permission::READ_WRITE)
+        .unwrap();
     assert!(window.place(Some(0x10_0000)).is_err());
     window.place(Some(BAR)).unwrap();
     assert_eq!(monitor.peek(BAR), 0x11);
 }
 
 #[test]
-fn dropping_a_window_gives_its_slots_back() {
-    let mut monitor = Monitor::new();
-    let file = memfd(&[0x11; 64], true);
+fn chunks_are_bounded_and_those_that_are_empty_make_room_for_others() {
+    let monitor = Monitor::new();
+    let file = memfd(&[0x11; 4], true);
+    let region = region(&file, 0, 0x1000);
+    let map =
+        |window: &Arc<dyn Window>, chunk: u64| window.map(chunk * CHUNK, &region, Permission::READ);
     for _ in 0..3 {
-        let window = window(&monitor);
-        window.place(Some(BAR)).unwrap();
+        let window = monitor.machine.window(128 << 30).unwrap();
         // All that are left beside the RAM's.
-        for page in 0..u64::from(crate::slots::LIMIT) - 1 {
-            window
-                .map(page * 0x1000, &region(&file, page * 0x1000, 0x1000))
-                .unwrap();
+        let most = u64::from(crate::slots::LIMIT) - 1;
+        for chunk in 0..most {
+            map(&window, chunk).unwrap();
         }
-        let error = window.map(0x8_0000, &region(&file, 0, 0x1000)).unwrap_err();
+        let error = map(&window, most).unwrap_err();
         assert!(error.to_string().contains("memory slots"), "{error}");
-        assert_eq!(monitor.peek(BAR + 0x5000), 0x11);
-        drop(window);
-        assert_eq!(monitor.peek(BAR + 0x5000), u32::MAX);
+        // One that is only written needs no slot.
+        window
+            .map(most * CHUNK, &region, Permission::WRITE)
+            .unwrap();
+        window.unmap(7 * CHUNK, 0x1000).unwrap();
+        map(&window, most + 1).unwrap();
+        assert!(map(&window, 7).is_err());
+        window.clear();
+        map(&window, 7).unwrap();
     }
 }
 
@@ -120,7 +152,11 @@ fn ranges_that_make_no_sense_are_refused() {
     let window = window(&monitor);
     let refused = |offset, file_offset, len, why: &str| {
         let error = window
-            .map(offset, &region(&file, file_offset, len))
+            .map(
+                offset,
+                &region(&file, file_offset, len),
+                Permission::READ_WRITE,
+            )
             .unwrap_err()
             .to_string();
         assert!(error.contains(why), "{error}");
@@ -134,14 +170,21 @@ fn ranges_that_make_no_sense_are_refused() {
     refused(u64::MAX - 0xFFF, 0, 0x1000, "beyond the window");
     refused(0, 0x3000, 0x2000, "ends at 0x4000");
     refused(0, u64::MAX - 0xFFF, 0x1000, "overflows");
-    window.map(0x2000, &region(&file, 0, 0x2000)).unwrap();
+    window
+        .map(0x2000, &region(&file, 0, 0x2000), Permission::READ_WRITE)
+        .unwrap();
     refused(0x2000, 0, 0x1000, "overlaps");
     refused(0x3000, 0, 0x1000, "overlaps");
     refused(0x1000, 0, 0x2000, "overlaps");
     refused(0x1000, 0, 0x4000, "overlaps");
-    window.map(0x1000, &region(&file, 0, 0x1000)).unwrap();
-    window.map(0x4000, &region(&file, 0, 0x1000)).unwrap();
-    assert!(window.unmap(0x3000).is_err());
+    window
+        .map(0x1000, &region(&file, 0, 0x1000), Permission::READ_WRITE)
+        .unwrap();
+    window
+        .map(0x4000, &region(&file, 0, 0x1000), Permission::READ_WRITE)
+        .unwrap();
+    assert!(window.unmap(0x3000, 0x800).is_err());
+    assert!(window.unmap(0x3800, 0x1000).is_err());
     assert!(window.place(Some(0xC000_0800)).is_err());
     assert!(window.place(Some(!0xFFF)).is_err());
     assert!(monitor.machine.window(0x3000).is_err());
@@ -153,7 +196,7 @@ fn memory_that_its_owner_could_take_away_is_refused() {
     let window = window(&monitor);
     let refused = |file: &Arc<File>, why: &str| {
         let error = window
-            .map(0, &region(file, 0, 0x1000))
+            .map(0, &region(file, 0, 0x1000), Permission::READ_WRITE)
             .unwrap_err()
             .to_string();
         assert!(error.contains(why), "{error}");
@@ -171,3 +214,81 @@ fn memory_that_its_owner_could_take_away_is_refused() {
     let read_only = File::open(format!("/proc/self/fd/{}", sealed.as_raw_fd())).unwrap();
     refused(&Arc::new(read_only), "reading and writing");
 }
+
+#[test]
+fn mappings_are_bounded_and_what_a_split_leaves_beyond_that_is_still_reached() {
+    let mut monitor = Monitor::new();
+    let file = memfd(&[0x11, 0x22, 0x33], true);
+    let window = window(&monitor);
+    window.place(Some(BAR)).unwrap();
+    let whole = region(&file, 0, 3 * PAGE);
+    window.map(0, &whole, Permission::READ_WRITE).unwrap();
+    let windows = Arc::clone(monitor.machine.windows());
+    windows.live.fetch_add(MAX_MAPPINGS, Ordering::Relaxed);
+    let error = window.map(8 * PAGE, &whole, Permission::READ).unwrap_err();
+    assert!(error.to_string().contains("mappings already"), "{error}");
+    window.unmap(PAGE, PAGE).unwrap();
+    let (slots, _) = windows.find(BAR).unwrap();
+    assert!(!slots.is_native(0, Access::Read) && slots.allows(0, Access::Read));
+    assert_eq!(monitor.peek(BAR), u32::MAX, "not by memory any more");
+    let mut data = [0; 4];
+    assert!(window.read(2 * PAGE, &mut data) && data == [0x33, 0, 0, 0]);
+    assert!(window.write(8, &[0x77]) && window.read(8, &mut data) && data == [0x77, 0, 0, 0]);
+    assert!(!window.read(PAGE - 2, &mut data));
+    windows.live.fetch_sub(MAX_MAPPINGS, Ordering::Relaxed);
+    assert_eq!(windows.live.load(Ordering::Relaxed), 2);
+    window.clear();
+    assert_eq!(windows.live.load(Ordering::Relaxed), 0);
+    window.map(0, &whole, Permission::READ_WRITE).unwrap();
+    assert_eq!(monitor.peek(BAR + PAGE), 0x22);
+}
+
+#[test]
+fn a_chunk_that_had_to_be_withdrawn_shows_nothing_until_the_window_is_cleared() {
+    let mut monitor = Monitor::new();
+    let file = memfd(&[0x11, 0x22], true);
+    let window = window(&monitor);
+    window.place(Some(BAR)).unwrap();
+    let page = region(&file, 0, PAGE);
+    window.map(0, &page, Permission::READ_WRITE).unwrap();
+    let (slots, _) = monitor.machine.windows().find(BAR).unwrap();
+    slots.withdraw(&mut lock(&slots.state), PAGE, 2 * PAGE);
+    window.map(2 * PAGE, &page, Permission::READ_WRITE).unwrap();
+    window.place(Some(BAR + SIZE)).unwrap();
+    window.place(Some(BAR)).unwrap();
+    assert_eq!(
+        (monitor.peek(BAR), monitor.peek(BAR + 2 * PAGE)),
+        (u32::MAX, u32::MAX)
+    );
+    let mut data = [0; 1];
+    assert!(window.read(0, &mut data) && window.read(2 * PAGE, &mut data));
+    window.clear();
+    window.map(0, &page, Permission::READ_WRITE).unwrap();
+    assert_eq!(monitor.peek(BAR), 0x11);
+}
+
+#[test]
+fn what_a_vcpu_hides_comes_back_though_the_window_was_cleared_and_moved_meanwhile() {
+    let mut monitor = Monitor::new();
+    let file = memfd(&[0x11, 0x22], true);
+    let window = window(&monitor);
+    window.place(Some(BAR)).unwrap();
+    let page = region(&file, 0, PAGE);
+    window.map(0, &page, Permission::READ_WRITE).unwrap();
+    let windows = Arc::clone(monitor.machine.windows());
+    let (mut one, mut two) = (Hidden::default(), Hidden::default());
+    assert!(windows.hide(&[BAR + 8], &mut one) && !windows.hide(&[], &mut one));
+    assert!(windows.hide(&[], &mut two));
+    assert_eq!(monitor.peek(BAR), u32::MAX);
+    one.show();
+    assert_eq!(monitor.peek(BAR), u32::MAX);
+    window.clear();
+    window.map(0, &page, Permission::READ_WRITE).unwrap();
+    window.place(Some(BAR + SIZE)).unwrap();
+    assert_eq!(monitor.peek(BAR + SIZE), u32::MAX);
+    drop(two);
+    assert_eq!(monitor.peek(BAR + SIZE), 0x11);
+    assert!(!windows.hide(&[BAR], &mut one), "nothing is there any more");
+}
+
+pub(super) mod native;

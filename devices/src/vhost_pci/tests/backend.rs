@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use proptest::prelude::*;
 
 use super::*;
-use crate::host::SharedRegion;
+use crate::host::{Permission, SharedRegion};
 use crate::vhost_pci::backend::{Backend, Fault, Line, Machine, Refusal, Step};
 
 /// Remembers what it shows; the map with this number fails.
@@ -17,7 +17,12 @@ struct Books {
 }
 
 impl Machine for Books {
-    fn map(&mut self, offset: u64, _region: &SharedRegion) -> io::Result<()> {
+    fn map(
+        &mut self,
+        offset: u64,
+        _region: &SharedRegion,
+        _permission: Permission,
+    ) -> io::Result<()> {
         self.maps += 1;
         if self.fail_at == Some(self.maps) {
             return Err(io::ErrorKind::PermissionDenied.into());
@@ -30,6 +35,9 @@ impl Machine for Books {
         Ok(())
     }
     fn connect(&mut self, _what: Line, _queue: u16, _fd: Option<OwnedFd>) -> io::Result<()> {
+        Ok(())
+    }
+    fn set_channel(&mut self, _socket: OwnedFd) -> io::Result<()> {
         Ok(())
     }
 }

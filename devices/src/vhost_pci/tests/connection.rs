@@ -32,7 +32,7 @@ fn a_window_is_a_power_of_two_and_at_most_a_quarter_of_the_address_space() {
             window,
             ..config(&dir, SocketRole::Connect)
         };
-        VhostPci::new(config, FakeHost::with_address_bits(bits))
+        VhostPci::new(config, None, FakeHost::with_address_bits(bits))
     };
     assert_eq!(make(1 << 40, 40).unwrap().window_size, 1 << 38);
     assert_eq!(make(1 << 36, 40).unwrap().window_size, 1 << 36);
@@ -44,7 +44,7 @@ fn a_window_is_a_power_of_two_and_at_most_a_quarter_of_the_address_space() {
             ..config(&dir, SocketRole::Connect)
         };
         assert!(matches!(
-            VhostPci::new(config, FakeHost::new()),
+            VhostPci::new(config, None, FakeHost::new()),
             Err(Error::Queues(_))
         ));
     }
@@ -448,10 +448,10 @@ fn the_socket_file_goes_with_the_device() {
     let dir = TempDir::new().unwrap();
     let path = dir.as_path().join("s");
     let exists = |path: &Path| path.symlink_metadata().is_ok();
-    let device = VhostPci::new(config(&dir, SocketRole::Listen), FakeHost::new()).unwrap();
+    let device = VhostPci::new(config(&dir, SocketRole::Listen), None, FakeHost::new()).unwrap();
     assert!(exists(&path));
     assert!(matches!(
-        VhostPci::new(config(&dir, SocketRole::Listen), FakeHost::new()),
+        VhostPci::new(config(&dir, SocketRole::Listen), None, FakeHost::new()),
         Err(Error::Socket(_))
     ));
     drop(device);

@@ -2,7 +2,10 @@
 
 mod backend;
 mod connection;
+mod endpoint;
+mod iotlb;
 mod messages;
+mod misses;
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -45,6 +48,7 @@ fn config(dir: &TempDir, role: SocketRole) -> VhostPciConfig {
         window: WINDOW,
         queues: QUEUES,
         uuid,
+        miss_timeout: Duration::from_secs(10),
     }
 }
 
@@ -52,8 +56,15 @@ impl Rig {
     /// A driver that is live, with empty queues.
     fn new(role: SocketRole) -> Self {
         let dir = TempDir::new().unwrap();
+        let rig = Self::stopped(config(&dir, role), dir, None);
+        rig.start();
+        rig
+    }
+
+    /// A driver that has not begun.
+    fn stopped(config: VhostPciConfig, dir: TempDir, endpoint: Option<Arc<Endpoint>>) -> Self {
         let host = FakeHost::new();
-        let device = VhostPci::new(config(&dir, role), host.clone()).unwrap();
+        let device = VhostPci::new(config, endpoint, host.clone()).unwrap();
         let function = VirtioPci::new(device.clone(), host.clone()).unwrap();
         let mut events = EventManager::new().unwrap();
         events.add_subscriber(device.subscriber());
@@ -62,7 +73,7 @@ impl Rig {
             Ring::new(&host, 0x10_0000, 64),
             Ring::new(&host, 0x20_0000, 64),
         );
-        let rig = Self {
+        Self {
             host,
             device,
             driver,
@@ -70,14 +81,15 @@ impl Rig {
             rx,
             tx,
             dir,
-        };
-        rig.start();
-        rig
+        }
     }
 
     /// A driver whose rxq is filled and whose front-end is connected.
     fn connected() -> (Self, Connection) {
-        let mut rig = Self::new(SocketRole::Listen);
+        Self::connect_to(Self::new(SocketRole::Listen))
+    }
+
+    fn connect_to(mut rig: Self) -> (Self, Connection) {
         for _ in 0..32 {
             rig.rx.offer(4096);
         }
@@ -98,9 +110,14 @@ impl Rig {
     }
 
     fn start(&self) {
+        self.driver.enable_msix();
+        assert!(self.driver.negotiate(F_VERSION_1));
+        self.go();
+    }
+
+    /// From FEATURES_OK to DRIVER_OK.
+    fn go(&self) {
         let driver = &self.driver;
-        driver.enable_msix();
-        assert!(driver.negotiate(F_VERSION_1));
         driver.write(16, &0u16.to_le_bytes());
         driver.setup_queue(0, &self.rx, 1);
         driver.setup_queue(1, &self.tx, 2);

@@ -246,6 +246,60 @@ fn a_peer_that_does_not_read_delays_messages_and_then_overflows_but_nothing_is_l
 }
 
 #[test]
+fn posted_messages_wait_for_a_flush_and_keep_their_place_among_the_others() {
+    let (mut ours, mut theirs) = connections();
+    let number = |n| Message::request(requests::SET_FEATURES, &U64(n));
+    for n in 0..3 {
+        ours.post(&number(n)).unwrap();
+    }
+    assert!(ours.wants_write() && !ours.is_blocked());
+    assert!(theirs.receive().unwrap().is_none());
+    ours.send(&number(3)).unwrap();
+    ours.post(&number(4).with_fds(descriptors(2))).unwrap();
+    ours.post(&number(5)).unwrap();
+    ours.flush().unwrap();
+    for n in 0..6 {
+        let message = theirs.receive().unwrap().unwrap();
+        assert_eq!(message.payload, number(n).payload);
+        assert_eq!(message.fds.len(), if n == 4 { 2 } else { 0 });
+    }
+    assert!(!ours.wants_write());
+}
+
+#[test]
+fn posting_to_a_peer_that_does_not_read_overflows_and_one_that_reads_slowly_gets_everything() {
+    let (mut ours, mut theirs) = connections();
+    shrink_send_buffer(&ours);
+    let message = |n| Message::request(requests::SET_FEATURES, &U64(n));
+    let mut posted = 0;
+    let mut read = 0;
+    for _ in 0..20_000 {
+        match ours.post(&message(posted)) {
+            Ok(()) => posted += 1,
+            Err(error) => {
+                assert!(matches!(error, Error::Overflow));
+                assert!(posted > 3000, "64 KiB of 20 bytes");
+                ours.flush().unwrap();
+                assert!(ours.is_blocked());
+                let received = theirs.receive().unwrap().unwrap();
+                assert_eq!(received.payload, message(read).payload);
+                read += 1;
+            }
+        }
+    }
+    while read < posted {
+        if let Some(received) = theirs.receive().unwrap() {
+            assert_eq!(received.payload, message(read).payload);
+            read += 1;
+        } else {
+            ours.flush().unwrap();
+        }
+    }
+    ours.flush().unwrap();
+    assert!(!ours.is_blocked() && !ours.wants_write());
+}
+
+#[test]
 fn a_socket_that_takes_messages_in_pieces_gets_each_descriptor_once_and_never_overflows() {
     let (mut ours, mut theirs) = connections();
     shrink_send_buffer(&ours);

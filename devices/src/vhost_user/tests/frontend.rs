@@ -17,13 +17,15 @@ use crate::vhost_user::{
     Connection, DecodeError, MemoryRegion, MemoryTable, Message, Payload, SingleMemoryRegion, U64,
     VHOST_USER_F_PROTOCOL_FEATURES, VringAddr, VringFd, VringState, protocol_features, requests,
 };
-use crate::virtio::{F_RING_PACKED, F_VERSION_1, event};
+use crate::virtio::{F_ACCESS_PLATFORM, F_RING_PACKED, F_VERSION_1, event};
 
-const FEATURES: u64 = F_VERSION_1 | 1 << 29;
+pub(super) const FEATURES: u64 = F_VERSION_1 | 1 << 29;
 /// What the peer offers; the tests start split rings unless they say otherwise.
-const OFFERED: u64 = FEATURES | F_RING_PACKED;
-const ALL: u64 =
-    protocol_features::MQ | protocol_features::REPLY_ACK | protocol_features::CONFIGURE_MEM_SLOTS;
+pub(super) const OFFERED: u64 = FEATURES | F_RING_PACKED | F_ACCESS_PLATFORM;
+pub(super) const ALL: u64 = protocol_features::MQ
+    | protocol_features::REPLY_ACK
+    | protocol_features::BACKEND_REQ
+    | protocol_features::CONFIGURE_MEM_SLOTS;
 
 pub(super) fn memory(count: u64) -> Vec<host::MemoryRegion> {
     let file: File = TempFile::new().unwrap().into_file();
@@ -56,9 +58,9 @@ pub(super) fn vring(index: u8) -> Vring {
 }
 
 /// A front-end and the connection of the back-end that the test plays.
-struct Play {
-    frontend: Frontend,
-    peer: Connection,
+pub(super) struct Play {
+    pub(super) frontend: Frontend,
+    pub(super) peer: Connection,
 }
 
 impl Play {
@@ -69,7 +71,7 @@ impl Play {
     }
 
     /// The next message of the front-end, which must be this request.
-    fn expect(&mut self, request: u32) -> Message {
+    pub(super) fn expect(&mut self, request: u32) -> Message {
         let message = self.peer.receive().unwrap();
         let message = message.unwrap_or_else(|| panic!("{} is missing", requests::name(request)));
         assert_eq!(
@@ -81,32 +83,32 @@ impl Play {
         message
     }
 
-    fn expect_payload<T: Payload>(&mut self, request: u32) -> (T, Message) {
+    pub(super) fn expect_payload<T: Payload>(&mut self, request: u32) -> (T, Message) {
         let message = self.expect(request);
         (T::decode(&message.payload).unwrap(), message)
     }
 
-    fn expect_nothing(&mut self) {
+    pub(super) fn expect_nothing(&mut self) {
         let message = self.peer.receive().unwrap();
         assert!(message.is_none(), "{message:?}");
     }
 
-    fn reply(&mut self, request: u32, value: u64) {
+    pub(super) fn reply(&mut self, request: u32, value: u64) {
         self.peer
             .send(&Message::reply(request, &U64(value)))
             .unwrap();
     }
 
-    fn process(&mut self) -> Result<Option<Event>, Error> {
+    pub(super) fn process(&mut self) -> Result<Option<Event>, Error> {
         self.frontend.process()
     }
 
-    fn quiet(&mut self) {
+    pub(super) fn quiet(&mut self) {
         assert_eq!(self.process().unwrap(), None);
     }
 
     /// A handshake with a back-end that has these protocol features; `None` for one that has not even got the bit.
-    fn handshake(protocol: Option<u64>, slots: u64) -> Self {
+    pub(super) fn handshake(protocol: Option<u64>, slots: u64) -> Self {
         let mut play = Self::new();
         play.expect(requests::GET_FEATURES);
         play.quiet();
@@ -133,7 +135,8 @@ impl Play {
                 play.reply(requests::GET_MAX_MEM_SLOTS, slots);
             }
             if let Some(Event::Ready(offer)) = event {
-                assert_eq!(protocol & (ALL & !protocol_features::REPLY_ACK), 0);
+                let silent = protocol_features::REPLY_ACK | protocol_features::BACKEND_REQ;
+                assert_eq!(protocol & (ALL & !silent), 0);
                 assert_eq!(play.frontend.offer(), Some(offer));
                 play.expect(requests::SET_OWNER);
                 return play;
@@ -150,7 +153,7 @@ impl Play {
         play
     }
 
-    fn ready() -> Self {
+    pub(super) fn ready() -> Self {
         Self::handshake(Some(ALL), 32)
     }
 
@@ -172,14 +175,14 @@ impl Play {
         play
     }
 
-    fn reply_base(&mut self, index: u32, num: u32) {
+    pub(super) fn reply_base(&mut self, index: u32, num: u32) {
         let state = VringState { index, num };
         let message = Message::reply(requests::GET_VRING_BASE, &state);
         self.peer.send(&message).unwrap();
     }
 
     /// The violation that comes out of the next turn.
-    fn violation(&mut self) -> Violation {
+    pub(super) fn violation(&mut self) -> Violation {
         match self.process() {
             Err(Error::Violation(violation)) => violation,
             result => panic!("no violation: {result:?}"),

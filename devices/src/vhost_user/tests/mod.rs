@@ -3,6 +3,7 @@
 mod connection;
 mod frontend;
 mod interop;
+mod iotlb;
 mod socket;
 mod wire;
 

@@ -3,8 +3,8 @@
 use proptest::prelude::*;
 
 use crate::vhost_user::{
-    DecodeError, MAX_FDS, MemoryRegion, MemoryTable, Payload, SingleMemoryRegion, U64, VringAddr,
-    VringFd, VringState, requests,
+    DecodeError, Iotlb, IotlbKind, MAX_FDS, MemoryRegion, MemoryTable, Payload, SingleMemoryRegion,
+    U64, VringAddr, VringFd, VringState, requests,
 };
 
 fn region() -> impl Strategy<Value = MemoryRegion> {
@@ -17,6 +17,13 @@ fn region() -> impl Strategy<Value = MemoryRegion> {
         },
     )
 }
+
+const KINDS: [IotlbKind; 4] = [
+    IotlbKind::Miss,
+    IotlbKind::Update,
+    IotlbKind::Invalidate,
+    IotlbKind::AccessFail,
+];
 
 /// What was encoded decodes to the same, and no other length does.
 fn survives<T: Payload + PartialEq + std::fmt::Debug>(payload: &T) {
@@ -72,10 +79,20 @@ proptest! {
     }
 
     #[test]
+    fn iotlb_messages_survive_the_wire_and_no_other_length_does(
+        [iova, size, user_address] in any::<[u64; 3]>(),
+        [read, write] in any::<[bool; 2]>(),
+        kind in prop::sample::select(&KINDS[..]),
+    ) {
+        survives(&Iotlb { iova, size, user_address, read, write, kind });
+    }
+
+    #[test]
     fn no_bytes_make_the_decoders_panic(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
         let _ = MemoryTable::decode(&bytes);
         let _ = SingleMemoryRegion::decode(&bytes);
         let _ = VringAddr::decode(&bytes);
+        let _ = Iotlb::decode(&bytes);
         let _ = VringState::decode(&bytes);
         let _ = VringFd::decode(&bytes);
         let _ = U64::decode(&bytes);
@@ -133,4 +150,42 @@ fn a_table_of_more_regions_than_descriptors_can_come_with_is_refused_whatever_it
 fn requests_are_named_for_log_lines_and_unknown_ones_do_no_harm() {
     assert_eq!(requests::name(requests::GET_VRING_BASE), "GET_VRING_BASE");
     assert_eq!(requests::name(u32::MAX), "an unknown request");
+}
+
+#[test]
+fn iotlb_messages_lie_as_the_specification_and_the_padding_of_c_put_them() {
+    let message = Iotlb {
+        iova: 0x0102_0304_0506_0708,
+        size: 0x1000,
+        user_address: 0x1112_1314_1516_1718,
+        read: true,
+        write: false,
+        kind: IotlbKind::Update,
+    };
+    let mut expected = vec![8, 7, 6, 5, 4, 3, 2, 1];
+    expected.extend_from_slice(&[0, 0x10, 0, 0, 0, 0, 0, 0]);
+    expected.extend_from_slice(&[0x18, 0x17, 0x16, 0x15, 0x14, 0x13, 0x12, 0x11]);
+    // VHOST_ACCESS_RO and VHOST_IOTLB_UPDATE, and six bytes of nothing.
+    expected.extend_from_slice(&[1, 2, 0, 0, 0, 0, 0, 0]);
+    assert_eq!(message.encode(), expected);
+    // VHOST_ACCESS_WO, VHOST_ACCESS_RW; the kinds are counted from 1.
+    for (permission, read, write) in [(0, false, false), (2, false, true), (3, true, true)] {
+        expected[24] = permission;
+        for (number, kind) in (1..).zip(KINDS) {
+            expected[25] = number;
+            // What is in the padding means nothing.
+            let mut dirty = expected.clone();
+            dirty[26..].fill(0xff);
+            let decoded = Iotlb::decode(&dirty).unwrap();
+            assert_eq!(
+                (decoded.read, decoded.write, decoded.kind),
+                (read, write, kind)
+            );
+            assert_eq!(decoded.encode(), expected);
+        }
+    }
+    for number in [0, 5, 6, 0xff] {
+        expected[25] = number;
+        assert_eq!(Iotlb::decode(&expected), Err(DecodeError::Iotlb(number)));
+    }
 }

@@ -477,9 +477,10 @@ fn a_driver_resets_a_queue_by_its_registers_and_the_back_end_gets_the_new_one() 
         queue_size: 768,
         rings: PACKED,
         mac: MAC,
+        iotlb_timeout: DEFAULT_IOTLB_TIMEOUT,
     };
     let host = FakeHost::new();
-    let net = VirtioNet::new(config.clone(), host.clone()).unwrap();
+    let net = VirtioNet::new(config.clone(), None, host.clone()).unwrap();
     let mut manager = EventManager::<Box<dyn MutEventSubscriber + Send>>::new().unwrap();
     manager.add_subscriber(net.subscriber());
     let mut backend = Backend::new(UnixStream::connect(&config.socket).unwrap(), u64::MAX);

@@ -1,15 +1,23 @@
 //! The two ends as workloads see them.
 
-use bare_metal::Link;
+use alloc::vec::Vec;
+
 use bare_metal::frame::End;
+use bare_metal::study::windows::{Churn, Churned, Ground, MIN_PAGES};
 use bare_metal::workload::Stopped;
+use bare_metal::{Link, Study};
+use guest_driver::mapper::Mapper;
 use guest_driver::net::{NetDevice, NetDevicePort};
+use guest_driver::net_port::Shape;
+use guest_driver::pci::Function;
+use guest_driver::translated::Translated;
 use guest_driver::vhost_pci::{Link as Change, VhostPci, VhostPciPort};
-use guest_driver::virtio_pci;
+use guest_driver::virtio_iommu::{self, status_of};
+use guest_driver::{Platform, virtio_pci};
 
 use crate::arch::{self, event};
-use crate::error;
 use crate::machine::Machine;
+use crate::{error, study};
 
 /// What the main loop needs beside what a workload needs.
 pub trait Connection: Link {
@@ -40,6 +48,8 @@ pub trait Connection: Link {
     fn reset_rings(&mut self) -> Result<(), virtio_pci::Error> {
         Err(virtio_pci::Error::Features)
     }
+    /// Carries out a step of the isolation study and reports it.
+    fn study(&mut self, step: &Study);
 }
 
 /// How long a device may take to say that its peer is gone.
@@ -54,24 +64,121 @@ fn sleep(until: u64) {
 }
 
 /// The virtio-net driver's end.
-pub struct FrontEnd<'a> {
-    machine: &'a Machine,
-    /// Absent where it could not be set up again.
-    device: Option<NetDevice>,
+pub struct FrontEnd<'a, M> {
+    pub machine: &'a Machine,
+    pub platform: &'a Translated<'a, Machine>,
+    function: Function,
+    shape: Shape,
+    mapper: M,
+    attached: bool,
+    /// Absent before it is started, and where it could not be set up again.
+    pub device: Option<NetDevice<M>>,
     up: bool,
     tsc_khz: u64,
+    /// Guest physical addresses and lengths of the pages that experiments have.
+    pub pages: Vec<(u64, u64)>,
+    ground: Option<Ground>,
+    churn: Option<Churn>,
 }
 
-impl<'a> FrontEnd<'a> {
-    /// A device that was started.
-    pub fn new(machine: &'a Machine, device: NetDevice, tsc_khz: u64) -> Self {
-        let up = device.link_up();
+/// Why a network device could not be started.
+pub enum NotStarted {
+    /// The IOMMU refused something.
+    Iommu(virtio_iommu::Error),
+    /// The device refused something.
+    Device(virtio_pci::Error),
+}
+
+/// Bytes behind the windows that come and go, where pages are small.
+const GROUND: u64 = 1 << 20;
+
+impl<'a, M: Mapper> FrontEnd<'a, M> {
+    /// A device that is not touched yet.
+    pub fn new(
+        machine: &'a Machine,
+        platform: &'a Translated<'a, Machine>,
+        function: Function,
+        (shape, mapper, tsc_khz): (Shape, M, u64),
+    ) -> Self {
         Self {
             machine,
-            device: Some(device),
-            up,
+            platform,
+            function,
+            shape,
+            mapper,
+            attached: false,
+            device: None,
+            up: false,
             tsc_khz,
+            pages: Vec::new(),
+            ground: None,
+            churn: None,
         }
+    }
+
+    /// Attaches the endpoint or detaches it. Returns the status.
+    pub fn attach(&mut self, attach: bool) -> u16 {
+        let Some(behind) = self.platform.behind() else {
+            return u16::from(virtio_iommu::status::UNSUPP);
+        };
+        let status = status_of(match attach {
+            true => behind.attach(),
+            false => behind.detach(),
+        });
+        if status == u16::from(virtio_iommu::status::OK) {
+            self.attached = attach;
+        }
+        status
+    }
+
+    /// Sets the device up, behind the IOMMU where there is one.
+    pub fn start(&mut self) -> Result<(), NotStarted> {
+        if self.device.is_some() {
+            return Ok(());
+        }
+        if let Some(behind) = self.platform.behind()
+            && !self.attached
+        {
+            match behind.attach() {
+                Ok(virtio_iommu::status::OK) => self.attached = true,
+                Ok(status) => {
+                    return Err(NotStarted::Iommu(virtio_iommu::Error::Refused(status)));
+                }
+                Err(error) => return Err(NotStarted::Iommu(error)),
+            }
+        }
+        let memory = self.machine.memory(self.platform.offset());
+        let mapper = self.mapper.clone();
+        let device = NetDevice::new(self.platform, self.function, memory, self.shape, mapper)
+            .map_err(|error| match (error, self.platform.take_refusal()) {
+                (virtio_pci::Error::Iommu(error), _) | (_, Some(error)) => NotStarted::Iommu(error),
+                (error, None) => NotStarted::Device(error),
+            })?;
+        self.up = device.link_up();
+        self.device = Some(device);
+        Ok(())
+    }
+
+    /// Where windows for experiments lie; `None` without an IOMMU, or without memory.
+    pub fn ground(&mut self) -> Option<Ground> {
+        if self.ground.is_none() {
+            let behind = self.platform.behind()?;
+            let page = behind.granule();
+            let pages = (GROUND / page).max(MIN_PAGES);
+            let size = usize::try_from(page).ok()?;
+            let dma = self
+                .machine
+                .dma(size * usize::try_from(pages).ok()?, size)?;
+            let (_, last) = behind.iommu.try_borrow().ok()?.config().input_range;
+            self.ground = Some(Ground {
+                domain: behind.domain,
+                page,
+                gpa: dma.addr,
+                pages,
+                end: last.saturating_add(1) & !(page - 1),
+            });
+        }
+        self.ground
     }
 
     /// Looks at the device, and sets it up again where it asks for that.
@@ -80,7 +187,7 @@ impl<'a> FrontEnd<'a> {
             return;
         };
         let device = if device.needs_reset() {
-            match device.restart(self.machine) {
+            match device.restart(self.platform) {
                 Ok(device) => device,
                 Err(why) => {
                     error(format_args!("virtio-net: {why}"));
@@ -96,8 +203,8 @@ impl<'a> FrontEnd<'a> {
     }
 }
 
-impl Link for FrontEnd<'_> {
-    type Port = NetDevicePort;
+impl<M: Mapper> Link for FrontEnd<'_, M> {
+    type Port = NetDevicePort<M>;
 
     fn end(&self) -> End {
         End::FrontEnd
@@ -125,20 +232,44 @@ impl Link for FrontEnd<'_> {
     fn ticks_per_ms(&self) -> u64 {
         self.tsc_khz
     }
+
+    fn start_churn(&mut self, hz: u64) -> bool {
+        let Some(ground) = self.ground() else {
+            return false;
+        };
+        self.churn = Some(Churn::new(ground, hz, self.tsc_khz, arch::now()));
+        true
+    }
+
+    #[inline(always)]
+    fn beside(&mut self, now: u64) {
+        if let Some(churn) = &mut self.churn
+            && let Some(behind) = self.platform.behind()
+            && let Ok(mut iommu) = behind.iommu.try_borrow_mut()
+        {
+            churn.beside(&mut *iommu, now);
+        }
+    }
+
+    fn end_churn(&mut self) -> Option<Churned> {
+        let behind = self.platform.behind()?;
+        let mut iommu = behind.iommu.try_borrow_mut().ok()?;
+        Some(self.churn.take()?.end(&mut *iommu, arch::now))
+    }
 }
 
-impl Connection for FrontEnd<'_> {
+impl<M: Mapper> Connection for FrontEnd<'_, M> {
     fn is_up(&self) -> bool {
         self.up
     }
 
     fn features(&self) -> u64 {
-        self.device.as_ref().map_or(0, NetDevice::features)
+        self.device.as_ref().map_or(0, |device| device.features())
     }
 
     fn stopped(&mut self, why: Stopped) {
         // A broken ring stays broken until the device is set up anew.
-        self.up &= !matches!(why, Stopped::Ring(_));
+        self.up &= !matches!(why, Stopped::Port(_));
     }
 
     fn reset_rings(&mut self) -> Result<(), virtio_pci::Error> {
@@ -147,11 +278,15 @@ impl Connection for FrontEnd<'_> {
         self.up = device.link_up();
         Ok(())
     }
+
+    fn study(&mut self, step: &Study) {
+        study::front_end(self, step);
+    }
 }
 
 /// The vhost-pci driver's end.
 pub struct BackEnd {
-    device: VhostPci,
+    pub device: VhostPci,
     up: bool,
     tsc_khz: u64,
 }
@@ -213,9 +348,13 @@ impl Connection for BackEnd {
     }
 
     fn stopped(&mut self, why: Stopped) {
-        if let Stopped::Ring(_) = why {
+        if let Stopped::Port(_) = why {
             self.device.give_up();
         }
         self.up = false;
+    }
+
+    fn study(&mut self, step: &Study) {
+        study::back_end(self, step);
     }
 }

@@ -113,7 +113,9 @@ impl BootParameters {
 /// The machine.
 pub struct Machine {
     ecam: Registers,
-    memory: Linear,
+    base: *mut u8,
+    start: u64,
+    len: u64,
 }
 
 impl Machine {
@@ -132,14 +134,20 @@ impl Machine {
             (*HEAP.0.get()).init(base, usize::try_from(len).ok()?);
             Some(Self {
                 ecam: Registers::new(ecam, ECAM_LEN),
-                memory: Linear::new(base, start, len),
+                base,
+                start,
+                len,
             })
         }
     }
 
-    /// The memory that [`Platform::dma`] gives.
-    pub fn memory(&self) -> Linear {
-        self.memory
+    /// The memory that [`Platform::dma`] gives, `offset` above its guest physical addresses.
+    pub fn memory(&self, offset: u64) -> Linear {
+        let Self {
+            base, start, len, ..
+        } = *self;
+        // SAFETY: as `new` found it: RAM, identity-mapped for ever, and reached through this only where the heap handed it out for that.
+        unsafe { Linear::new(base, start.wrapping_add(offset), len) }
     }
 
     /// Lets COM2 interrupt.

@@ -8,19 +8,25 @@ mod arch;
 mod console;
 mod links;
 mod machine;
+mod study;
 
+use alloc::rc::Rc;
+use core::cell::RefCell;
 use core::fmt;
 
-use bare_metal::command::{BadWord, Boot};
+use bare_metal::command::{BadWord, Boot, IommuMode};
 use bare_metal::record::ResultRecord;
 use bare_metal::{Command, Outcome, Run};
-use guest_driver::net::{self, NetDevice};
-use guest_driver::pci;
+use guest_driver::mapper::{Fixed, Mapper, Pages};
+use guest_driver::net;
+use guest_driver::pci::{self, Function};
+use guest_driver::translated::{Behind, Translated};
 use guest_driver::vhost_pci::{self, VhostPci};
+use guest_driver::virtio_iommu::{self, Shared, VirtioIommu, status};
 use guest_driver::virtio_pci::{DEVICE_BASE, VENDOR};
 
 use arch::event;
-use links::{BackEnd, Connection, FrontEnd};
+use links::{BackEnd, Connection, FrontEnd, NotStarted};
 use machine::{BootParameters, Machine};
 
 /// A byte written here ends the VM with that exit code.
@@ -29,6 +35,11 @@ const EXIT_PORT: u16 = 0xf4;
 const EXIT_NOT_CLEAN: u8 = 2;
 /// The guest cannot go on.
 const EXIT_FAILED: u8 = 101;
+
+/// The domain that the device's mappings are in.
+const DOMAIN: u32 = 1;
+/// How long the IOMMU may take: it waits for a peer that has to be cut off.
+const PATIENCE_MS: u64 = 20_000;
 
 /// Prints a line for people.
 #[macro_export]
@@ -69,32 +80,111 @@ extern "C" fn user_main(zero_page: *const u8) -> ! {
         ));
     };
     print!("guest: up; payload moves in pieces of {width} bytes");
-    for function in pci::functions(&machine).filter(|function| function.vendor == VENDOR) {
+    let iommu = find_iommu(&machine, boot.tsc_khz);
+    let behind = |function: Function| {
+        Some(Behind {
+            iommu: iommu.clone()?,
+            endpoint: u32::from(function.number),
+            domain: DOMAIN,
+            offset: boot.iova,
+            map_pools: true,
+        })
+    };
+    for function in virtio_functions(&machine) {
         match function.device.wrapping_sub(DEVICE_BASE) {
             net::DEVICE_TYPE => {
                 print!("guest: virtio-net at {function}: front-end");
-                match NetDevice::new(&machine, function, machine.memory(), boot.shape) {
-                    Ok(device) => serve(
-                        &machine,
-                        FrontEnd::new(&machine, device, boot.tsc_khz),
-                        &boot,
-                    ),
-                    Err(error) => fail(format_args!("{function}: {error}")),
-                }
+                front_end(&machine, function, behind(function), &boot);
             }
             vhost_pci::DEVICE_TYPE => {
                 print!("guest: vhost-pci at {function}: back-end");
-                match VhostPci::new(&machine, function, machine.memory()) {
-                    Ok(device) => serve(&machine, BackEnd::new(device, boot.tsc_khz), &boot),
-                    Err(error) => fail(format_args!("{function}: {error}")),
-                }
+                back_end(&machine, function, behind(function), &boot);
             }
+            virtio_iommu::DEVICE_TYPE => {}
             _ => print!("guest: {function}: no driver"),
         }
     }
     fail(format_args!(
         "there is no virtio-net and no vhost-pci device: start with --net or --vhost-pci"
     ));
+}
+
+fn virtio_functions(machine: &Machine) -> impl Iterator<Item = Function> + '_ {
+    pci::functions(machine).filter(|function| function.vendor == VENDOR)
+}
+
+/// The machine's IOMMU, where it has one.
+fn find_iommu(machine: &Machine, tsc_khz: u64) -> Option<Shared> {
+    let function = virtio_functions(machine)
+        .find(|function| function.device == DEVICE_BASE + virtio_iommu::DEVICE_TYPE)?;
+    print!("guest: virtio-iommu at {function}");
+    match VirtioIommu::new(machine, function, machine.memory(0), PATIENCE_MS * tsc_khz) {
+        Ok(iommu) => Some(Rc::new(RefCell::new(iommu))),
+        Err(error) => fail(format_args!("{function}: {error}")),
+    }
+}
+
+/// Serves a front-end.
+fn front_end(machine: &Machine, function: Function, behind: Option<Behind>, boot: &Boot) -> ! {
+    let at_once = match boot.iommu {
+        IommuMode::Static | IommuMode::Manual => None,
+        IommuMode::Dynamic => Some(false),
+        IommuMode::Batch => Some(true),
+    };
+    let Some((behind, at_once)) = behind.clone().zip(at_once) else {
+        start(machine, function, behind, boot, Fixed)
+    };
+    let Some(pages) = Pages::new(behind.iommu.clone(), behind.domain, behind.offset, at_once)
+    else {
+        fail(format_args!(
+            "buffers cannot be mapped one by one: the IOMMU has no pages of 4 KiB"
+        ));
+    };
+    let behind = Behind {
+        map_pools: false,
+        ..behind
+    };
+    start(machine, function, Some(behind), boot, pages)
+}
+
+/// Sets a front-end's device up, unless that is left to a command, and serves it.
+fn start<M: Mapper>(
+    machine: &Machine,
+    function: Function,
+    behind: Option<Behind>,
+    boot: &Boot,
+    mapper: M,
+) -> ! {
+    let platform = Translated::new(machine, behind);
+    let parts = (boot.shape, mapper, boot.tsc_khz);
+    let mut link = FrontEnd::new(machine, &platform, function, parts);
+    if boot.iommu != IommuMode::Manual || platform.behind().is_none() {
+        match link.start() {
+            Ok(()) => {}
+            Err(NotStarted::Device(error)) => fail(format_args!("{function}: {error}")),
+            Err(NotStarted::Iommu(error)) => fail(format_args!("{function}: {error}")),
+        }
+    }
+    serve(machine, link, boot)
+}
+
+/// Sets a back-end's device up and serves it.
+fn back_end(machine: &Machine, function: Function, behind: Option<Behind>, boot: &Boot) -> ! {
+    let platform = Translated::new(machine, behind);
+    match platform.behind().map(Behind::attach) {
+        None | Some(Ok(status::OK)) => {}
+        Some(Ok(status)) => fail(format_args!(
+            "{function}: the IOMMU does not attach it: status {status}"
+        )),
+        Some(Err(error)) => fail(format_args!("{function}: {error}")),
+    }
+    match VhostPci::new(&platform, function, machine.memory(platform.offset())) {
+        Ok(device) => serve(machine, BackEnd::new(device, boot.tsc_khz), boot),
+        Err(error) => match platform.take_refusal() {
+            Some(error) => fail(format_args!("{function}: {error}")),
+            None => fail(format_args!("{function}: {error}")),
+        },
+    }
 }
 
 /// Runs the workload of the command line, or those that the control channel asks for.
@@ -131,6 +221,7 @@ fn serve<C: Connection>(machine: &Machine, mut link: C, boot: &Boot) -> ! {
                     Ok(()) => announce(&link, link.is_up(), boot.tsc_khz),
                     Err(why) => error(format_args!("reset-rings: {why}")),
                 },
+                Ok(Some(Command::Study(step))) => link.study(&step),
                 Ok(Some(Command::Exit(code))) => exit(code),
                 Err(BadWord(word)) => error(format_args!("not understood: {word}")),
             });
