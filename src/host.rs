@@ -101,6 +101,19 @@ pub fn other_threads_ns(pid: u32, except: &[u32]) -> u64 {
         .sum()
 }
 
+/// Whether all threads of a process are stopped (by SIGSTOP).
+pub fn is_stopped(pid: u32) -> bool {
+    let Ok(threads) = fs::read_dir(format!("/proc/{pid}/task")) else {
+        return false;
+    };
+    threads.flatten().all(|thread| {
+        let stat = fs::read_to_string(thread.path().join("stat")).unwrap_or_default();
+        // The name in brackets may hold anything, brackets too.
+        let state = stat.rsplit_once(')').map(|(_, rest)| rest.trim_start());
+        state.is_some_and(|state| state.starts_with('T'))
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -117,5 +130,7 @@ mod tests {
         let pid = std::process::id();
         assert!(other_threads_ns(pid, &[]) > 0);
         assert!(kernel().is_some());
+        assert!(!is_stopped(pid));
+        assert!(!is_stopped(u32::MAX));
     }
 }

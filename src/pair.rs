@@ -108,8 +108,13 @@ pub fn run(args: &PairArgs) -> Result<u8> {
     };
     let signals = Signals::install().context("cannot handle signals")?;
     let directory = TempDir::new().context("cannot make a directory for the socket")?;
-    let [mut back_args, mut front_args] =
-        vm_args(directory.path(), &args.both.memory, cores, &rings, iommus(args));
+    let [mut back_args, mut front_args] = vm_args(
+        directory.path(),
+        &args.both.memory,
+        cores,
+        &rings,
+        iommus(args),
+    );
     let [back, front] = cmdlines(args, &rings);
     back_args.push(format!("--cmdline={back}").into());
     front_args.push(format!("--cmdline={front}").into());

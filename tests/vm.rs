@@ -476,7 +476,9 @@ fn check_entry(entry: &Value) {
         assert!(entry[key].is_boolean(), "{key}: {entry}");
     }
     assert!(entry["queue_size"].is_u64() && entry["tx"].is_string());
-    assert_eq!(entry["iommu"], "off");
+    assert!(["off", "static", "dynamic", "batch"].contains(&entry["iommu"].as_str().unwrap()));
+    let gated = entry["iommu"] == "off" || entry["iommu"] == "static";
+    assert_eq!(entry.get("least_vcpu_share").is_some(), gated, "{entry}");
     // Where no sample was fit to be reported there is no figure at all.
     let Some(distance) = entry.get("distance") else {
         assert!(entry.get("mpps").is_none() && entry.get("ratio").is_none());
@@ -678,6 +680,217 @@ fn bench_measures_the_features_that_it_was_asked_for() {
         (&entry["queue_size"], &entry["tx"]),
         (&768.into(), &"indirect".into())
     );
+}
+
+#[test]
+fn frames_arrive_through_windows_that_follow_the_iommu_however_it_is_used() {
+    let _machine = machine();
+    for iommu in ["static", "dynamic", "batch"] {
+        // Where each frame is mapped and unmapped, a frame takes as long as some system calls.
+        let count = if iommu == "static" { 50_000 } else { 3_000 };
+        for rings in [RINGS[0], RINGS[3]] {
+            pair(&[rings, &["--iommu", iommu]].concat(), 2, count);
+        }
+        pair(&["--iommu", iommu, "--size", "1518"], 2, count);
+        let irq = ["--iommu", iommu, "--mode", "irq"];
+        pair(&[&irq[..], &["--direction", "round-trip"]].concat(), 2, 100);
+    }
+}
+
+#[test]
+fn both_guests_can_be_behind_an_iommu_at_once() {
+    let _machine = machine();
+    pair(&["--iommu", "static", "--iommu-back", "on"], 2, 50_000);
+    pair(&["--iommu", "batch", "--iommu-back", "on"], 2, 3_000);
+    pair(&["--iommu-back", "on"], 2, 50_000);
+}
+
+/// Runs the study; its report.
+fn isolation(args: &[&str]) -> (i32, Value) {
+    let dir = Dir::new();
+    let path = dir.file("iso.json");
+    let ended = run(&[&["isolation", "--rounds", "500", "--json", &path], args].concat());
+    let text = fs::read_to_string(&path).unwrap_or_else(|error| panic!("{error}: {ended:?}"));
+    let json: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(json["schema_version"], 1);
+    assert!(json.get("failed").is_none(), "{json}");
+    for attack in json["attacks"].as_array().unwrap() {
+        let from = &attack["from"];
+        assert!(from == "back-end" || from == "front-end", "{attack}");
+        assert!(attack["tries"].as_u64().unwrap() > 0, "{attack}");
+        assert!(attack["noticed"].is_string(), "{attack}");
+    }
+    (ended.code(), json)
+}
+
+fn got_through(json: &Value) -> Vec<(&str, u64)> {
+    let attacks = json["attacks"].as_array().unwrap().iter();
+    attacks
+        .map(|attack| {
+            (
+                attack["name"].as_str().unwrap(),
+                attack["got_through"].as_u64().unwrap(),
+            )
+        })
+        .filter(|(_, got)| *got > 0)
+        .collect()
+}
+
+#[test]
+fn nothing_gets_through_windows_that_follow_the_iommu() {
+    let _machine = machine();
+    let (code, json) = isolation(&[]);
+    assert_eq!(got_through(&json), []);
+    assert_eq!((code, &json["mode"]), (0, &"windows".into()));
+    assert!(json["attacks"].as_array().unwrap().len() >= 40);
+}
+
+#[test]
+fn the_same_attacks_read_and_write_what_is_shown_as_a_whole() {
+    let _machine = machine();
+    let memory = [
+        "--mode",
+        "whole",
+        "--only",
+        "read",
+        "write",
+        "page-used-again",
+        "race",
+    ];
+    let (code, json) = isolation(&memory);
+    assert_eq!((code, &json["mode"]), (2, &"whole".into()));
+    let got = got_through(&json);
+    for name in [
+        "read-before-attach",
+        "read-between-windows",
+        "write-read-only",
+        "read-after-unmap",
+        "write-after-unmap",
+        "page-used-again-after-unmap",
+        "race-for-an-unmapped-page",
+    ] {
+        assert!(
+            got.iter().any(|(found, _)| *found == name),
+            "{name}: {json}"
+        );
+    }
+}
+
+#[test]
+fn with_no_front_end_there_is_nothing_to_see() {
+    let _machine = machine();
+    let (code, json) = isolation(&["--mode", "none", "--only", "read", "write", "sweep"]);
+    assert_eq!((code, &json["mode"]), (0, &"none".into()));
+    assert_eq!(got_through(&json), []);
+}
+
+#[test]
+fn bench_compares_an_iommu_with_none_round_by_round() {
+    let _machine = machine();
+    let dir = Dir::new();
+    let path = dir.file("out.json");
+    let ended = run(&[
+        "bench",
+        "--iommu",
+        "off,static,batch",
+        "--sizes",
+        "64",
+        "--batches",
+        "32",
+        "--directions",
+        "be-to-fe",
+        "--ms",
+        "20",
+        "--samples",
+        "2",
+        "--json",
+        &path,
+    ]);
+    let text = fs::read_to_string(&path).unwrap_or_else(|error| panic!("{error}: {ended:?}"));
+    let json: Value = serde_json::from_str(&text).unwrap();
+    let results = json["results"].as_array().unwrap();
+    results.iter().for_each(check_entry);
+    for iommu in ["off", "static", "batch"] {
+        assert!(
+            results.iter().any(|entry| entry["iommu"] == iommu),
+            "{json}"
+        );
+    }
+    // A host so busy that no round was whole has no ratio to show.
+    if results.iter().all(|entry| entry.get("distance").is_some()) {
+        for entry in json["ratios"].as_array().into_iter().flatten() {
+            assert_eq!(entry["over"], "off");
+            assert!(entry["ratio"]["median"].as_f64().unwrap() > 0.0, "{entry}");
+        }
+    }
+}
+
+#[test]
+fn a_sweep_over_the_windows_times_them_splits_the_time_and_measures_traffic() {
+    let _machine = machine();
+    let dir = Dir::new();
+    let path = dir.file("windows.json");
+    let ended = run(&[
+        "bench",
+        "--sweep",
+        "windows",
+        "--samples",
+        "1",
+        "--ms",
+        "50",
+        "--json",
+        &path,
+    ]);
+    let text = fs::read_to_string(&path).unwrap_or_else(|error| panic!("{error}: {ended:?}"));
+    let json: Value = serde_json::from_str(&text).unwrap();
+    let windows = json["windows"].as_array().unwrap();
+    let live: Vec<u64> = windows
+        .iter()
+        .map(|it| it["live"].as_u64().unwrap())
+        .collect();
+    assert_eq!(live, [16, 64, 256, 1024, 4096, 8192]);
+    for entry in windows {
+        for what in ["map", "unmap"] {
+            let p50 = entry[what]["p50"]["median"].as_f64().unwrap();
+            let p99 = entry[what]["p99"]["median"].as_f64().unwrap();
+            assert!(0.0 < p50 && p50 <= p99, "{entry}");
+        }
+    }
+    let split = &json["split"];
+    let part = |name: &str| {
+        split[name]
+            .as_f64()
+            .unwrap_or_else(|| panic!("{name}: {json}"))
+    };
+    for name in ["total", "vmm", "wire", "window"] {
+        assert!(part(name) > 0.0, "{split}");
+    }
+    let churn = json["churn"].as_array().unwrap();
+    assert_eq!(churn.len(), 2);
+    for entry in churn {
+        assert_eq!(entry["corrupted"], 0);
+        if let Some(ratio) = entry.get("ratio") {
+            assert!(ratio["median"].as_f64().unwrap() > 0.0);
+        }
+    }
+    let complete = churn.iter().all(|entry| entry.get("ratio").is_some());
+    ended.expect_code(if complete { 0 } else { 1 });
+}
+
+#[test]
+fn a_study_that_is_interrupted_leaves_no_file_and_no_vm() {
+    let _machine = machine();
+    let dir = Dir::new();
+    let path = dir.file("iso.json");
+    let mut command = tool(&["isolation", "--json", &path]);
+    command.env("TMPDIR", dir.path());
+    let mut running = Running::start(command);
+    let name = dir.file("vhost-pci-");
+    running.wait_for("two VMs", |_| processes_with(&name) == 2);
+    running.signal("TERM");
+    running.end().expect_code(143);
+    assert_eq!(processes_with(&name), 0);
+    assert!(dir.is_empty());
 }
 
 #[test]

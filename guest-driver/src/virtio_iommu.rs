@@ -645,6 +645,7 @@ impl VirtioIommu {
         let config = read_config(&transport, features);
         let queue = |index, size| {
             let config = transport.add_queue::<P, Split>(platform, index, size)?;
+            transport.disconnect_vector(index);
             let ring = split::Driver::new(memory, &config)?;
             Ok::<_, virtio_pci::Error>((config.size, (ring, transport.doorbell(index)?)))
         };

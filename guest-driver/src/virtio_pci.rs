@@ -31,6 +31,9 @@ const VECTOR_CONFIG: u16 = 0;
 /// MSI-X vector of all queues.
 const VECTOR_QUEUES: u16 = 1;
 
+/// VIRTIO_MSI_NO_VECTOR.
+const NO_VECTOR: u16 = 0xffff;
+
 /// A reset closes a connection and may take milliseconds; each look at the register leaves the guest, which takes
 /// tens of microseconds, so this waits for seconds.
 const RESET_READS: u32 = 100_000;
@@ -320,6 +323,12 @@ impl Transport {
         } else {
             Err(Error::Queue(index))
         }
+    }
+
+    /// Lets queue `index` not interrupt: it is polled.
+    pub fn disconnect_vector(&self, index: u16) {
+        self.common.write_u16(common::QUEUE_SELECT, index);
+        self.common.write_u16(common::QUEUE_VECTOR, NO_VECTOR);
     }
 
     /// The register that notifies queue `index` (or a special index of the device).

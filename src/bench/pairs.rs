@@ -344,11 +344,7 @@ mod tests {
 
     #[test]
     fn what_the_device_threads_take_disqualifies_no_sample_that_maps_every_frame() {
-        for (iommu, kept) in [
-            (Iommu::Static, 0),
-            (Iommu::Dynamic, 1),
-            (Iommu::Batch, 1),
-        ] {
+        for (iommu, kept) in [(Iommu::Static, 0), (Iommu::Dynamic, 1), (Iommu::Batch, 1)] {
             let mut fake = Fake {
                 vm_shares: vec![0.4],
                 ..Fake::default()

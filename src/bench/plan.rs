@@ -203,11 +203,20 @@ mod tests {
 
     #[test]
     fn iommus_are_crossed_with_the_rings_and_take_turns_with_none() {
-        let args = bench(&["--iommu", "off,static,off", "--ring", "split,packed", "--quick"]);
+        let args = bench(&[
+            "--iommu",
+            "off,static,off",
+            "--ring",
+            "split,packed",
+            "--quick",
+        ]);
         let groups = plan(&args);
         assert_eq!(groups.len(), 8);
         for group in groups {
-            let kinds: Vec<_> = group.iter().map(|case| (case.ring.layout, case.iommu)).collect();
+            let kinds: Vec<_> = group
+                .iter()
+                .map(|case| (case.ring.layout, case.iommu))
+                .collect();
             assert_eq!(
                 kinds,
                 [
@@ -218,7 +227,12 @@ mod tests {
                 ]
             );
         }
-        assert!(plan(&bench(&[])).concat().iter().all(|case| case.iommu == Iommu::Off));
+        assert!(
+            plan(&bench(&[]))
+                .concat()
+                .iter()
+                .all(|case| case.iommu == Iommu::Off)
+        );
     }
 
     #[test]

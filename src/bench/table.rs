@@ -181,6 +181,15 @@ fn table(head: &[&str], rows: Vec<Row>) -> String {
     align(&head, &rows)
 }
 
+/// A ratio: of interest is by how much it is off 1, or, where it is very small, what it is.
+fn ratio(value: f64) -> String {
+    if value < 0.01 {
+        format!("{value:.5}")
+    } else {
+        format!("{value:.3}")
+    }
+}
+
 /// What the IOMMU costs: a line a case and distance.
 fn ratios(entries: &[RatioEntry]) -> Option<String> {
     let rows: Vec<Vec<String>> = entries
@@ -193,10 +202,13 @@ fn ratios(entries: &[RatioEntry]) -> Option<String> {
                 entry.frame_size.to_string(),
                 entry.batch.to_string(),
                 entry.iommu.name().to_owned(),
-                format!(
-                    "{:.3} [{:.3} .. {:.3}]",
-                    entry.ratio.median, entry.ratio.min, entry.ratio.max
-                ),
+                {
+                    let Spread {
+                        median, min, max, ..
+                    } = entry.ratio;
+                    let [median, min, max] = [median, min, max].map(ratio);
+                    format!("{median} [{min} .. {max}]")
+                },
                 entry.ratio.samples.len().to_string(),
                 entry.distance.name().to_owned(),
             ]

@@ -127,10 +127,14 @@ pub fn run(
     signals: &Rc<Signals>,
     json: Option<JsonFile>,
 ) -> Result<u8> {
-    let [(ring, _)] = args.kinds()[..] else {
+    let [ring] = args.ring_list()[..] else {
         return Err(exit::usage("--sweep windows: it takes one kind of rings").into());
     };
-    if args.iommu.as_deref().is_some_and(|list| list != [Iommu::Static]) {
+    if args
+        .iommu
+        .as_deref()
+        .is_some_and(|list| list != [Iommu::Static])
+    {
         return Err(exit::usage("--sweep windows: it is of --iommu static").into());
     }
     let setup = Rc::new(setup);
@@ -158,7 +162,9 @@ pub fn run(
     let mut churn = Vec::new();
     for case in &cases {
         bar.set_message(format!("traffic, {}", case.direction.name()));
-        churn.push(under_churn(&mut session, case, samples, &mut || bar.inc(1))?);
+        churn.push(under_churn(&mut session, case, samples, &mut || {
+            bar.inc(1)
+        })?);
     }
     bar.finish_and_clear();
     let tsc_khz = session.tsc_khz();
@@ -240,7 +246,9 @@ struct Percentiles {
 fn percentiles(done: &Done, what: &str, tsc_khz: u64) -> Result<Percentiles> {
     let times = done.fields.get(what);
     let of = |name: &str| {
-        let ticks = times.and_then(|times| times.get(name)).and_then(Value::as_u64);
+        let ticks = times
+            .and_then(|times| times.get(name))
+            .and_then(Value::as_u64);
         let ticks = ticks.with_context(|| format!("the guest reports no {name} of {what}"))?;
         Ok::<_, anyhow::Error>(ticks as f64 * 1e6 / tsc_khz.max(1) as f64)
     };
@@ -392,7 +400,10 @@ fn under_churn(
             dropped += 1;
             continue;
         }
-        let churn = with.result.churn.context("the guest says nothing of its churn")?;
+        let churn = with
+            .result
+            .churn
+            .context("the guest says nothing of its churn")?;
         ensure!(churn.count > 0, "the guest made no window come and go");
         let ns = |ticks: u64| ticks as f64 * 1e6 / tsc_khz.max(1) as f64;
         turns.push(Turn {
@@ -445,7 +456,14 @@ fn render(report: &WindowsReport) -> String {
             ]
         })
         .collect();
-    let head = ["windows", "map p50 us", "p99", "unmap p50 us", "p99", "count"];
+    let head = [
+        "windows",
+        "map p50 us",
+        "p99",
+        "unmap p50 us",
+        "p99",
+        "count",
+    ];
     let mut parts = vec![align(&head, &rows)];
     if let Some(growth) = &report.growth {
         parts.push(format!(

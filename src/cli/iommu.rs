@@ -90,7 +90,10 @@ mod tests {
             front: Iommu::Batch,
             back: true,
         };
-        assert_eq!([0, 1].map(|side| both.run_flag(side)), [Some("--iommu="); 2]);
+        assert_eq!(
+            [0, 1].map(|side| both.run_flag(side)),
+            [Some("--iommu="); 2]
+        );
         assert_eq!(both.guest_words(0), "");
         assert_eq!(both.guest_words(1), "iommu=batch");
         let none = Iommus::default();

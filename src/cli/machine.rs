@@ -575,7 +575,11 @@ mod tests {
 
     #[test]
     fn an_iommu_is_there_when_it_is_asked_for_and_its_list_may_be_empty() {
-        for args in [&["--iommu"][..], &["--iommu="], &["--iommu", "--net", "socket=/n"]] {
+        for args in [
+            &["--iommu"][..],
+            &["--iommu="],
+            &["--iommu", "--net", "socket=/n"],
+        ] {
             let iommu = config(args).unwrap().iommu.unwrap();
             assert_eq!(iommu.input_range_end, (64 << 30) - 1);
             assert_eq!((iommu.max_mappings, iommu.bypass), (16384, false));

@@ -8,11 +8,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
 
-use crate::bench::record::{Done, Record, WorkResult};
+use crate::bench::record::{Done, Record, VmmStats, WorkResult};
 use crate::cli::isolation::Mode;
 use crate::cli::rings::{Layout, Ring, RingSetup};
 use crate::exit::Failure;
 use crate::guest::Guest;
+use crate::host;
 use crate::sys::{self, Signals};
 use crate::tempdir::TempDir;
 
@@ -132,6 +133,12 @@ pub struct Lab<'a> {
     up: [bool; 2],
     drops: [u64; 2],
     errors: VecDeque<(usize, String)>,
+    /// How the workloads of this run ended that nobody asked for yet.
+    ended: [Option<Result<WorkResult, String>>; 2],
+    /// Answers that came while another was waited for.
+    early: Vec<(usize, Done)>,
+    /// Faults that were known of before.
+    faults: u64,
     plots: u64,
     seeds: u64,
     runs: u16,
@@ -151,6 +158,9 @@ impl<'a> Lab<'a> {
             up: [false; 2],
             drops: [0; 2],
             errors: VecDeque::new(),
+            ended: [None, None],
+            early: Vec::new(),
+            faults: 0,
             plots: 0,
             seeds: 0,
             runs: 0,
@@ -160,11 +170,10 @@ impl<'a> Lab<'a> {
         if scene != Scene::Alone {
             lab.start(FRONT)?;
         }
-        lab.settle_in()
-            .map_err(|trouble| match trouble {
-                Trouble::Victim(why) => Trouble::Study(anyhow!(why)),
-                study => study,
-            })?;
+        lab.settle_in().map_err(|trouble| match trouble {
+            Trouble::Victim(why) => Trouble::Study(anyhow!(why)),
+            study => study,
+        })?;
         Ok(lab)
     }
 
@@ -229,7 +238,10 @@ impl<'a> Lab<'a> {
             in_order: false,
         });
         args.push("--memory=size=128M".into());
-        args.push(device("--net=socket=", &format!(",listen=off,{}", rings.net_keys())));
+        args.push(device(
+            "--net=socket=",
+            &format!(",listen=off,{}", rings.net_keys()),
+        ));
         if self.study.mode == Mode::Windows {
             args.push(format!("--iommu=range={RANGE},mappings={MAPPINGS}").into());
             let how = match self.scene {
@@ -246,17 +258,42 @@ impl<'a> Lab<'a> {
         self.sides[side] = None;
         self.up[side] = false;
         self.waiting.retain(|(of, _)| *of != side);
+        if side == FRONT {
+            self.faults = 0;
+        }
         self.sides[side] = Some(Guest::start(NAMES[side], &self.run_args(side))?);
         Ok(())
     }
 
     /// A signal to a VM's process.
     pub fn signal(&mut self, side: usize, number: i32) -> Tried<()> {
-        let process = self.sides[side].as_ref().and_then(|guest| guest.process.as_ref());
+        let process = self.sides[side]
+            .as_ref()
+            .and_then(|guest| guest.process.as_ref());
         let Some(process) = process else {
-            return amiss(format!("there is no {} VM to send a signal to", NAMES[side]));
+            return amiss(format!(
+                "there is no {} VM to send a signal to",
+                NAMES[side]
+            ));
         };
         sys::signal(process.pid(), number).context("kill")?;
+        Ok(())
+    }
+
+    /// Stops a VM's process, and waits until each of its threads has stopped: the signal alone takes its time.
+    pub fn stop(&mut self, side: usize) -> Tried<()> {
+        self.signal(side, libc::SIGSTOP)?;
+        let process = self.sides[side]
+            .as_ref()
+            .and_then(|guest| guest.process.as_ref());
+        let pid = process.map_or(0, |process| process.pid());
+        let deadline = Instant::now() + ANSWER;
+        while !host::is_stopped(pid) {
+            if Instant::now() > deadline {
+                return amiss(format!("the {} VM does not stop", NAMES[side]));
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
         Ok(())
     }
 
@@ -322,12 +359,27 @@ impl<'a> Lab<'a> {
         }
     }
 
+    /// Takes note of a record that nobody waits for.
+    fn note(&mut self, side: usize, record: Record) {
+        match record {
+            Record::Error { what } => {
+                if what.starts_with(&format!("run {} ", self.runs)) {
+                    self.ended[side] = Some(Err(what.clone()));
+                }
+                self.errors.push_back((side, what));
+            }
+            Record::Result(result) if result.id == self.runs => {
+                self.ended[side] = Some(Ok(result));
+            }
+            Record::Done(done) => self.early.push((side, done)),
+            _ => {}
+        }
+    }
+
     /// Takes note of what has come so far.
     pub fn drain(&mut self) -> Tried<()> {
         while let Some((side, record)) = self.next(Instant::now())? {
-            if let Record::Error { what } = record {
-                self.errors.push_back((side, what));
-            }
+            self.note(side, record);
         }
         Ok(())
     }
@@ -347,22 +399,30 @@ impl<'a> Lab<'a> {
         let start = Instant::now();
         let mut deadline = start + patience;
         let mut error = None;
+        let early = self.early.iter();
+        let mut early = early
+            .enumerate()
+            .filter(|(_, (of, done))| *of == side && done.command == command);
+        if let Some((at, _)) = early.next() {
+            return Ok(self.early.swap_remove(at).1);
+        }
         while let Some((of, record)) = self.next(deadline)? {
             match record {
                 Record::Done(done) if of == side && done.command == command => return Ok(done),
-                Record::Error { what } => {
-                    if of == side {
+                record => {
+                    if let (true, Record::Error { what }) = (of == side, &record) {
                         deadline = deadline.min(Instant::now() + AFTER_ERROR);
                         error = Some(what.clone());
                     }
-                    self.errors.push_back((of, what));
+                    self.note(of, record);
                 }
-                _ => {}
             }
         }
         let name = NAMES[side];
         match error {
-            Some(what) => amiss(format!("the {name} guest did not carry out '{command}': {what}")),
+            Some(what) => amiss(format!(
+                "the {name} guest did not carry out '{command}': {what}"
+            )),
             None => Err(Trouble::Victim(format!(
                 "the {name} guest gave no answer to '{command}' within {} s",
                 patience.as_secs()
@@ -373,6 +433,7 @@ impl<'a> Lab<'a> {
     /// Gives a guest a command and waits for what came of it.
     pub fn ask(&mut self, side: usize, line: &str, patience: Duration) -> Tried<Done> {
         self.drain()?;
+        self.early.retain(|(of, _)| *of != side);
         self.send(side, line)?;
         let command = line.split(' ').next().unwrap_or(line);
         self.answer(side, command, patience)
@@ -381,18 +442,13 @@ impl<'a> Lab<'a> {
     /// The result of a workload, or the error that ended it.
     pub fn result(&mut self, side: usize, patience: Duration) -> Tried<Result<WorkResult, String>> {
         let deadline = Instant::now() + patience;
-        while let Some((of, record)) = self.next(deadline)? {
-            match record {
-                Record::Result(result) if of == side && result.id == self.runs => {
-                    return Ok(Ok(result));
-                }
-                Record::Error { what } => {
-                    self.errors.push_back((of, what.clone()));
-                    if of == side {
-                        return Ok(Err(what));
-                    }
-                }
-                _ => {}
+        loop {
+            if let Some(ended) = self.ended[side].take() {
+                return Ok(ended);
+            }
+            match self.next(deadline)? {
+                Some((of, record)) => self.note(of, record),
+                None => break,
             }
         }
         Err(Trouble::Victim(format!(
@@ -407,8 +463,7 @@ impl<'a> Lab<'a> {
         let deadline = Instant::now() + patience;
         while self.up != [true; 2] {
             match self.next_or_state(deadline)? {
-                Some((of, Record::Error { what })) => self.errors.push_back((of, what)),
-                Some(_) => {}
+                Some((of, record)) => self.note(of, record),
                 None => {
                     let missing = if self.up[BACK] { FRONT } else { BACK };
                     let name = NAMES[missing];
@@ -427,13 +482,14 @@ impl<'a> Lab<'a> {
         let deadline = Instant::now() + patience;
         let before = self.drops[side];
         while self.up[side] && self.drops[side] == before {
-            if self.next_or_state(deadline)?.is_none() {
+            let Some((of, record)) = self.next_or_state(deadline)? else {
                 return Err(Trouble::Victim(format!(
                     "the {} guest did not notice within {} s that its peer was gone",
                     NAMES[side],
                     patience.as_secs()
                 )));
-            }
+            };
+            self.note(of, record);
         }
         Ok(())
     }
@@ -469,9 +525,9 @@ impl<'a> Lab<'a> {
     pub fn complaints(&mut self, side: usize) -> Tried<Vec<String>> {
         self.drain()?;
         let mut all = Vec::new();
-        let errors = self.errors.iter().filter(|(of, _)| *of == side);
+        let mut errors = self.errors.iter().filter(|(of, _)| *of == side);
         let count = errors.clone().count();
-        if let Some((_, last)) = errors.last() {
+        if let Some((_, last)) = errors.next_back() {
             all.push(match count {
                 1 => last.clone(),
                 _ => format!("{count} errors, the last: {last}"),
@@ -483,25 +539,29 @@ impl<'a> Lab<'a> {
         Ok(all)
     }
 
-    /// Access faults that the front-end's IOMMU reported since the last question.
+    /// Accesses that the front-end's IOMMU was told of as faults since the last question; its guest was told of those that its queue had room for.
     pub fn faults(&mut self) -> Tried<u64> {
         if self.study.mode != Mode::Windows || self.sides[FRONT].is_none() {
             return Ok(0);
         }
-        let done = self.ask(FRONT, "faults", ANSWER)?;
-        Ok(done.number("count").unwrap_or(0))
+        self.ask(FRONT, "faults", ANSWER)?;
+        let stats = self.stats(FRONT)?;
+        let of = |name: &str| stats.iommu.get(name).and_then(|n| n.as_u64()).unwrap_or(0);
+        let all = of("faults_reported") + of("faults_lost");
+        let new = all.saturating_sub(self.faults);
+        self.faults = all;
+        Ok(new)
     }
 
-    /// Whether a VM still answers: its VMM and its guest.
-    pub fn expect_alive(&mut self, side: usize) -> Tried<()> {
+    /// What a VMM counts.
+    fn stats(&mut self, side: usize) -> Tried<VmmStats> {
         self.drain()?;
         self.send(side, "vmm stats")?;
         let deadline = Instant::now() + ANSWER;
         loop {
             match self.next(deadline)? {
-                Some((of, Record::Vmm(_))) if of == side => break,
-                Some((of, Record::Error { what })) => self.errors.push_back((of, what)),
-                Some(_) => {}
+                Some((of, Record::Vmm(stats))) if of == side => return Ok(stats),
+                Some((of, record)) => self.note(of, record),
                 None => {
                     return Err(Trouble::Victim(format!(
                         "the VMM of the {} does not answer",
@@ -510,6 +570,11 @@ impl<'a> Lab<'a> {
                 }
             }
         }
+    }
+
+    /// Whether a VM still answers: its VMM and its guest.
+    pub fn expect_alive(&mut self, side: usize) -> Tried<()> {
+        self.stats(side)?;
         if side == BACK {
             self.peek(0, 8, 8, 8, 0)?;
         } else {
@@ -543,7 +608,8 @@ impl<'a> Lab<'a> {
             return Ok(NOWHERE);
         }
         let done = self.ask(FRONT, &format!("pages count={count}"), ANSWER)?;
-        done.number("gpa").map_or_else(|| amiss("'pages' says no address"), Ok)
+        done.number("gpa")
+            .map_or_else(|| amiss("'pages' says no address"), Ok)
     }
 
     /// Has the front-end's guest write its words there.
@@ -562,7 +628,8 @@ impl<'a> Lab<'a> {
         }
         let line = format!("check gpa={gpa} len={len} seed={seed}");
         let done = self.ask(FRONT, &line, ANSWER)?;
-        done.number("wrong").map_or_else(|| amiss("'check' says nothing"), Ok)
+        done.number("wrong")
+            .map_or_else(|| amiss("'check' says nothing"), Ok)
     }
 
     fn status(&mut self, side: usize, line: &str) -> Tried<u64> {
@@ -677,6 +744,7 @@ impl<'a> Lab<'a> {
     /// Starts workloads, back-end first; an empty word starts none.
     pub fn run(&mut self, work: [&str; 2], rest: &str) -> Tried<()> {
         self.runs = self.runs.wrapping_add(1);
+        self.ended = [None, None];
         let id = self.runs;
         for side in [FRONT, BACK] {
             if !work[side].is_empty() {
@@ -691,7 +759,10 @@ impl<'a> Lab<'a> {
     pub fn traffic(&mut self) -> Tried<u64> {
         self.wait_until_up(BOOT)?;
         self.drain()?;
-        self.run(["both", "both"], "size=256 batch=32 ms=50 warmup_ms=0 timeout_ms=2000")?;
+        self.run(
+            ["both", "both"],
+            "size=256 batch=32 ms=50 warmup_ms=0 timeout_ms=2000",
+        )?;
         let mut verified = 0;
         for side in [BACK, FRONT] {
             let name = NAMES[side];
@@ -710,7 +781,9 @@ impl<'a> Lab<'a> {
                     verified += result.verified;
                 }
                 Err(what) => {
-                    return Err(Trouble::Victim(format!("traffic does not pass: the {name}: {what}")));
+                    return Err(Trouble::Victim(format!(
+                        "traffic does not pass: the {name}: {what}"
+                    )));
                 }
             }
         }

@@ -20,40 +20,86 @@ pub fn attacks() -> Vec<Attack> {
         Attack::new(name, From::BackEnd, scene, modes, run)
     };
     vec![
-        attack("read-before-attach", bare, ALL, |lab| read_unmapped(lab, &NARROW)),
-        attack("write-before-attach", bare, ALL, |lab| write_unmapped(lab, &NARROW)),
+        attack("read-before-attach", bare, ALL, |lab| {
+            read_unmapped(lab, &NARROW)
+        }),
+        attack("write-before-attach", bare, ALL, |lab| {
+            write_unmapped(lab, &NARROW)
+        }),
         attack("read-attached-nothing-mapped", bare, ALL, attached).spoiling(),
-        attack("read-unmapped", open, ALL, |lab| read_unmapped(lab, &NARROW)),
-        attack("read-unmapped-vector", open, ALL, |lab| read_unmapped(lab, &WIDE)),
-        attack("write-unmapped", open, ALL, |lab| write_unmapped(lab, &NARROW)),
-        attack("write-unmapped-vector", open, ALL, |lab| write_unmapped(lab, &WIDE)),
-        attack("read-just-below-a-window", open, SEEN, |lab| read_beside(lab, 0)),
-        attack("read-just-above-a-window", open, SEEN, |lab| read_beside(lab, 2)),
+        attack("read-unmapped", open, ALL, |lab| {
+            read_unmapped(lab, &NARROW)
+        }),
+        attack("read-unmapped-vector", open, ALL, |lab| {
+            read_unmapped(lab, &WIDE)
+        }),
+        attack("write-unmapped", open, ALL, |lab| {
+            write_unmapped(lab, &NARROW)
+        }),
+        attack("write-unmapped-vector", open, ALL, |lab| {
+            write_unmapped(lab, &WIDE)
+        }),
+        attack("read-just-below-a-window", open, SEEN, |lab| {
+            read_beside(lab, 0)
+        }),
+        attack("read-just-above-a-window", open, SEEN, |lab| {
+            read_beside(lab, 2)
+        }),
         attack("write-beside-a-window", open, SEEN, write_beside),
-        attack("read-between-windows", open, SEEN, |lab| between(lab, false)),
-        attack("write-between-windows", open, SEEN, |lab| between(lab, true)),
-        attack("read-across-the-upper-edge", open, SEEN, |lab| read_across(lab, true)),
-        attack("read-across-the-lower-edge", open, SEEN, |lab| read_across(lab, false)),
+        attack("read-between-windows", open, SEEN, |lab| {
+            between(lab, false)
+        }),
+        attack("write-between-windows", open, SEEN, |lab| {
+            between(lab, true)
+        }),
+        attack("read-across-the-upper-edge", open, SEEN, |lab| {
+            read_across(lab, true)
+        }),
+        attack("read-across-the-lower-edge", open, SEEN, |lab| {
+            read_across(lab, false)
+        }),
         attack("write-across-the-edges", open, SEEN, write_across),
-        attack("write-read-only", open, SEEN, |lab| write_read_only(lab, &NARROW)),
-        attack("write-read-only-vector", open, SEEN, |lab| write_read_only(lab, &WIDE)),
-        attack("read-write-only", open, SEEN, |lab| read_write_only(lab, &NARROW)),
-        attack("read-write-only-vector", open, SEEN, |lab| read_write_only(lab, &WIDE)),
+        attack("write-read-only", open, SEEN, |lab| {
+            write_read_only(lab, &NARROW)
+        }),
+        attack("write-read-only-vector", open, SEEN, |lab| {
+            write_read_only(lab, &WIDE)
+        }),
+        attack("read-write-only", open, SEEN, |lab| {
+            read_write_only(lab, &NARROW)
+        }),
+        attack("read-write-only-vector", open, SEEN, |lab| {
+            read_write_only(lab, &WIDE)
+        }),
         attack("access-none", open, SEEN, access_none),
         attack("sweep-guest-physical-addresses", open, ALL, sweep_physical),
         attack("sweep-whole-window", open, ALL, sweep_window),
-        attack("read-beyond-the-input-range", open, ALL, |lab| read_at(lab, RANGE, 64 * PAGE)),
-        attack("read-top-of-the-window", open, ALL, |lab| read_at(lab, WINDOW - 4 * PAGE, 4 * PAGE)),
+        attack("read-beyond-the-input-range", open, ALL, |lab| {
+            read_at(lab, RANGE, 64 * PAGE)
+        }),
+        attack("read-top-of-the-window", open, ALL, |lab| {
+            read_at(lab, WINDOW - 4 * PAGE, 4 * PAGE)
+        }),
         attack("read-wrapped-addresses", open, ALL, wrapped),
-        attack("read-after-unmap", open, SEEN, |lab| after_unmap(lab, false)),
-        attack("write-after-unmap", open, SEEN, |lab| after_unmap(lab, true)),
+        attack("read-after-unmap", open, SEEN, |lab| {
+            after_unmap(lab, false)
+        }),
+        attack("write-after-unmap", open, SEEN, |lab| {
+            after_unmap(lab, true)
+        }),
         attack("page-used-again-after-unmap", open, SEEN, used_again),
         attack("neighbour-unmapped", open, SEEN, neighbour_unmapped),
         attack("mapped-again-smaller", open, SEEN, mapped_smaller),
         attack("address-leads-elsewhere", open, SEEN, elsewhere),
         attack("downgrade-to-read-only", open, SEEN, downgrade),
         attack("read-after-detach", open, SEEN, after_detach).spoiling(),
-        attack("read-after-detach-and-attach", open, SEEN, after_attach_again).spoiling(),
+        attack(
+            "read-after-detach-and-attach",
+            open,
+            SEEN,
+            after_attach_again,
+        )
+        .spoiling(),
     ]
 }
 

@@ -34,6 +34,9 @@ const SEEN: Modes = &[Mode::Whole, Mode::Windows];
 /// It has to have an IOMMU.
 const WINDOWS: Modes = &[Mode::Windows];
 
+/// Carries an attack out.
+type Run = dyn Fn(&mut Lab) -> Tried<Finding>;
+
 /// One kind of attack.
 struct Attack {
     name: &'static str,
@@ -42,7 +45,7 @@ struct Attack {
     modes: Modes,
     /// Whether nothing can be done with the VMs afterwards.
     spoils: bool,
-    run: Box<dyn Fn(&mut Lab) -> Tried<Finding>>,
+    run: Box<Run>,
 }
 
 impl Attack {
@@ -85,7 +88,10 @@ fn attacks() -> Vec<Attack> {
 fn chosen(args: &IsolationArgs) -> Result<Vec<Attack>, Failure> {
     let mut all = attacks();
     for wanted in &args.only {
-        if !all.iter().any(|attack| attack.name.starts_with(wanted.as_str())) {
+        if !all
+            .iter()
+            .any(|attack| attack.name.starts_with(wanted.as_str()))
+        {
             let names: Vec<&str> = all.iter().map(|attack| attack.name).collect();
             return Err(exit::usage(format!(
                 "--only {wanted}: there is no such attack; there are {}",
@@ -141,10 +147,10 @@ fn carry_out(study: &Study, attacks: &[Attack]) -> Result<Report> {
         bar.set_message(attack.name);
         let began = Instant::now();
         let scene = attack.scene.in_mode(study.mode);
-        let here = lab.take().filter(|lab| lab.scene == scene).map_or_else(
-            || Lab::boot(study, scene),
-            Ok,
-        );
+        let here = lab
+            .take()
+            .filter(|lab| lab.scene == scene)
+            .map_or_else(|| Lab::boot(study, scene), Ok);
         let tried = here.and_then(|mut here| {
             let finding = (attack.run)(&mut here)?;
             if !attack.spoils {
@@ -152,7 +158,11 @@ fn carry_out(study: &Study, attacks: &[Attack]) -> Result<Report> {
             }
             Ok(finding)
         });
-        log::info!("{}: {:.1} s, {tried:?}", attack.name, began.elapsed().as_secs_f64());
+        log::info!(
+            "{}: {:.1} s, {tried:?}",
+            attack.name,
+            began.elapsed().as_secs_f64()
+        );
         record(&mut report, attack, tried)?;
         bar.inc(1);
     }
@@ -171,7 +181,10 @@ fn record(report: &mut Report, attack: &Attack, tried: Tried<Finding>) -> Result
             noticed,
         },
         Err(Trouble::Study(error)) => {
-            if error.chain().any(|cause| matches!(cause.downcast_ref(), Some(Failure::Signal(_)))) {
+            if error
+                .chain()
+                .any(|cause| matches!(cause.downcast_ref(), Some(Failure::Signal(_))))
+            {
                 return Err(error);
             }
             let why = exit::explain(&error);

@@ -26,6 +26,8 @@ const ACCESS_PLATFORM: u64 = 1 << 33;
 const SERVE: Duration = Duration::from_secs(8);
 /// How long it may take to answer one message.
 const REPLY: Duration = Duration::from_secs(2);
+/// After so long a back-end that reads nothing is taken to have stopped reading.
+const FULL: Duration = Duration::from_millis(500);
 
 /// What came of a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -123,20 +125,26 @@ impl Peer {
         Ok(())
     }
 
-    /// Bytes that need not be a message.
-    fn raw(&mut self, bytes: &[u8]) -> Tried<()> {
-        let mut rest = bytes;
-        let deadline = Instant::now() + REPLY;
-        while !rest.is_empty() && Instant::now() < deadline {
+    /// Bytes that need not be messages; returns how many the back-end took before it closed the connection or stopped reading.
+    fn raw(&mut self, bytes: &[u8]) -> usize {
+        let mut sent = 0;
+        let mut deadline = Instant::now() + FULL;
+        while let Some(rest) = bytes.get(sent..).filter(|rest| !rest.is_empty()) {
             match (&self.stream).write(rest) {
-                Ok(sent) => rest = rest.get(sent..).unwrap_or_default(),
+                Ok(n) => {
+                    sent += n;
+                    deadline = Instant::now() + FULL;
+                }
                 Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+                    if Instant::now() >= deadline {
+                        break;
+                    }
                     std::thread::sleep(Duration::from_millis(1));
                 }
                 Err(_) => break,
             }
         }
-        Ok(())
+        sent
     }
 
     /// The next answer with a number; other messages are passed over.
@@ -169,7 +177,12 @@ impl Peer {
     }
 
     /// A request that is answered with 0 or another number.
-    fn request(&mut self, request: u32, payload: &impl Payload, fds: Vec<OwnedFd>) -> Tried<Answer> {
+    fn request(
+        &mut self,
+        request: u32,
+        payload: &impl Payload,
+        fds: Vec<OwnedFd>,
+    ) -> Tried<Answer> {
         let message = Message::request(request, payload);
         self.ask(&message.with_fds(fds).with_need_reply(true))
     }

@@ -25,11 +25,22 @@ pub fn attacks() -> Vec<Attack> {
     vec![
         Attack::new("race-for-an-unmapped-page", back, open, SEEN, race),
         Attack::new("stopped-while-unmap-waits", back, open, WINDOWS, stopped).spoiling(),
-        Attack::new("killed-while-unmap-waits", back, open, WINDOWS, killed_in_unmap).spoiling(),
+        Attack::new(
+            "killed-while-unmap-waits",
+            back,
+            open,
+            WINDOWS,
+            killed_in_unmap,
+        )
+        .spoiling(),
         Attack::new("killed-in-traffic", back, live, SEEN, killed_in_traffic).spoiling(),
-        Attack::new("next-back-end-looks-for-old-pages", back, open, WINDOWS, |lab| {
-            next_back_end(lab)
-        })
+        Attack::new(
+            "next-back-end-looks-for-old-pages",
+            back,
+            open,
+            WINDOWS,
+            next_back_end,
+        )
         .spoiling(),
         Attack::new(
             "read-after-device-reset",
@@ -39,10 +50,30 @@ pub fn attacks() -> Vec<Attack> {
             next_back_end,
         )
         .spoiling(),
-        Attack::new("read-after-front-end-is-gone", back, open, SEEN, front_end_gone).spoiling(),
-        Attack::new("read-when-a-front-end-is-back", back, open, WINDOWS, front_end_back).spoiling(),
-        Attack::new("front-end-killed-in-traffic", From::FrontEnd, live, SEEN, front_end_killed)
-            .spoiling(),
+        Attack::new(
+            "read-after-front-end-is-gone",
+            back,
+            open,
+            SEEN,
+            front_end_gone,
+        )
+        .spoiling(),
+        Attack::new(
+            "read-when-a-front-end-is-back",
+            back,
+            open,
+            WINDOWS,
+            front_end_back,
+        )
+        .spoiling(),
+        Attack::new(
+            "front-end-killed-in-traffic",
+            From::FrontEnd,
+            live,
+            SEEN,
+            front_end_killed,
+        )
+        .spoiling(),
     ]
 }
 
@@ -88,7 +119,10 @@ fn race(lab: &mut Lab) -> Tried<Finding> {
         "race offset={offset} sync={sync_offset} ms={}",
         RACE.as_millis()
     );
-    lab.send(FRONT, &format!("race rounds={rounds} iova={iova} gpa={page} sync={sync}"))?;
+    lab.send(
+        FRONT,
+        &format!("race rounds={rounds} iova={iova} gpa={page} sync={sync}"),
+    )?;
     lab.send(BACK, &attack)?;
     let victim = lab.answer(FRONT, "race", RACE + ANSWER)?;
     let attacker = lab.answer(BACK, "race", ANSWER)?;
@@ -97,7 +131,9 @@ fn race(lab: &mut Lab) -> Tried<Finding> {
     if lab.mode() == Mode::Windows {
         let status = of(&victim, "status");
         if status != 0 {
-            return amiss(format!("a request of the victim failed with status {status}"));
+            return amiss(format!(
+                "a request of the victim failed with status {status}"
+            ));
         }
         if touched * 2 < done || done < rounds {
             return amiss(format!(
@@ -120,7 +156,7 @@ fn race(lab: &mut Lab) -> Tried<Finding> {
 /// The back-end's VMM is stopped, so that it acknowledges nothing.
 fn stopped(lab: &mut Lab) -> Tried<Finding> {
     let page = mapped_page(lab)?;
-    lab.signal(BACK, libc::SIGSTOP)?;
+    lab.stop(BACK)?;
     let start = Instant::now();
     let line = format!("unmap iova={} len={PAGE}", page.iova);
     let unmapped = lab.ask(FRONT, &line, IOTLB_TIMEOUT + SLACK);
@@ -129,7 +165,9 @@ fn stopped(lab: &mut Lab) -> Tried<Finding> {
     lab.signal(BACK, libc::SIGCONT)?;
     let status = unmapped?.number("status");
     if status != Some(0) {
-        return Err(Trouble::Victim(format!("UNMAP ended with status {status:?}")));
+        return Err(Trouble::Victim(format!(
+            "UNMAP ended with status {status:?}"
+        )));
     }
     lab.wait_until_down(BACK, NOTICE)?;
     let [tries, got] = read_secret(lab, &page)?;
@@ -137,27 +175,35 @@ fn stopped(lab: &mut Lab) -> Tried<Finding> {
     Ok(Finding {
         tries: tries + 1,
         got_through: got,
-        noticed: format!("the back-end was cut off; UNMAP took {} ms", took.as_millis()),
+        noticed: format!(
+            "the back-end was cut off; UNMAP took {} ms",
+            took.as_millis()
+        ),
     })
 }
 
 fn killed_in_unmap(lab: &mut Lab) -> Tried<Finding> {
     let page = mapped_page(lab)?;
-    lab.signal(BACK, libc::SIGSTOP)?;
+    lab.stop(BACK)?;
     let start = Instant::now();
     lab.send(FRONT, &format!("unmap iova={} len={PAGE}", page.iova))?;
     std::thread::sleep(Duration::from_millis(50));
     lab.kill(BACK)?;
     let done = lab.answer(FRONT, "unmap", SLACK)?;
     if done.number("status") != Some(0) {
-        return Err(Trouble::Victim("UNMAP failed when the back-end was killed".to_owned()));
+        return Err(Trouble::Victim(
+            "UNMAP failed when the back-end was killed".to_owned(),
+        ));
     }
     let took = start.elapsed();
     lab.expect_alive(FRONT)?;
     Ok(Finding {
         tries: 1,
         got_through: 0,
-        noticed: format!("the connection was lost; UNMAP took {} ms", took.as_millis()),
+        noticed: format!(
+            "the connection was lost; UNMAP took {} ms",
+            took.as_millis()
+        ),
     })
 }
 

@@ -22,16 +22,44 @@ const BY_BACK_END: [(&str, &str, &str); 5] = [
     ("used-index", "split-used-index", "packed-used-index"),
     ("used-id", "split-used-id", "packed-used-id"),
     ("used-length", "split-used-length", "packed-used-length"),
-    ("desc", "split-descriptors-overwritten", "packed-descriptors-overwritten"),
+    (
+        "desc",
+        "split-descriptors-overwritten",
+        "packed-descriptors-overwritten",
+    ),
     ("all", "split-rings-overwritten", "packed-rings-overwritten"),
 ];
 const BY_FRONT_END: [(&str, &str, &str); 6] = [
-    ("avail-index", "split-available-index", "packed-available-index"),
-    ("desc-address", "split-descriptor-address", "packed-descriptor-address"),
-    ("desc-length", "split-descriptor-length", "packed-descriptor-length"),
-    ("desc-next", "split-descriptor-next", "packed-descriptor-next"),
-    ("desc-flags", "split-descriptor-flags", "packed-descriptor-flags"),
-    ("all", "split-own-rings-overwritten", "packed-own-rings-overwritten"),
+    (
+        "avail-index",
+        "split-available-index",
+        "packed-available-index",
+    ),
+    (
+        "desc-address",
+        "split-descriptor-address",
+        "packed-descriptor-address",
+    ),
+    (
+        "desc-length",
+        "split-descriptor-length",
+        "packed-descriptor-length",
+    ),
+    (
+        "desc-next",
+        "split-descriptor-next",
+        "packed-descriptor-next",
+    ),
+    (
+        "desc-flags",
+        "split-descriptor-flags",
+        "packed-descriptor-flags",
+    ),
+    (
+        "all",
+        "split-own-rings-overwritten",
+        "packed-own-rings-overwritten",
+    ),
 ];
 const BY_MESSAGE: [(&str, &str); 5] = [
     ("reply", "message-reply-to-nothing"),
@@ -56,12 +84,20 @@ pub fn attacks() -> Vec<Attack> {
     for layout in [Layout::Split, Layout::Packed] {
         let scene = Scene::Live(layout);
         for (what, split, packed) in BY_BACK_END {
-            let name = if layout == Layout::Split { split } else { packed };
+            let name = if layout == Layout::Split {
+                split
+            } else {
+                packed
+            };
             let run = move |lab: &mut Lab| scribbled_by_back_end(lab, what);
             all.push(Attack::new(name, back, scene, SEEN, run).spoiling());
         }
         for (what, split, packed) in BY_FRONT_END {
-            let name = if layout == Layout::Split { split } else { packed };
+            let name = if layout == Layout::Split {
+                split
+            } else {
+                packed
+            };
             let run = move |lab: &mut Lab| scribbled_by_front_end(lab, what);
             all.push(Attack::new(name, front, scene, SEEN, run).spoiling());
         }
@@ -72,7 +108,11 @@ pub fn attacks() -> Vec<Attack> {
                 let _ = iova;
                 vec![
                     format!("map iova={RANGE} gpa={gpa} len={PAGE} perm=rw"),
-                    format!("map iova={} gpa={gpa} len={} perm=rw", RANGE - PAGE, 2 * PAGE),
+                    format!(
+                        "map iova={} gpa={gpa} len={} perm=rw",
+                        RANGE - PAGE,
+                        2 * PAGE
+                    ),
                 ]
             })
         }),
@@ -145,12 +185,14 @@ fn scribbled_by_back_end(lab: &mut Lab, what: &str) -> Tried<Finding> {
     let guard = Guard::new(lab)?;
     let seed = lab.seed();
     // The victim works with its rings while the attacker writes into them.
-    lab.run(["", "both"], "size=256 batch=32 ms=300 warmup_ms=0 timeout_ms=500")?;
+    lab.run(
+        ["", "both"],
+        "size=256 batch=32 ms=300 warmup_ms=0 timeout_ms=500",
+    )?;
     let line = format!("scribble what={what} count={SCRIBBLES} seed={seed}");
     let written = lab.ask(BACK, &line, ANSWER)?.number("writes").unwrap_or(0);
-    lab.send(BACK, "calls count=10")?;
+    lab.ask(BACK, "calls count=10", ANSWER)?;
     let ended = lab.result(FRONT, WORK)?;
-    lab.answer(BACK, "calls", ANSWER)?;
     lab.expect_alive(FRONT)?;
     let got = guard.changed(lab)?;
     let mut noticed = lab.complaints(FRONT)?;
@@ -165,7 +207,10 @@ fn scribbled_by_back_end(lab: &mut Lab, what: &str) -> Tried<Finding> {
 fn scribbled_by_front_end(lab: &mut Lab, what: &str) -> Tried<Finding> {
     lab.forget()?;
     let seed = lab.seed();
-    lab.run(["both", ""], "size=256 batch=32 ms=300 warmup_ms=0 timeout_ms=500")?;
+    lab.run(
+        ["both", ""],
+        "size=256 batch=32 ms=300 warmup_ms=0 timeout_ms=500",
+    )?;
     let line = format!("scribble what={what} count={SCRIBBLES} seed={seed}");
     let written = lab.ask(FRONT, &line, ANSWER)?.number("writes").unwrap_or(0);
     lab.ask(FRONT, "kicks count=10", ANSWER)?;
@@ -214,7 +259,10 @@ fn messages(lab: &mut Lab, what: &str) -> Tried<Finding> {
     lab.forget()?;
     let guard = Guard::new(lab)?;
     let line = format!("messages what={what} count={MESSAGES}");
-    let sent = lab.ask(BACK, &line, 3 * ANSWER)?.number("sent").unwrap_or(0);
+    let sent = lab
+        .ask(BACK, &line, 3 * ANSWER)?
+        .number("sent")
+        .unwrap_or(0);
     lab.expect_alive(FRONT)?;
     lab.expect_alive(BACK)?;
     let got = guard.changed(lab)?;

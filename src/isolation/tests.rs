@@ -39,7 +39,10 @@ fn each_mode_has_the_attacks_that_make_sense_there() {
     assert!(count("windows") > count("whole") && count("whole") > count("none"));
     assert!(count("none") > 10);
     let none = chosen(&args(&["--mode", "none"])).unwrap();
-    assert!(none.iter().all(|it| it.scene.in_mode(Mode::None) == Scene::Alone));
+    assert!(
+        none.iter()
+            .all(|it| it.scene.in_mode(Mode::None) == Scene::Alone)
+    );
     // The control has to have something to read.
     let whole = chosen(&args(&["--mode", "whole"])).unwrap();
     assert!(names(&whole).contains(&"read-after-unmap"));

@@ -19,6 +19,9 @@ pub trait Link {
     /// The data path.
     type Port: Port;
 
+    /// Bursts between two looks at the clock: many, unless a burst takes long.
+    const CLOCK_EVERY: u32 = 16;
+
     /// Which end this is.
     fn end(&self) -> End;
 
@@ -75,8 +78,6 @@ impl fmt::Display for Stopped {
 
 impl core::error::Error for Stopped {}
 
-/// Bursts between two looks at the clock.
-const CLOCK_EVERY: u32 = 16;
 /// How long an end that found nothing to do looks away, in processor pauses.
 const PAUSES: u32 = 8;
 /// Bursts between two looks at the control path.
@@ -352,7 +353,7 @@ fn traffic<L: Link>(
             break;
         }
         turn = turn.wrapping_add(1);
-        if turn.is_multiple_of(CLOCK_EVERY) || idle {
+        if turn.is_multiple_of(L::CLOCK_EVERY) || idle {
             let now = link.now();
             link.beside(now);
             if let Some(sender) = &mut sender {
@@ -466,13 +467,13 @@ fn echo<L: Link>(link: &mut L, run: &Run) -> Result<Outcome, Stopped> {
         }
         turn = turn.wrapping_add(1);
         if n > 0 {
-            if turn.is_multiple_of(CLOCK_EVERY) {
+            if turn.is_multiple_of(L::CLOCK_EVERY) {
                 let now = link.now();
                 link.beside(now);
                 receiver.tick(now);
                 deadline = now + timeout;
             }
-        } else if turn.is_multiple_of(CLOCK_EVERY) || run.interrupts {
+        } else if turn.is_multiple_of(L::CLOCK_EVERY) || run.interrupts {
             let now = link.now();
             link.beside(now);
             if now >= deadline {
@@ -550,7 +551,7 @@ fn round_trip<L: Link>(link: &mut L, run: &Run) -> Result<Outcome, Stopped> {
                 })
             })?;
             turn = turn.wrapping_add(1);
-            if n == 0 && (turn.is_multiple_of(CLOCK_EVERY) || run.interrupts) {
+            if n == 0 && (turn.is_multiple_of(L::CLOCK_EVERY) || run.interrupts) {
                 if link.now() >= deadline {
                     break 'run true;
                 }

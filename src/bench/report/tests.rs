@@ -2,10 +2,10 @@ use serde_json::Value;
 
 use super::*;
 use crate::bench::pairs::{BoundSample, VmSample};
-use crate::json::JsonFile;
 use crate::bench::plan::Case;
 use crate::bench::record::SampleResult;
 use crate::bench::requests::{Request, RequestCase};
+use crate::json::JsonFile;
 use crate::tempdir::TempDir;
 use vmm::MemoryConfig;
 

@@ -64,7 +64,8 @@ fn the_growth_is_of_the_last_to_the_first() {
 #[test]
 fn a_record_without_percentiles_is_an_error_that_names_them() {
     let done = |text: &str| serde_json::from_str::<Done>(text).unwrap();
-    let good = done(r#"{"command":"windows","map":{"count":1,"p50":2000,"p90":1,"p99":4000,"max":1}}"#);
+    let good =
+        done(r#"{"command":"windows","map":{"count":1,"p50":2000,"p90":1,"p99":4000,"max":1}}"#);
     let found = percentiles(&good, "map", 2_000_000).unwrap();
     assert_eq!((found.p50, found.p99), (1000.0, 2000.0));
     let error = percentiles(&good, "unmap", 1).unwrap_err().to_string();
@@ -115,7 +116,14 @@ fn the_table_shows_every_part_and_a_dash_where_there_is_no_figure() {
         churn: vec![churn(None, Faults::default())],
     };
     let text = render(&report);
-    for part in ["16", "50.0", "90.0", "8192 windows to 16: 1.25", "be-to-fe", "-"] {
+    for part in [
+        "16",
+        "50.0",
+        "90.0",
+        "8192 windows to 16: 1.25",
+        "be-to-fe",
+        "-",
+    ] {
         assert!(text.contains(part), "no {part} in\n{text}");
     }
     let json = serde_json::to_value(&report).unwrap();

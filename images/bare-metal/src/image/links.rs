@@ -206,6 +206,8 @@ impl<'a, M: Mapper> FrontEnd<'a, M> {
 impl<M: Mapper> Link for FrontEnd<'_, M> {
     type Port = NetDevicePort<M>;
 
+    const CLOCK_EVERY: u32 = if M::DYNAMIC { 1 } else { 16 };
+
     fn end(&self) -> End {
         End::FrontEnd
     }

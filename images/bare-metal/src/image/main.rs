@@ -218,7 +218,10 @@ fn serve<C: Connection>(machine: &Machine, mut link: C, boot: &Boot) -> ! {
                     run_workload(&mut link, &run);
                 }
                 Ok(Some(Command::ResetRings)) => match link.reset_rings() {
-                    Ok(()) => announce(&link, link.is_up(), boot.tsc_khz),
+                    Ok(()) => {
+                        up = link.is_up();
+                        announce(&link, up, boot.tsc_khz);
+                    }
                     Err(why) => error(format_args!("reset-rings: {why}")),
                 },
                 Ok(Some(Command::Study(step))) => link.study(&step),

@@ -201,7 +201,7 @@ pub struct Attacker {
     pub other: u64,
 }
 
-/// Plays the attacker until the victim says that it is over, or `now` shows `deadline`.
+/// Plays the attacker until the victim says that it is over, or `now` shows `deadline`. It may begin before the victim does.
 pub fn attacker(
     view: &impl View,
     [page, sync]: [u64; 2],
@@ -210,6 +210,8 @@ pub fn attacker(
 ) -> Attacker {
     let mut seen = Attacker::default();
     let mut last = 0;
+    // What an earlier race, or whatever had the page before, left there is not the victim's word.
+    view.write(sync + sync::OVER, 0);
     while now() < deadline {
         let over = view.read(sync + sync::OVER);
         if over != 0 && over != u64::MAX {

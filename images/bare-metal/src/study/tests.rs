@@ -6,7 +6,7 @@ extern crate std;
 use core::cell::RefCell;
 use std::collections::BTreeMap;
 use std::sync::RwLock;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use std::vec;
 use std::vec::Vec;
 use std::{format, thread};
@@ -245,6 +245,8 @@ fn run_race(leak: Leak, rounds: u64) -> (Victim, Attacker) {
         mapped: RwLock::new(false),
         leak,
     };
+    // Whatever the page was used for before.
+    assert!(fill(&window.memory, PAGES[1], 4096, 77));
     let start = Instant::now();
     let memory = window.memory;
     thread::scope(|scope| {
@@ -256,6 +258,8 @@ fn run_race(leak: Leak, rounds: u64) -> (Victim, Attacker) {
             };
             attacker(window, PAGES, 20_000_000, now)
         });
+        // The attacker is there first.
+        thread::sleep(Duration::from_millis(5));
         let mut gate = WindowGate(window, start);
         let seen = victim(&memory, PAGES, rounds, 1000, &mut gate).unwrap();
         (seen, attack.join().unwrap())
