@@ -4,11 +4,12 @@
 //! and used from the register; a frame that its owner changes meanwhile comes out mixed, which is the owner's loss.
 #![allow(unsafe_code)]
 
+use core::arch::asm;
 use core::arch::x86_64::{
-    __cpuid, __cpuid_count, __m128i, __m256i, __m512i, _mm_cmpeq_epi8, _mm_loadu_si128,
-    _mm_movemask_epi8, _mm_storeu_si128, _mm256_cmpeq_epi8, _mm256_loadu_si256,
-    _mm256_movemask_epi8, _mm256_storeu_si256, _mm512_cmpneq_epi64_mask, _mm512_loadu_si512,
-    _mm512_storeu_si512, _xgetbv,
+    __cpuid, __cpuid_count, __m128i, __m256i, __m512i, _MM_HINT_T0, _mm_cmpeq_epi8,
+    _mm_loadu_si128, _mm_movemask_epi8, _mm_prefetch, _mm_storeu_si128, _mm256_cmpeq_epi8,
+    _mm256_loadu_si256, _mm256_movemask_epi8, _mm256_storeu_si256, _mm512_cmpneq_epi64_mask,
+    _mm512_loadu_si512, _mm512_storeu_si512, _xgetbv,
 };
 use core::sync::atomic::{AtomicU8, Ordering};
 
@@ -117,6 +118,30 @@ pub unsafe fn equal(a: *const u8, b: *const u8, len: usize) -> bool {
                 && load::<u32>(a.add(len - 4)) == load::<u32>(b.add(len - 4))
         } else {
             (0..len).all(|i| a.add(i).read() == b.add(i).read())
+        }
+    }
+}
+
+/// Most lines of a frame that are asked for ahead; the processor itself finds the rest of a long one.
+const AHEAD: usize = 4;
+const LINE: usize = 64;
+
+/// Asks for the lines of what is about to be read, so that those of several frames travel at the same time. Wherever it points, it does no harm.
+#[inline(always)]
+pub fn fetch(from: *const u8, len: usize) {
+    for at in (0..len.min(AHEAD * LINE)).step_by(LINE) {
+        // SAFETY: a prefetch reads nothing and does not fault, wherever it points.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(at).cast()) };
+    }
+}
+
+/// The same for what is about to be written: the lines come to stay.
+#[inline(always)]
+pub fn fetch_to_write(to: *mut u8, len: usize) {
+    for at in (0..len.min(AHEAD * LINE)).step_by(LINE) {
+        // SAFETY: as above. (`_mm_prefetch` makes this instruction only for targets that are said to have it; processors without it do nothing.)
+        unsafe {
+            asm!("prefetchw [{}]", in(reg) to.wrapping_add(at), options(nostack, preserves_flags));
         }
     }
 }

@@ -19,13 +19,17 @@ use crate::virtio_pci::{Error, Notify};
 
 /// Bytes from one buffer to the next: room for header, frame and an indirect table, and an odd number of cache lines, so that the starts
 /// of a ring's buffers spread over all sets of the caches. (Buffers that are mapped one by one are a page apart.)
-pub const BUFFER_STRIDE: usize = 25 * 64;
+pub const BUFFER_STRIDE: usize = 27 * 64;
+/// Where a packet starts in its buffer: the header ends a cache line and the frame starts the next. Headers hardly ever change, and who fills a buffer looks
+/// before it writes one: so the header's line stays in both caches, and a short frame is one line that travels.
+pub(crate) const FRONT: usize = 64 - HEADER_LEN;
 /// Header and frame.
 const PACKET: u16 = 1530;
 const _: () = assert!(PACKET as usize == HEADER_LEN + MAX_FRAME);
-/// Where a transmit buffer has its indirect table of two descriptors.
-const TABLE: u16 = 1536;
-const _: () = assert!(TABLE as usize + 2 * 16 <= BUFFER_STRIDE && TABLE >= PACKET);
+/// Where a transmit buffer has its indirect table of two descriptors, behind the start of the packet.
+const TABLE: u16 = 1532;
+const _: () = assert!(FRONT + TABLE as usize + 2 * 16 <= BUFFER_STRIDE && TABLE >= PACKET);
+const _: () = assert!((FRONT + TABLE as usize).is_multiple_of(16));
 /// Where the header says over how many buffers a received frame is spread.
 const NUM_BUFFERS: usize = 10;
 const HEADER: u16 = 12;
@@ -91,18 +95,19 @@ impl<D: DriverRing, N: Notify, M: Mapper> Half<D, N, M> {
         })
     }
 
-    /// Where a buffer is.
+    /// Where the packet of a buffer is.
     #[inline(always)]
     fn ptr(&self, buffer: u16) -> *mut u8 {
         // SAFETY: buffer numbers are below `buffer_of.len()`, and the pool of that many was checked in `new`.
-        unsafe { self.ptr.add(usize::from(buffer) * M::STRIDE) }
+        unsafe { self.ptr.add(usize::from(buffer) * M::STRIDE + FRONT) }
     }
 
     /// A part of a buffer.
     #[inline(always)]
     fn piece(&self, buffer: u16, offset: u16, len: u16, device_writes: bool) -> Buffer {
         Buffer {
-            addr: self.addr + u64::from(buffer) * M::STRIDE as u64 + u64::from(offset),
+            addr: self.addr
+                + (usize::from(buffer) * M::STRIDE + FRONT + usize::from(offset)) as u64,
             len: u32::from(len),
             device_writes,
         }
@@ -433,6 +438,9 @@ impl<D: DriverRing, N: Notify, M: Mapper> Port for NetPort<D, N, M> {
         if M::DYNAMIC {
             return self.tx_mapped(count, len, packet, &mut build);
         }
+        for &buffer in self.tx_free.iter().rev().take(count) {
+            bulk::fetch_to_write(self.tx.ptr(buffer).wrapping_add(HEADER_LEN), len);
+        }
         let mut sent = 0;
         while sent < count {
             let Some(buffer) = self.tx_free.pop() else {
@@ -464,6 +472,10 @@ impl<D: DriverRing, N: Notify, M: Mapper> Port for NetPort<D, N, M> {
         let n = self.rx.ring.take(&mut self.used[..count])?;
         if n == 0 {
             return Ok(0);
+        }
+        for &used in &self.used[..n] {
+            let frame = self.rx.ptr(self.rx.buffer(used)).wrapping_add(HEADER_LEN);
+            bulk::fetch(frame, (used.len as usize).saturating_sub(HEADER_LEN));
         }
         if M::DYNAMIC {
             return self.rx_mapped(n, &mut receive);

@@ -22,7 +22,7 @@ const MAX_PACKET: usize = HEADER_LEN + MAX_FRAME;
 /// Where le16 `num_buffers` is in the header.
 const NUM_BUFFERS: usize = 10;
 
-/// What stands before a frame: no offload, one buffer (VIRTIO 1.3, section 5.1.6.1).
+/// What stands before a frame: no offload, one buffer (VIRTIO 1.3, section 5.1.6).
 const HEADER: [u8; HEADER_LEN] = {
     let mut header = [0; HEADER_LEN];
     header[NUM_BUFFERS] = 1;
@@ -225,15 +225,26 @@ impl<V: DeviceRing, N: Notify> Port for PeerPort<V, N> {
         loop {
             let ring = &mut self.to_peer.ring;
             let taken = ring.get(&mut self.chains[..wanted], &mut self.buffers)?;
+            for chain in &self.chains[..taken] {
+                if let [whole] = pieces(&self.buffers, chain)
+                    && let Some(to) = place(self.window, *whole, packet, true)
+                {
+                    bulk::fetch(to, HEADER_LEN);
+                    bulk::fetch_to_write(to.wrapping_add(HEADER_LEN), len);
+                }
+            }
             let mut at = 0;
             while at < taken && sent < count {
                 let chain = self.chains[at];
                 if let [whole] = pieces(&self.buffers, &chain)
                     && let Some(to) = place(self.window, *whole, packet, true)
                 {
+                    // A header that is there already is left alone: its line need not travel.
                     // SAFETY: `place` checked that header and frame fit where `to` points.
                     let mut slot = unsafe {
-                        bulk::copy(to, HEADER.as_ptr(), HEADER_LEN);
+                        if !bulk::equal(to, HEADER.as_ptr(), HEADER_LEN) {
+                            bulk::copy(to, HEADER.as_ptr(), HEADER_LEN);
+                        }
                         Slot::new(to.add(HEADER_LEN), len)
                     };
                     build(sent, &mut slot);
@@ -270,6 +281,13 @@ impl<V: DeviceRing, N: Notify> Port for PeerPort<V, N> {
         let n = ring.get(&mut self.chains[..count.min(MAX_BURST)], &mut self.buffers)?;
         if n == 0 {
             return Ok(0);
+        }
+        for chain in &self.chains[..n] {
+            if let [whole] = *pieces(&self.buffers, chain)
+                && let Some((from, len)) = in_place(self.window, whole, HEADER_LEN)
+            {
+                bulk::fetch(from, len);
+            }
         }
         for chain in &self.chains[..n] {
             let pieces = pieces(&self.buffers, chain);

@@ -12,7 +12,7 @@ use virtqueue::split::Split;
 use virtqueue::{Buffer, DriverRing, Layout, RingConfig, Used};
 
 use crate::joined::{self, JoinConfig, JoinedBackEnd, JoinedFrontEnd, Silent};
-use crate::net_port::{Shape, TxShape};
+use crate::net_port::{BUFFER_STRIDE, FRONT, Shape, TxShape};
 use crate::peer::{PeerPort, Vring};
 use crate::port::{Frame, MAX_FRAME, Port};
 
@@ -181,7 +181,10 @@ fn a_lying_buffer_count_shows_no_frame_that_is_too_long() {
         .sum::<u64>()
         + START;
     for buffer in 0..16 {
-        let header = bed.memory.ptr(pool + buffer * 1600, 12).unwrap();
+        let header = bed
+            .memory
+            .ptr(pool + buffer * BUFFER_STRIDE as u64 + FRONT as u64, 12)
+            .unwrap();
         // SAFETY: the pointer was checked, and both ends are idle.
         unsafe { header.add(10).cast::<u16>().write_unaligned(u16::MAX) };
     }
