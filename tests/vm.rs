@@ -692,8 +692,7 @@ fn frames_arrive_through_windows_that_follow_the_iommu_however_it_is_used() {
             pair(&[rings, &["--iommu", iommu]].concat(), 2, count);
         }
         pair(&["--iommu", iommu, "--size", "1518"], 2, count);
-        let irq = ["--iommu", iommu, "--mode", "irq"];
-        pair(&[&irq[..], &["--direction", "round-trip"]].concat(), 2, 100);
+        pair(&["--iommu", iommu, "--mode", "irq"], 2, 1_000);
     }
 }
 

@@ -526,6 +526,8 @@ pub struct Boot {
     pub tsc_khz: u64,
     /// Where PCI configuration space is.
     pub ecam: u64,
+    /// Memory for devices apart from the RAM: its address, and its length; a length of zero where there is none.
+    pub dma: (u64, u64),
     /// How the front-end lays out frames in buffers.
     pub shape: Shape,
     /// A workload to run at once; otherwise commands are read from the control channel.
@@ -541,6 +543,7 @@ impl Default for Boot {
         Self {
             tsc_khz: 0,
             ecam: 0,
+            dma: (0, 0),
             shape: Shape::default(),
             run: None,
             iommu: IommuMode::default(),
@@ -585,6 +588,8 @@ impl Boot {
             let understood = match word.split_once('=') {
                 Some(("tsc_khz", value)) => number(value).map(|n| boot.tsc_khz = n).is_some(),
                 Some(("ecam", value)) => number(value).map(|n| boot.ecam = n).is_some(),
+                Some(("dma", value)) => number(value).map(|n| boot.dma.0 = n).is_some(),
+                Some(("dma_len", value)) => number(value).map(|n| boot.dma.1 = n).is_some(),
                 Some(("tx", shape)) => tx_shape(shape).map(|tx| boot.shape.tx = tx).is_some(),
                 Some(("rx_buffer", value)) => number(value)
                     .and_then(|n| u16::try_from(n).ok())

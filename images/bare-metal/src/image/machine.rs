@@ -4,7 +4,7 @@
 #![allow(unsafe_code)]
 
 use core::alloc::{GlobalAlloc, Layout};
-use core::cell::UnsafeCell;
+use core::cell::{RefCell, UnsafeCell};
 use core::ptr::NonNull;
 
 use guest_driver::mmio::Registers;
@@ -113,14 +113,17 @@ impl BootParameters {
 /// The machine.
 pub struct Machine {
     ecam: Registers,
+    /// Where the VMM keeps memory for devices apart; otherwise they get it from the heap.
+    pool: Option<RefCell<Heap>>,
+    /// What devices get memory of.
     base: *mut u8,
     start: u64,
     len: u64,
 }
 
 impl Machine {
-    /// Makes the memory behind the image a heap, and finds configuration space.
-    pub fn new(boot: BootParameters, ecam: u64) -> Option<Self> {
+    /// Makes the memory behind the image a heap, and finds configuration space and (where its length is not zero) the memory for devices.
+    pub fn new(boot: BootParameters, ecam: u64, (dma, dma_len): (u64, u64)) -> Option<Self> {
         let start = arch::end_of_image();
         let end = boot.end_of_memory(start)?.min(arch::MAPPED_AT_BOOT);
         let len = end.checked_sub(start)?;
@@ -130,15 +133,25 @@ impl Machine {
         ))?;
         // SAFETY: the memory map says that this is RAM, the image ends before it, and the boot protocol's data lies below the image. Called
         // once: the heap is empty before. Configuration space is where the VMM says, and is nobody's memory.
-        unsafe {
+        let mut machine = unsafe {
             (*HEAP.0.get()).init(base, usize::try_from(len).ok()?);
-            Some(Self {
+            Self {
                 ecam: Registers::new(ecam, ECAM_LEN),
+                pool: None,
                 base,
                 start,
                 len,
-            })
+            }
+        };
+        if dma_len > 0 {
+            let base = machine.map(dma, dma_len)?.as_ptr();
+            let mut heap = Heap::empty();
+            // SAFETY: the VMM says that this memory is there for us, and nothing else uses it.
+            unsafe { heap.init(base, usize::try_from(dma_len).ok()?) };
+            machine.pool = Some(RefCell::new(heap));
+            (machine.base, machine.start, machine.len) = (base, dma, dma_len);
         }
+        Some(machine)
     }
 
     /// The memory that [`Platform::dma`] gives, `offset` above its guest physical addresses.
@@ -182,8 +195,12 @@ impl Platform for Machine {
         // Everything is mapped at its own address.
         let end = addr.checked_add(len).filter(|&end| end <= arch::MAPPABLE)?;
         for gib in addr / arch::GIB..end.div_ceil(arch::GIB) {
+            // Never from the memory of devices: what a page table says must not be theirs to change.
             arch::map_gib(gib * arch::GIB, || {
-                Some(self.dma(4096, 4096)?.ptr.as_ptr().cast())
+                let layout = Layout::from_size_align(4096, 4096).ok()?;
+                // SAFETY: the layout has a size.
+                let page = unsafe { alloc::alloc::alloc_zeroed(layout) };
+                Some(NonNull::new(page)?.as_ptr().cast())
             })?;
         }
         NonNull::new(core::ptr::with_exposed_provenance_mut(
@@ -193,8 +210,20 @@ impl Platform for Machine {
 
     fn dma(&self, len: usize, align: usize) -> Option<Dma> {
         let layout = Layout::from_size_align(len.max(1), align).ok()?;
-        // SAFETY: the layout has a size.
-        let ptr = NonNull::new(unsafe { alloc::alloc::alloc_zeroed(layout) })?;
+        let ptr = match &self.pool {
+            Some(pool) => {
+                let ptr = pool
+                    .try_borrow_mut()
+                    .ok()?
+                    .allocate_first_fit(layout)
+                    .ok()?;
+                // SAFETY: the pool has just given these bytes away.
+                unsafe { ptr.write_bytes(0, layout.size()) };
+                ptr
+            }
+            // SAFETY: the layout has a size.
+            None => NonNull::new(unsafe { alloc::alloc::alloc_zeroed(layout) })?,
+        };
         Some(Dma {
             ptr,
             addr: ptr.addr().get() as u64,

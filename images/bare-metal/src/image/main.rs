@@ -74,7 +74,7 @@ extern "C" fn user_main(zero_page: *const u8) -> ! {
     if boot.tsc_khz == 0 || boot.ecam == 0 {
         fail(format_args!("the command line lacks tsc_khz= or ecam="));
     }
-    let Some(machine) = Machine::new(parameters, boot.ecam) else {
+    let Some(machine) = Machine::new(parameters, boot.ecam, boot.dma) else {
         fail(format_args!(
             "no memory behind the image, or no PCI configuration space"
         ));
