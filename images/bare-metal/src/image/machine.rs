@@ -22,6 +22,8 @@ const COMMAND_LINE: usize = 0x228;
 /// Longest command line that is looked at.
 const MAX_COMMAND_LINE: usize = 2048;
 
+/// Two cache lines.
+const LINES: usize = 128;
 const ECAM_LEN: usize = 1 << 20;
 const IO_APIC: usize = 0xfec0_0000;
 /// COM2's line.
@@ -209,7 +211,9 @@ impl Platform for Machine {
     }
 
     fn dma(&self, len: usize, align: usize) -> Option<Dma> {
-        let layout = Layout::from_size_align(len.max(1), align).ok()?;
+        // What a device looks at shares no cache line, and no pair of lines that is fetched together, with what this processor writes for itself.
+        let whole = len.max(1).checked_next_multiple_of(LINES)?;
+        let layout = Layout::from_size_align(whole, align.max(LINES)).ok()?;
         let ptr = match &self.pool {
             Some(pool) => {
                 let ptr = pool
