@@ -80,6 +80,8 @@ impl core::error::Error for Stopped {}
 
 /// How long an end that found nothing to do looks away, in processor pauses.
 const PAUSES: u32 = 8;
+/// How often that number is doubled at most.
+const LONGEST_PAUSE: u32 = 3;
 /// Bursts between two looks at the control path.
 const SERVICE_EVERY: u32 = 256;
 
@@ -327,6 +329,7 @@ fn traffic<L: Link>(
     let mut stopped_at = deadline;
     let mut outcome = Outcome::default();
     let mut turn = 0u32;
+    let mut idle_turns = 0u32;
     loop {
         let mut idle = true;
         if let Some(sender) = sender.as_mut().filter(|sender| !sender.done) {
@@ -353,7 +356,7 @@ fn traffic<L: Link>(
             break;
         }
         turn = turn.wrapping_add(1);
-        if turn.is_multiple_of(L::CLOCK_EVERY) || idle {
+        if turn.is_multiple_of(L::CLOCK_EVERY) || idle && run.interrupts {
             let now = link.now();
             link.beside(now);
             if let Some(sender) = &mut sender {
@@ -372,10 +375,13 @@ fn traffic<L: Link>(
         if turn.is_multiple_of(SERVICE_EVERY) {
             link.service();
         }
-        if idle && run.interrupts {
+        if !idle {
+            idle_turns = 0;
+        } else if run.interrupts {
             wait(link, !received, !sent, deadline)?;
-        } else if idle {
-            pause();
+        } else {
+            pause(idle_turns);
+            idle_turns = idle_turns.saturating_add(1);
         }
     }
     if outcome.timeout {
@@ -386,10 +392,10 @@ fn traffic<L: Link>(
     Ok(outcome)
 }
 
-/// Lets the peer get on with its batch: a poll takes the line away that it is about to write.
+/// Lets the peer get on with its batch: a poll takes the line away that it is about to write. Longer when the last turns were idle, too.
 #[inline(always)]
-fn pause() {
-    for _ in 0..PAUSES {
+fn pause(idle_turns: u32) {
+    for _ in 0..PAUSES << idle_turns.min(LONGEST_PAUSE) {
         core::hint::spin_loop();
     }
 }
