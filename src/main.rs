@@ -13,6 +13,7 @@ mod json;
 mod logger;
 mod pair;
 mod plot;
+mod relay;
 mod run;
 mod sys;
 mod tempdir;
@@ -36,6 +37,7 @@ fn main() -> ExitCode {
         Command::Pair(args) => pair::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Isolation(args) => isolation::run(&args),
+        Command::Relay(args) => relay::run(&args),
         Command::Plot(args) => plot::run(&args),
         Command::Doctor(args) => doctor::run(&args),
     };

@@ -31,6 +31,18 @@ fn each_wrong_argument_is_one_line_that_names_it_and_exit_code_3() {
             &["--memory", "prefault=1", "on or off"],
         ),
         (
+            &["run", "--memory", "size=64M,dma=16Q"],
+            &["--memory", "dma=16Q"],
+        ),
+        (
+            &["run", "--memory", "size=64M,dma=4097"],
+            &["--memory", "dma=4097", "a multiple of 4096 bytes"],
+        ),
+        (
+            &["pair", "--memory", "size=64M,hugepages=2M,dma=1M"],
+            &["--memory", "dma=1M", "a multiple of 2097152 bytes"],
+        ),
+        (
             &["run", "--cpus", "count=0"],
             &["--cpus", "count=0", "1 to 8"],
         ),

@@ -284,9 +284,9 @@ impl<D: DriverRing, N: Notify, M: Mapper> NetPort<D, N, M> {
         self.tx.note(id, buffer)
     }
 
-    /// Takes back the transmit buffers that the device is done with.
+    /// Takes back the transmit buffers that the device is done with, a burst of them at most; returns how many.
     #[inline(always)]
-    fn reclaim(&mut self) -> Result<(), PortError> {
+    fn reclaim(&mut self) -> Result<usize, PortError> {
         let n = self.tx.ring.take(&mut self.used)?;
         if M::DYNAMIC {
             let mut buffers = [0; MAX_BURST];
@@ -296,7 +296,7 @@ impl<D: DriverRing, N: Notify, M: Mapper> NetPort<D, N, M> {
         for &used in self.used.iter().take(n) {
             self.tx_free.push(self.tx.buffer(used));
         }
-        Ok(())
+        Ok(n)
     }
 
     /// Takes one buffer of a frame that is spread over several: the first, or one more.
@@ -492,7 +492,8 @@ impl<D: DriverRing, N: Notify, M: Mapper> Port for NetPort<D, N, M> {
     }
 
     fn drained(&mut self) -> Result<bool, PortError> {
-        self.reclaim()?;
+        // Each buffer comes back once: the ring takes no other.
+        while self.reclaim()? > 0 {}
         Ok(self.tx_free.len() == self.tx.buffer_of.len())
     }
 

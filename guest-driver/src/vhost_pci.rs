@@ -557,7 +557,11 @@ impl VhostPci {
         }
         let config = self.ring::<L>(index)?;
         // A front-end that never sets a base means the start, which packed rings write in another way than zero.
-        let base = state.base.unwrap_or(L::FRESH);
+        let base = match state.base {
+            None => L::FRESH,
+            Some(base) if negotiated(features::RING_PACKED) => both_halves(base),
+            Some(base) => base,
+        };
         let ring = L::device_at(self.window, &config, base).ok()?;
         let [call, _] = *self.doorbells.get(index)?;
         Some(Vring {
@@ -633,4 +637,17 @@ fn write(memory: Linear, addr: u64, from: &[u8]) -> bool {
     };
     // SAFETY: `ptr` checked the range, which stays mapped; the buffer is not with the device.
     unsafe { crate::Slot::new(to, from.len()) }.write(0, from)
+}
+
+/// The base of a packed ring from a front-end that may have said only where the available half is.
+///
+/// DPDK's virtio-user leaves the upper half zero. No ring is there when the counter of the available half is set, unless
+/// all its descriptors are with the device: then the halves are the same.
+fn both_halves(base: u32) -> u32 {
+    const WRAP: u32 = 1 << 15;
+    if base >> 16 == 0 && base & WRAP != 0 {
+        base | base << 16
+    } else {
+        base
+    }
 }

@@ -6,6 +6,7 @@ pub mod isolation;
 pub mod keys;
 pub mod machine;
 pub mod plot;
+pub mod relay;
 pub mod rings;
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
@@ -43,6 +44,9 @@ pub enum Command {
     /// Attack one VM from the other in every known way, and report what got through (nothing should)
     #[command(after_help = exit::HELP)]
     Isolation(isolation::IsolationArgs),
+    /// Join two vhost-user front-ends by a process of the host: the switch that the window replaces
+    #[command(after_help = exit::HELP)]
+    Relay(relay::RelayArgs),
     /// Draw charts (SVG) from a report of `bench --json`
     #[command(after_help = exit::HELP)]
     Plot(plot::PlotArgs),

@@ -31,6 +31,11 @@ pub const WINDOW: u64 = 16 << 30;
 pub const RANGE: u64 = 8 << 30;
 /// How many mappings it can have.
 pub const MAPPINGS: u64 = 1024;
+/// The front-end's memory, and what is for devices where that is apart.
+pub const RAM: u64 = 128 << 20;
+const DMA: u64 = 32 << 20;
+/// Guards in the back-end's memory, which a front-end has no way to.
+const GUARD: u64 = 64 * PAGE;
 /// Where experiments are mapped: above the guest's own rings and buffers.
 const FIRST_IOVA: u64 = 6 << 30;
 /// What no attack reaches beyond from its first address.
@@ -89,6 +94,8 @@ pub enum Scene {
     Open(Layout),
     /// The link is up, with everything that traffic needs mapped.
     Live(Layout),
+    /// As [`Scene::Live`] with split rings; the front-end's memory for devices is apart from its RAM.
+    Apart,
     /// There is no front-end VM.
     Alone,
 }
@@ -139,6 +146,8 @@ pub struct Lab<'a> {
     early: Vec<(usize, Done)>,
     /// Faults that were known of before.
     faults: u64,
+    /// Guards in the back-end's memory: where, and of which seed.
+    guard: Option<[u64; 2]>,
     plots: u64,
     seeds: u64,
     runs: u16,
@@ -161,6 +170,7 @@ impl<'a> Lab<'a> {
             ended: [None, None],
             early: Vec::new(),
             faults: 0,
+            guard: None,
             plots: 0,
             seeds: 0,
             runs: 0,
@@ -190,7 +200,7 @@ impl<'a> Lab<'a> {
                 self.start_device()?;
                 self.wait_until_up(BOOT)?;
             }
-            Scene::Live(_) => self.wait_until_up(BOOT)?,
+            Scene::Live(_) | Scene::Apart => self.wait_until_up(BOOT)?,
         }
         Ok(())
     }
@@ -227,7 +237,7 @@ impl<'a> Lab<'a> {
         }
         let layout = match self.scene {
             Scene::Open(layout) | Scene::Live(layout) => layout,
-            Scene::Bare | Scene::Alone => Layout::Split,
+            Scene::Bare | Scene::Apart | Scene::Alone => Layout::Split,
         };
         let rings = RingSetup {
             size: 256,
@@ -237,7 +247,10 @@ impl<'a> Lab<'a> {
             layout,
             in_order: false,
         });
-        args.push("--memory=size=128M".into());
+        args.push(match self.scene {
+            Scene::Apart => format!("--memory=size={RAM},dma={DMA}").into(),
+            _ => format!("--memory=size={RAM}").into(),
+        });
         args.push(device(
             "--net=socket=",
             &format!(",listen=off,{}", rings.net_keys()),
@@ -246,6 +259,8 @@ impl<'a> Lab<'a> {
             args.push(format!("--iommu=range={RANGE},mappings={MAPPINGS}").into());
             let how = match self.scene {
                 Scene::Live(_) | Scene::Alone => "static",
+                // Memory for devices lies above 4 GiB: moved up by as much again it would leave the range.
+                Scene::Apart => "static iova=0",
                 Scene::Bare | Scene::Open(_) => "manual",
             };
             args.push(format!("--cmdline=iommu={how}").into());
@@ -260,6 +275,8 @@ impl<'a> Lab<'a> {
         self.waiting.retain(|(of, _)| *of != side);
         if side == FRONT {
             self.faults = 0;
+        } else {
+            self.guard = None;
         }
         self.sides[side] = Some(Guest::start(NAMES[side], &self.run_args(side))?);
         Ok(())
@@ -607,9 +624,32 @@ impl<'a> Lab<'a> {
         if !self.victim() {
             return Ok(NOWHERE);
         }
-        let done = self.ask(FRONT, &format!("pages count={count}"), ANSWER)?;
+        self.pages_of(FRONT, count)
+    }
+
+    fn pages_of(&mut self, side: usize, count: u64) -> Tried<u64> {
+        let done = self.ask(side, &format!("pages count={count}"), ANSWER)?;
         done.number("gpa")
             .map_or_else(|| amiss("'pages' says no address"), Ok)
+    }
+
+    /// Plants guards in the memory of the back-end's guest, unless they are there.
+    pub fn guard_back_end(&mut self) -> Tried<()> {
+        if self.guard.is_none() {
+            let (gpa, seed) = (self.pages_of(BACK, GUARD / PAGE)?, self.seed());
+            let line = format!("fill gpa={gpa} len={GUARD} seed={seed}");
+            self.ask(BACK, &line, ANSWER)?;
+            self.guard = Some([gpa, seed]);
+        }
+        Ok(())
+    }
+
+    /// Bytes of these guards that changed.
+    pub fn broken_guards(&mut self) -> Tried<u64> {
+        match self.guard {
+            Some([gpa, seed]) => self.wrong_of(BACK, gpa, GUARD, seed),
+            None => amiss("the back-end's memory has no guards"),
+        }
     }
 
     /// Has the front-end's guest write its words there.
@@ -626,8 +666,12 @@ impl<'a> Lab<'a> {
         if !self.victim() {
             return Ok(0);
         }
+        self.wrong_of(FRONT, gpa, len, seed)
+    }
+
+    fn wrong_of(&mut self, side: usize, gpa: u64, len: u64, seed: u64) -> Tried<u64> {
         let line = format!("check gpa={gpa} len={len} seed={seed}");
-        let done = self.ask(FRONT, &line, ANSWER)?;
+        let done = self.ask(side, &line, ANSWER)?;
         done.number("wrong")
             .map_or_else(|| amiss("'check' says nothing"), Ok)
     }
@@ -674,6 +718,15 @@ impl<'a> Lab<'a> {
     /// Sets the network device up.
     pub fn start_device(&mut self) -> Tried<()> {
         self.must("start")
+    }
+
+    /// Resets the network device and sets it up again; returns when the link is up at both ends.
+    pub fn reset_device(&mut self, patience: Duration) -> Tried<()> {
+        self.drain()?;
+        // Each end says anew that it is ready.
+        self.up = [false; 2];
+        self.send(FRONT, "reset-device")?;
+        self.wait_until_up(patience)
     }
 
     /// Takes the device out of its domain.

@@ -1,6 +1,6 @@
 //! The back-end's guest reaches for memory that it was not given.
 
-use super::lab::{BACK, FRONT, Lab, PAGE, Peek, RANGE, Scene, Tried, WINDOW, amiss};
+use super::lab::{BACK, FRONT, Lab, PAGE, Peek, RAM, RANGE, Scene, Tried, WINDOW, amiss};
 use super::report::{Finding, From};
 use super::{ALL, Attack, Modes, SEEN};
 use crate::cli::isolation::Mode;
@@ -100,7 +100,40 @@ pub fn attacks() -> Vec<Attack> {
             after_attach_again,
         )
         .spoiling(),
+        attack(
+            "read-ram-beside-memory-for-devices",
+            Scene::Apart,
+            SEEN,
+            read_ram,
+        ),
     ]
+}
+
+/// Only the memory for devices is shared (`--memory dma=`): the RAM cannot be seen even where there is no IOMMU, and an IOMMU maps none of it.
+fn read_ram(lab: &mut Lab) -> Tried<Finding> {
+    lab.forget()?;
+    let (gpa, iova, seed) = (lab.pages(1)?, lab.plot(), lab.seed());
+    if gpa < RAM {
+        return amiss(format!("{gpa:#x} is not memory for devices"));
+    }
+    lab.fill(gpa, PAGE, seed)?;
+    lab.map(iova, gpa, PAGE, "rw")?;
+    lab.control(lab.at(iova, gpa), seed)?;
+    let mut tally = Tally { tries: 0, got: 0 };
+    let ram = lab.plot();
+    // The guest's image lies at 1 MiB: there is something to be read.
+    let line = format!("map iova={ram} gpa={} len={PAGE} perm=r", 1 << 20);
+    if let Some(status) = lab.try_request(&line)? {
+        tally.tries += 1;
+        tally.got += u64::from(status == 0);
+    }
+    for (offset, len, step) in [(0, RAM, PAGE), (1 << 20, 1 << 20, 64), (ram, PAGE, 8)] {
+        let peek = lab.peek(offset, len, step, 8, 0)?;
+        tally.tries += peek.reads;
+        tally.got += peek.seen();
+    }
+    lab.unmap(iova, PAGE)?;
+    tally.finish(lab)
 }
 
 /// What an attack on memory came to.

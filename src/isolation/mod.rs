@@ -66,6 +66,17 @@ impl Attack {
         }
     }
 
+    /// Carries it out. A front-end shares its memory and is given none: the back-end's has to be afterwards as it was.
+    fn carry_out(&self, lab: &mut Lab) -> Tried<Finding> {
+        if self.from == From::BackEnd {
+            return (self.run)(lab);
+        }
+        lab.guard_back_end()?;
+        let mut finding = (self.run)(lab)?;
+        finding.got_through += lab.broken_guards()?;
+        Ok(finding)
+    }
+
     /// The same, after which other VMs are needed.
     fn spoiling(self) -> Self {
         Self {
@@ -152,7 +163,7 @@ fn carry_out(study: &Study, attacks: &[Attack]) -> Result<Report> {
             .filter(|lab| lab.scene == scene)
             .map_or_else(|| Lab::boot(study, scene), Ok);
         let tried = here.and_then(|mut here| {
-            let finding = (attack.run)(&mut here)?;
+            let finding = attack.carry_out(&mut here)?;
             if !attack.spoils {
                 lab = Some(here);
             }

@@ -10,6 +10,9 @@ use crate::cli::rings::Layout;
 
 /// The race takes at most so long, whatever the number of rounds.
 const RACE: Duration = Duration::from_secs(125);
+/// Rounds of the race in which the back-end is killed, and after how long it is: a round takes about a millisecond.
+const KILLED_ROUNDS: u64 = 500;
+const KILLED_AFTER: Duration = Duration::from_millis(150);
 /// After how much more than its limit a back-end that does not answer has to be cut off.
 const SLACK: Duration = Duration::from_secs(2);
 /// How long `run --net` waits for an acknowledgement.
@@ -33,6 +36,7 @@ pub fn attacks() -> Vec<Attack> {
             killed_in_unmap,
         )
         .spoiling(),
+        Attack::new("killed-in-the-race", back, open, WINDOWS, killed_in_race).spoiling(),
         Attack::new("killed-in-traffic", back, live, SEEN, killed_in_traffic).spoiling(),
         Attack::new(
             "next-back-end-looks-for-old-pages",
@@ -42,14 +46,7 @@ pub fn attacks() -> Vec<Attack> {
             next_back_end,
         )
         .spoiling(),
-        Attack::new(
-            "read-after-device-reset",
-            back,
-            Scene::Open(Layout::Packed),
-            WINDOWS,
-            next_back_end,
-        )
-        .spoiling(),
+        Attack::new("read-after-device-reset", back, open, WINDOWS, device_reset),
         Attack::new(
             "read-after-front-end-is-gone",
             back,
@@ -207,6 +204,43 @@ fn killed_in_unmap(lab: &mut Lab) -> Tried<Finding> {
     })
 }
 
+/// The attacker dies in the middle of the race: requests go on without it, and the secrets stay whole.
+fn killed_in_race(lab: &mut Lab) -> Tried<Finding> {
+    lab.forget()?;
+    let (page, sync) = (lab.pages(1)?, lab.pages(1)?);
+    let (iova, sync_iova) = (lab.plot(), lab.plot());
+    lab.map(sync_iova, sync, PAGE, "rw")?;
+    let (offset, sync_offset) = (lab.at(iova, page), lab.at(sync_iova, sync));
+    let victim = format!("race rounds={KILLED_ROUNDS} iova={iova} gpa={page} sync={sync}");
+    lab.send(FRONT, &victim)?;
+    let attack = format!(
+        "race offset={offset} sync={sync_offset} ms={}",
+        RACE.as_millis()
+    );
+    lab.send(BACK, &attack)?;
+    std::thread::sleep(KILLED_AFTER);
+    lab.kill(BACK)?;
+    let victim = lab.answer(FRONT, "race", RACE + ANSWER)?;
+    let of = |name: &str| victim.number(name).unwrap_or(0);
+    let (done, touched, status) = (of("rounds"), of("touched"), of("status"));
+    if status != 0 || done < KILLED_ROUNDS {
+        return Err(Trouble::Victim(format!(
+            "the race ended after {done} rounds with status {status} when the back-end was killed"
+        )));
+    }
+    if touched == 0 || touched == done {
+        return amiss(format!(
+            "of {done} rounds {touched} were raced: the back-end was not killed in between"
+        ));
+    }
+    lab.expect_alive(FRONT)?;
+    Ok(Finding {
+        tries: done,
+        got_through: of("corrupted"),
+        noticed: format!("killed in round {touched}; the link was lost"),
+    })
+}
+
 fn killed_in_traffic(lab: &mut Lab) -> Tried<Finding> {
     lab.forget()?;
     let (guard, seed) = (lab.pages(16)?, lab.seed());
@@ -230,7 +264,7 @@ fn killed_in_traffic(lab: &mut Lab) -> Tried<Finding> {
     })
 }
 
-/// A page is unmapped while no back-end is there; the next one must not see it. With packed rings the front-end's device is reset in between.
+/// A page is unmapped while no back-end is there; the next one must not see it.
 fn next_back_end(lab: &mut Lab) -> Tried<Finding> {
     let page = mapped_page(lab)?;
     let (kept, iova, seed) = (lab.pages(1)?, lab.plot(), lab.seed());
@@ -250,6 +284,26 @@ fn next_back_end(lab: &mut Lab) -> Tried<Finding> {
         tries,
         got_through: got,
         noticed: format!("the back-end was lost and found; {faults} faults"),
+    })
+}
+
+/// The front-end's guest resets its network device and sets it up again: what was unmapped stays away, what is mapped is seen again.
+fn device_reset(lab: &mut Lab) -> Tried<Finding> {
+    let page = mapped_page(lab)?;
+    let (kept, iova, seed) = (lab.pages(1)?, lab.plot(), lab.seed());
+    lab.fill(kept, PAGE, seed)?;
+    lab.map(iova, kept, PAGE, "r")?;
+    lab.control(iova, seed)?;
+    lab.unmap(page.iova, PAGE)?;
+    lab.reset_device(NOTICE)?;
+    lab.control(iova, seed)?;
+    let [tries, got] = read_secret(lab, &page)?;
+    lab.unmap(iova, PAGE)?;
+    let faults = lab.faults()?;
+    Ok(Finding {
+        tries,
+        got_through: got,
+        noticed: format!("the device was reset and set up again; {faults} faults"),
     })
 }
 

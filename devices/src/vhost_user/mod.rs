@@ -4,11 +4,13 @@
 //! * [`Connection`]: messages with their file descriptors over a non-blocking stream socket.
 //! * [`Socket`]: where the peer is found: a path that is listened on or connected to.
 //! * [`frontend`]: the front-end's side of the conversation as a state machine.
+//! * [`backend`]: the back-end's, for rings that are served in this process.
 //! * [`channel`]: the front-end's end of the channel on which a back-end asks.
 //!
 //! Every peer is taken to be hostile: sizes are checked before memory is committed, file descriptors close with the
 //! message that is thrown away, and nothing waits for a peer.
 
+pub mod backend;
 pub mod channel;
 mod connection;
 pub mod frontend;

@@ -4,6 +4,7 @@ use guest_driver::net_port::{Shape, TxShape};
 use guest_driver::vhost_pci::Junk;
 use guest_driver::virtio_iommu::access;
 
+use crate::frame::End;
 use crate::study::Sweep;
 use crate::study::race::MAX_ROUNDS;
 use crate::study::scribble::Scribble;
@@ -76,6 +77,8 @@ pub struct Run {
     pub timeout_ms: u64,
     /// Windows a second that come and go beside it.
     pub churn: u64,
+    /// Which end to be, where it is not the device that says so: two front-ends that a switch joins are one of each.
+    pub end: Option<End>,
 }
 
 impl Default for Run {
@@ -91,6 +94,7 @@ impl Default for Run {
             interrupts: false,
             timeout_ms: 2000,
             churn: 0,
+            end: None,
         }
     }
 }
@@ -106,6 +110,8 @@ pub enum Command {
     Run(Run),
     /// Reset the rings and start them anew (front-end).
     ResetRings,
+    /// Reset the device and set it up anew (front-end).
+    ResetDevice,
     /// Power off with an exit code.
     Exit(u8),
     /// A step of the isolation study.
@@ -115,7 +121,7 @@ pub enum Command {
 /// A step of the isolation study. Addresses and lengths are in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Study {
-    /// Take pages for experiments (front-end, as all up to [`Study::Kicks`]).
+    /// Take pages for experiments (either end; as all up to [`Study::Kicks`] the others are the front-end's, but for fill and check).
     Pages {
         /// How many.
         count: u64,
@@ -467,8 +473,9 @@ impl Command {
                 run.work = work.ok_or(BadWord(line))?;
                 Ok(Some(Self::Run(run)))
             }
-            Some("reset-rings") => match words.next() {
-                None => Ok(Some(Self::ResetRings)),
+            Some(name @ ("reset-rings" | "reset-device")) => match words.next() {
+                None if name == "reset-rings" => Ok(Some(Self::ResetRings)),
+                None => Ok(Some(Self::ResetDevice)),
                 Some(word) => Err(BadWord(word)),
             },
             Some("exit") => {
@@ -506,6 +513,13 @@ impl Run {
             "count" => self.count = within(0..=u64::MAX)?,
             "churn" => self.churn = within(0..=100_000)?,
             "timeout_ms" => self.timeout_ms = within(1..=86_400_000)?,
+            "end" => {
+                self.end = match value {
+                    "front-end" => Some(End::FrontEnd),
+                    "back-end" => Some(End::BackEnd),
+                    _ => return Err(bad),
+                }
+            }
             "mode" => {
                 self.interrupts = match value {
                     "poll" => false,
@@ -641,7 +655,7 @@ mod tests {
 
     #[test]
     fn a_run_command_takes_every_key() {
-        let line = "run id=7 work=round-trip size=1518 batch=8 ms=20 warmup_ms=1 count=9 mode=irq timeout_ms=30 churn=1000";
+        let line = "run id=7 work=round-trip size=1518 batch=8 ms=20 warmup_ms=1 count=9 mode=irq timeout_ms=30 churn=1000 end=back-end";
         let want = Run {
             id: 7,
             work: Work::RoundTrip,
@@ -653,10 +667,15 @@ mod tests {
             interrupts: true,
             timeout_ms: 30,
             churn: 1000,
+            end: Some(End::BackEnd),
         };
         assert_eq!(Command::parse(line), Ok(Some(Command::Run(want))));
         assert_eq!(Command::parse("exit code=9"), Ok(Some(Command::Exit(9))));
         assert_eq!(Command::parse("reset-rings"), Ok(Some(Command::ResetRings)));
+        assert_eq!(
+            Command::parse("reset-device"),
+            Ok(Some(Command::ResetDevice))
+        );
         assert_eq!(Command::parse("  "), Ok(None));
     }
 
@@ -811,6 +830,7 @@ mod tests {
             ("stop", "stop"),
             ("exit now", "now"),
             ("reset-rings now", "now"),
+            ("reset-device now", "now"),
             ("exit code=256", "code=256"),
             ("attach now", "now"),
             ("map iova=0 gpa=0 len=0 perm=r", "len=0"),
@@ -827,6 +847,7 @@ mod tests {
             ("kicks count=1 seed=0", "seed=0"),
             ("messages what=reply", "messages what=reply"),
             ("run work=source churn=100001", "churn=100001"),
+            ("run work=source end=middle", "end=middle"),
         ] {
             assert_eq!(Command::parse(line), Err(BadWord(word)));
         }

@@ -13,7 +13,7 @@ use guest_driver::port::Error;
 use guest_driver::{Frame, Port, Slot};
 use virtqueue::linear::Linear;
 
-use crate::frame::End;
+use crate::frame::{End, Format, Kind};
 use crate::record::ResultRecord;
 use crate::study::windows::Churned;
 use crate::workload::Stopped;
@@ -338,4 +338,87 @@ fn churn_is_refused_by_an_end_without_windows_and_reported_by_one_with_them() {
     assert!(line.ends_with(
         ",\"churn\":{\"count\":1,\"failed\":0,\"p50\":7,\"p99\":7,\"max\":7},\"timeout\":0}"
     ));
+}
+
+/// A front-end whose peer does its part, or none of it, and leaves while the front-end looks away.
+struct Left {
+    port: JoinedFrontEnd<Silent>,
+    peer: Option<JoinedBackEnd<Silent>>,
+    /// How many frames it takes first; `None`: it leaves at once.
+    takes: Option<usize>,
+}
+
+impl Link for Left {
+    type Port = JoinedFrontEnd<Silent>;
+
+    fn end(&self) -> End {
+        End::FrontEnd
+    }
+
+    fn port(&mut self) -> Option<&mut Self::Port> {
+        Some(&mut self.port)
+    }
+
+    fn service(&mut self) {
+        let Some((takes, peer)) = self.takes.as_mut().zip(self.peer.as_mut()) else {
+            self.peer = None;
+            return;
+        };
+        *takes -= peer.rx_burst(32, |_| {}).unwrap();
+        if *takes > 0 {
+            return;
+        }
+        let format = Format::new(End::BackEnd, 64, 3);
+        for (kind, sequence) in [(Kind::Data, 0), (Kind::Data, 1), (Kind::End, 2)] {
+            let sent = peer.tx_burst(1, 64, |_, slot| format.build(slot, kind, sequence));
+            assert_eq!(sent, Ok(1));
+        }
+        self.peer = None;
+    }
+
+    fn gone(&mut self) -> bool {
+        self.peer.is_none()
+    }
+
+    fn sleep(&mut self, _until: u64) {}
+
+    fn now(&self) -> u64 {
+        0
+    }
+
+    fn ticks_per_ms(&self) -> u64 {
+        1000
+    }
+}
+
+#[test]
+fn what_a_peer_did_before_it_left_counts_and_what_it_did_not_is_missed() {
+    for leaves_at_once in [false, true] {
+        for interrupts in [false, true] {
+            for (work, frames) in [(Work::Source, 3), (Work::Sink, 0), (Work::Both, 3)] {
+                let bed = bed();
+                let (port, peer) =
+                    joined::join(bed.memory, 0, &join_config(), Silent, Silent, false).unwrap();
+                let mut link = Left {
+                    port,
+                    peer: Some(peer),
+                    takes: (!leaves_at_once).then_some(frames),
+                };
+                let few = Run {
+                    count: 2,
+                    interrupts,
+                    ..run(work)
+                };
+                let outcome = execute(&mut link, &few);
+                if !leaves_at_once {
+                    let outcome = outcome.unwrap();
+                    assert!(outcome.is_clean(), "{outcome:?}");
+                    let received = outcome.received.map(|received| received.verified);
+                    assert_eq!(received, (work != Work::Source).then_some(2));
+                } else {
+                    assert_eq!(outcome.unwrap_err(), Stopped::Down);
+                }
+            }
+        }
+    }
 }

@@ -31,6 +31,13 @@ pub trait Link {
     /// Deals with whatever else wants attention; called every few bursts. Afterwards the port may be gone.
     fn service(&mut self);
 
+    /// Whether the peer is gone, asked in a turn that found nothing to do. An end whose rings lie in its own memory keeps the port until then: what the
+    /// peer did before it left is in them, and counts.
+    #[inline(always)]
+    fn gone(&mut self) -> bool {
+        self.port().is_none()
+    }
+
     /// Sleeps until an interrupt, or until the clock shows `until`.
     fn sleep(&mut self, until: u64);
 
@@ -149,10 +156,15 @@ struct Sender {
     done: bool,
 }
 
+/// Which end's frames are sent.
+fn end<L: Link>(link: &L, run: &Run) -> End {
+    run.end.unwrap_or_else(|| link.end())
+}
+
 impl Sender {
     fn new<L: Link>(link: &L, run: &Run) -> Self {
         Self {
-            format: Format::new(link.end(), run.size, run.id),
+            format: Format::new(end(link, run), run.size, run.id),
             next: 0,
             limit: if run.count == 0 { u64::MAX } else { run.count },
             schedule: Schedule::from(link, run, link.now()),
@@ -187,10 +199,6 @@ impl Sender {
     #[inline(always)]
     fn burst<P: Port>(&mut self, port: &mut P, batch: usize) -> Result<usize, port::Error> {
         let (format, next) = (&self.format, self.next);
-        if self.ended {
-            self.done = port.drained()?;
-            return Ok(0);
-        }
         if self.ending {
             let sent = port.tx_burst(1, format.len(), |_, slot| {
                 format.build(slot, Kind::End, next)
@@ -231,7 +239,7 @@ struct Receiver {
 impl Receiver {
     fn new<L: Link>(link: &L, run: &Run) -> Self {
         Self {
-            format: Format::new(link.end().peer(), run.size, run.id),
+            format: Format::new(end(link, run).peer(), run.size, run.id),
             next: 0,
             gaps: Vec::with_capacity(MAX_GAPS),
             first: None,
@@ -333,7 +341,11 @@ fn traffic<L: Link>(
     loop {
         let mut idle = true;
         if let Some(sender) = sender.as_mut().filter(|sender| !sender.done) {
-            idle &= with_port(link, |port| sender.burst(port, run.batch))? == 0;
+            if sender.ended {
+                sender.done = with_port(link, Port::drained)?;
+            } else {
+                idle &= with_port(link, |port| sender.burst(port, run.batch))? == 0;
+            }
         }
         if let Some(receiver) = receiver
             .as_mut()
@@ -354,6 +366,9 @@ fn traffic<L: Link>(
             .is_none_or(|receiver| receiver.ended.is_some());
         if sent && received {
             break;
+        }
+        if idle && link.gone() {
+            return Err(Stopped::Down);
         }
         turn = turn.wrapping_add(1);
         if turn.is_multiple_of(L::CLOCK_EVERY) || idle && run.interrupts {
@@ -378,7 +393,7 @@ fn traffic<L: Link>(
         if !idle {
             idle_turns = 0;
         } else if run.interrupts {
-            wait(link, !received, !sent, deadline)?;
+            wait(link, !received, !sent, deadline);
         } else {
             pause(idle_turns);
             idle_turns = idle_turns.saturating_add(1);
@@ -400,17 +415,15 @@ fn pause(idle_turns: u32) {
     }
 }
 
-/// Sleeps until frames arrive (`rx`) or there is room to send (`tx`).
-fn wait<L: Link>(link: &mut L, rx: bool, tx: bool, deadline: u64) -> Result<(), Stopped> {
-    let ready = with_port(link, |port| Ok(port.arm(rx, tx)))?;
-    if !ready {
+/// Sleeps until frames arrive (`rx`) or there is room to send (`tx`). Where there is no port any more, the next burst says so.
+fn wait<L: Link>(link: &mut L, rx: bool, tx: bool, deadline: u64) {
+    if link.port().is_some_and(|port| !port.arm(rx, tx)) {
         link.sleep(deadline);
         link.service();
     }
-    with_port(link, |port| {
+    if let Some(port) = link.port() {
         port.disarm();
-        Ok(())
-    })
+    }
 }
 
 /// Frames between receiving and sending them back.
@@ -422,7 +435,7 @@ struct Bounce {
 /// Sends back what arrives, with this end's addresses, until the end frame has gone back.
 #[inline(never)]
 fn echo<L: Link>(link: &mut L, run: &Run) -> Result<Outcome, Stopped> {
-    let back = Format::new(link.end(), run.size, run.id);
+    let back = Format::new(end(link, run), run.size, run.id);
     let mut bounce = Bounce {
         frames: vec![[0; MAX_FRAME]; run.batch.min(MAX_BURST)],
         held: 0,
@@ -455,11 +468,14 @@ fn echo<L: Link>(link: &mut L, run: &Run) -> Result<Outcome, Stopped> {
             })?;
             sent += more;
             if more == 0 {
+                if link.gone() {
+                    return Err(Stopped::Down);
+                }
                 if link.now() >= deadline {
                     break 'run true;
                 }
                 if run.interrupts {
-                    wait(link, false, true, deadline)?;
+                    wait(link, false, true, deadline);
                 }
             }
         }
@@ -470,6 +486,9 @@ fn echo<L: Link>(link: &mut L, run: &Run) -> Result<Outcome, Stopped> {
             sent_total = sent_total.saturating_sub(1);
             drain(link, deadline)?;
             break 'run false;
+        }
+        if n == 0 && link.gone() {
+            return Err(Stopped::Down);
         }
         turn = turn.wrapping_add(1);
         if n > 0 {
@@ -486,7 +505,7 @@ fn echo<L: Link>(link: &mut L, run: &Run) -> Result<Outcome, Stopped> {
                 break 'run true;
             }
             if run.interrupts {
-                wait(link, true, false, deadline)?;
+                wait(link, true, false, deadline);
                 deadline = link.now() + timeout;
             }
         }
@@ -499,7 +518,13 @@ fn echo<L: Link>(link: &mut L, run: &Run) -> Result<Outcome, Stopped> {
 
 /// Waits until the peer has taken what was sent.
 fn drain<L: Link>(link: &mut L, deadline: u64) -> Result<(), Stopped> {
-    while !with_port(link, Port::drained)? && link.now() < deadline {
+    while !with_port(link, Port::drained)? {
+        if link.gone() {
+            return Err(Stopped::Down);
+        }
+        if link.now() >= deadline {
+            break;
+        }
         link.service();
     }
     Ok(())
@@ -523,7 +548,7 @@ fn both_ways<L: Link>(link: &L, mut receiver: Receiver, sent: u64, timeout: bool
 /// Sends one frame at a time and times its way to an echo and back.
 #[inline(never)]
 fn round_trip<L: Link>(link: &mut L, run: &Run) -> Result<Outcome, Stopped> {
-    let format = Format::new(link.end(), run.size, run.id);
+    let format = Format::new(end(link, run), run.size, run.id);
     let mut receiver = Receiver::new(link, run);
     let mut times = Box::new(Histogram::default());
     let schedule = Schedule::from(link, run, link.now());
@@ -556,13 +581,16 @@ fn round_trip<L: Link>(link: &mut L, run: &Run) -> Result<Outcome, Stopped> {
                     receiver.take(frame);
                 })
             })?;
+            if n == 0 && link.gone() {
+                return Err(Stopped::Down);
+            }
             turn = turn.wrapping_add(1);
             if n == 0 && (turn.is_multiple_of(L::CLOCK_EVERY) || run.interrupts) {
                 if link.now() >= deadline {
                     break 'run true;
                 }
                 if run.interrupts {
-                    wait(link, true, false, deadline)?;
+                    wait(link, true, false, deadline);
                 }
             }
             if turn.is_multiple_of(SERVICE_EVERY) {

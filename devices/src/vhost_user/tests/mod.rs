@@ -1,5 +1,6 @@
 //! Tests of the protocol: the codec by itself, the state machine with a scripted peer, and both against the `vhost` crate.
 
+mod backend;
 mod connection;
 mod frontend;
 mod interop;

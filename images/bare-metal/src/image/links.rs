@@ -1,7 +1,5 @@
 //! The two ends as workloads see them.
 
-use alloc::vec::Vec;
-
 use bare_metal::frame::End;
 use bare_metal::study::windows::{Churn, Churned, Ground, MIN_PAGES};
 use bare_metal::workload::Stopped;
@@ -16,8 +14,9 @@ use guest_driver::virtio_iommu::{self, status_of};
 use guest_driver::{Platform, virtio_pci};
 
 use crate::arch::{self, event};
+use crate::error;
 use crate::machine::Machine;
-use crate::{error, study};
+use crate::study::{self, Pages};
 
 /// What the main loop needs beside what a workload needs.
 pub trait Connection: Link {
@@ -38,14 +37,23 @@ pub trait Connection: Link {
         let until = arch::now() + GRACE_MS * self.ticks_per_ms();
         while self.is_up() && arch::now() < until {
             sleep(until);
-            self.service();
+            self.attend();
         }
         if self.is_up() { why } else { Stopped::Down }
+    }
+    /// Looks after the device where no workload runs.
+    fn attend(&mut self) {
+        self.service();
+        self.gone();
     }
     /// A workload could not go on.
     fn stopped(&mut self, why: Stopped);
     /// Resets the rings and starts them anew.
     fn reset_rings(&mut self) -> Result<(), virtio_pci::Error> {
+        Err(virtio_pci::Error::Features)
+    }
+    /// Resets the device and sets it up anew.
+    fn reset_device(&mut self) -> Result<(), virtio_pci::Error> {
         Err(virtio_pci::Error::Features)
     }
     /// Carries out a step of the isolation study and reports it.
@@ -74,9 +82,11 @@ pub struct FrontEnd<'a, M> {
     /// Absent before it is started, and where it could not be set up again.
     pub device: Option<NetDevice<M>>,
     up: bool,
+    /// The device's configuration changed, and was not looked at since.
+    changed: bool,
     tsc_khz: u64,
-    /// Guest physical addresses and lengths of the pages that experiments have.
-    pub pages: Vec<(u64, u64)>,
+    /// What experiments have.
+    pub pages: Pages,
     ground: Option<Ground>,
     churn: Option<Churn>,
 }
@@ -109,8 +119,9 @@ impl<'a, M: Mapper> FrontEnd<'a, M> {
             attached: false,
             device: None,
             up: false,
+            changed: false,
             tsc_khz,
-            pages: Vec::new(),
+            pages: Pages::default(),
             ground: None,
             churn: None,
         }
@@ -218,9 +229,15 @@ impl<M: Mapper> Link for FrontEnd<'_, M> {
     }
 
     fn service(&mut self) {
-        if arch::take_events(event::CONFIG) != 0 {
+        self.changed |= arch::take_events(event::CONFIG) != 0;
+    }
+
+    #[inline(always)]
+    fn gone(&mut self) -> bool {
+        if core::mem::take(&mut self.changed) {
             self.look();
         }
+        !self.up
     }
 
     fn sleep(&mut self, until: u64) {
@@ -281,30 +298,44 @@ impl<M: Mapper> Connection for FrontEnd<'_, M> {
         Ok(())
     }
 
+    fn reset_device(&mut self) -> Result<(), virtio_pci::Error> {
+        self.up = false;
+        let device = self.device.take().ok_or(virtio_pci::Error::Reset)?;
+        let device = device.restart(self.platform)?;
+        self.up = device.link_up();
+        self.device = Some(device);
+        Ok(())
+    }
+
     fn study(&mut self, step: &Study) {
         study::front_end(self, step);
     }
 }
 
 /// The vhost-pci driver's end.
-pub struct BackEnd {
+pub struct BackEnd<'a> {
+    pub machine: &'a Machine,
     pub device: VhostPci,
+    /// What experiments have.
+    pub pages: Pages,
     up: bool,
     tsc_khz: u64,
 }
 
-impl BackEnd {
+impl<'a> BackEnd<'a> {
     /// A device that was started.
-    pub fn new(device: VhostPci, tsc_khz: u64) -> Self {
+    pub fn new(machine: &'a Machine, device: VhostPci, tsc_khz: u64) -> Self {
         Self {
+            machine,
             device,
+            pages: Pages::default(),
             up: false,
             tsc_khz,
         }
     }
 }
 
-impl Link for BackEnd {
+impl Link for BackEnd<'_> {
     type Port = VhostPciPort;
 
     fn end(&self) -> End {
@@ -340,7 +371,7 @@ impl Link for BackEnd {
     }
 }
 
-impl Connection for BackEnd {
+impl Connection for BackEnd<'_> {
     fn is_up(&self) -> bool {
         self.up
     }

@@ -179,7 +179,7 @@ fn back_end(machine: &Machine, function: Function, behind: Option<Behind>, boot:
         Some(Err(error)) => fail(format_args!("{function}: {error}")),
     }
     match VhostPci::new(&platform, function, machine.memory(platform.offset())) {
-        Ok(device) => serve(machine, BackEnd::new(device, boot.tsc_khz), boot),
+        Ok(device) => serve(machine, BackEnd::new(machine, device, boot.tsc_khz), boot),
         Err(error) => match platform.take_refusal() {
             Some(error) => fail(format_args!("{function}: {error}")),
             None => fail(format_args!("{function}: {error}")),
@@ -191,7 +191,7 @@ fn back_end(machine: &Machine, function: Function, behind: Option<Behind>, boot:
 fn serve<C: Connection>(machine: &Machine, mut link: C, boot: &Boot) -> ! {
     machine.connect_control();
     let mut input = console::Input::new();
-    link.service();
+    link.attend();
     let mut up = false;
     let mut first = true;
     loop {
@@ -217,23 +217,29 @@ fn serve<C: Connection>(machine: &Machine, mut link: C, boot: &Boot) -> ! {
                 Ok(Some(Command::Run(run))) => {
                     run_workload(&mut link, &run);
                 }
-                Ok(Some(Command::ResetRings)) => match link.reset_rings() {
-                    Ok(()) => {
-                        up = link.is_up();
-                        announce(&link, up, boot.tsc_khz);
+                Ok(Some(command @ (Command::ResetRings | Command::ResetDevice))) => {
+                    let (name, reset) = match command {
+                        Command::ResetRings => ("reset-rings", link.reset_rings()),
+                        _ => ("reset-device", link.reset_device()),
+                    };
+                    match reset {
+                        Ok(()) => {
+                            up = link.is_up();
+                            announce(&link, up, boot.tsc_khz);
+                        }
+                        Err(why) => error(format_args!("{name}: {why}")),
                     }
-                    Err(why) => error(format_args!("reset-rings: {why}")),
-                },
+                }
                 Ok(Some(Command::Study(step))) => link.study(&step),
                 Ok(Some(Command::Exit(code))) => exit(code),
                 Err(BadWord(word)) => error(format_args!("not understood: {word}")),
             });
-            link.service();
+            link.attend();
             continue;
         }
         arch::sleep();
         arch::take_events(event::QUEUE | event::TIMER);
-        link.service();
+        link.attend();
     }
 }
 

@@ -1,5 +1,6 @@
 //! The steps of the isolation study, on this machine's devices.
 
+use alloc::vec::Vec;
 use core::fmt;
 
 use bare_metal::record::{Done, Field};
@@ -16,6 +17,7 @@ use guest_driver::virtio_pci::{Doorbell, Notify};
 use virtqueue::net::features::RING_PACKED;
 
 use crate::links::{BackEnd, FrontEnd, NotStarted};
+use crate::machine::Machine;
 use crate::{arch, console, error};
 
 /// Faults take a moment to arrive: the queue is empty when nothing has come for so long, in milliseconds; and how long to look at all.
@@ -46,10 +48,10 @@ fn number(number: impl Into<u64>) -> Field<'static> {
 pub fn front_end<M: Mapper>(link: &mut FrontEnd<'_, M>, step: &Study) {
     let not_ours = || refuse(step, format_args!("not memory of `pages`"));
     match *step {
-        Study::Pages { count } => match pages(link, count) {
-            Some(gpa) => done(step, &[("gpa", number(gpa)), ("count", number(count))]),
-            None => refuse(step, format_args!("no memory")),
-        },
+        Study::Pages { .. } | Study::Fill { .. } | Study::Check { .. } => {
+            let granule = link.platform.behind().map_or(race::PAGE, Behind::granule);
+            own_memory(link.machine, &mut link.pages, granule, step);
+        }
         Study::Attach | Study::Detach => {
             let status = link.attach(*step == Study::Attach);
             done(step, &[("status", number(status))]);
@@ -69,25 +71,6 @@ pub fn front_end<M: Mapper>(link: &mut FrontEnd<'_, M>, step: &Study) {
         Study::Unmap { iova, len } => {
             request(link, step, |domain| Request::Unmap { domain, iova, len });
         }
-        Study::Fill { gpa, len, seed } => {
-            if owns(link, gpa, len) && fill(&link.machine.memory(0), gpa, len, seed) {
-                done(step, &[]);
-            } else {
-                not_ours();
-            }
-        }
-        Study::Check { gpa, len, seed } => {
-            let owned = owns(link, gpa, len);
-            match check(&link.machine.memory(0), gpa, len, seed).filter(|_| owned) {
-                Some(found) => {
-                    let first = number(found.first.unwrap_or(0));
-                    let fields = [("wrong", number(found.wrong)), ("first", first)];
-                    let count = 1 + usize::from(found.first.is_some());
-                    done(step, fields.get(..count).unwrap_or(&fields));
-                }
-                None => not_ours(),
-            }
-        }
         Study::Faults => faults(link, step),
         Study::Start => match link.start() {
             Ok(()) => done(step, &[("status", number(OK))]),
@@ -101,7 +84,7 @@ pub fn front_end<M: Mapper>(link: &mut FrontEnd<'_, M>, step: &Study) {
             gpa,
             sync,
         } => {
-            if owns(link, gpa, race::PAGE) && owns(link, sync, race::PAGE) {
+            if link.pages.own(gpa, race::PAGE) && link.pages.own(sync, race::PAGE) {
                 be_the_victim(link, step, rounds, iova, [gpa, sync]);
             } else {
                 not_ours();
@@ -132,23 +115,59 @@ pub fn front_end<M: Mapper>(link: &mut FrontEnd<'_, M>, step: &Study) {
     }
 }
 
-/// Takes pages for experiments; where the first is.
-fn pages<M: Mapper>(link: &mut FrontEnd<'_, M>, count: u64) -> Option<u64> {
-    let granule = link.platform.behind().map_or(race::PAGE, Behind::granule);
-    let len = count.checked_mul(race::PAGE)?.next_multiple_of(granule);
-    let align = usize::try_from(granule.max(race::PAGE)).ok()?;
-    let dma = link.machine.dma(usize::try_from(len).ok()?, align)?;
-    link.pages.push((dma.addr, len));
-    Some(dma.addr)
+/// The pages that experiments have: guest physical addresses and lengths.
+#[derive(Default)]
+pub struct Pages(Vec<(u64, u64)>);
+
+impl Pages {
+    /// Takes more of them; where the first is.
+    fn take(&mut self, machine: &Machine, granule: u64, count: u64) -> Option<u64> {
+        let len = count.checked_mul(race::PAGE)?.next_multiple_of(granule);
+        let align = usize::try_from(granule.max(race::PAGE)).ok()?;
+        let dma = machine.dma(usize::try_from(len).ok()?, align)?;
+        self.0.push((dma.addr, len));
+        Some(dma.addr)
+    }
+
+    /// Whether memory is theirs.
+    fn own(&self, gpa: u64, len: u64) -> bool {
+        let inside = |&(start, size): &(u64, u64)| {
+            let offset = gpa.checked_sub(start);
+            offset.is_some_and(|offset| len <= size && offset <= size - len)
+        };
+        self.0.iter().any(inside)
+    }
 }
 
-/// Whether memory is that of experiments.
-fn owns<M: Mapper>(link: &FrontEnd<'_, M>, gpa: u64, len: u64) -> bool {
-    let inside = |&(start, size): &(u64, u64)| {
-        let offset = gpa.checked_sub(start);
-        offset.is_some_and(|offset| len <= size && offset <= size - len)
-    };
-    link.pages.iter().any(inside)
+/// Carries out a step that concerns this guest's own memory only.
+fn own_memory(machine: &Machine, pages: &mut Pages, granule: u64, step: &Study) {
+    let not_ours = || refuse(step, format_args!("not memory of `pages`"));
+    match *step {
+        Study::Pages { count } => match pages.take(machine, granule, count) {
+            Some(gpa) => done(step, &[("gpa", number(gpa)), ("count", number(count))]),
+            None => refuse(step, format_args!("no memory")),
+        },
+        Study::Fill { gpa, len, seed } => {
+            if pages.own(gpa, len) && fill(&machine.memory(0), gpa, len, seed) {
+                done(step, &[]);
+            } else {
+                not_ours();
+            }
+        }
+        Study::Check { gpa, len, seed } => {
+            let owned = pages.own(gpa, len);
+            match check(&machine.memory(0), gpa, len, seed).filter(|_| owned) {
+                Some(found) => {
+                    let first = number(found.first.unwrap_or(0));
+                    let fields = [("wrong", number(found.wrong)), ("first", first)];
+                    let count = 1 + usize::from(found.first.is_some());
+                    done(step, fields.get(..count).unwrap_or(&fields));
+                }
+                None => not_ours(),
+            }
+        }
+        _ => refuse(step, format_args!("not about memory")),
+    }
 }
 
 /// Makes one request and says how long it took.
@@ -304,6 +323,9 @@ fn ring(step: &Study, doorbells: [Doorbell; 2], count: u64) {
 /// Carries out a step at the back-end.
 pub fn back_end(link: &mut BackEnd, step: &Study) {
     match *step {
+        Study::Pages { .. } | Study::Fill { .. } | Study::Check { .. } => {
+            own_memory(link.machine, &mut link.pages, race::PAGE, step);
+        }
         Study::Peek(sweep) => sweep_window(link, step, &sweep),
         Study::Poke(sweep) => sweep_window(link, step, &sweep),
         Study::Attacker { offset, sync, ms } => {

@@ -32,6 +32,9 @@ mod sync {
 
 /// A step of the victim that the attacker does not follow ends after this, in milliseconds.
 const STEP_MS: u64 = 1000;
+/// And how long when so many steps in a row were in vain: the attacker is gone, or as good as.
+const PATIENT_STEPS: u32 = 3;
+const SHORT_STEP_MS: u64 = 1;
 /// The victim gives the attacker this many accesses, or this time, to spoil the secret.
 const GRACE_ACCESSES: u64 = 4;
 const GRACE_MS: u64 = 2;
@@ -128,6 +131,7 @@ pub fn victim(
         store(at, 0);
     }
     let mut seen = Victim::default();
+    let mut in_vain = 0;
     let start = gate.now();
     for round in 1..=rounds.min(MAX_ROUNDS) {
         if gate.now().wrapping_sub(start) > TOTAL_MS * ticks_per_ms {
@@ -141,7 +145,16 @@ pub fn victim(
             break;
         }
         store(sync::ROUND, round);
-        let touched = wait(&|| gate.now(), STEP_MS, &|| load(sync::TOUCHED) == round);
+        let patience = match in_vain {
+            0..PATIENT_STEPS => STEP_MS,
+            _ => SHORT_STEP_MS,
+        };
+        let touched = wait(&|| gate.now(), patience, &|| load(sync::TOUCHED) == round);
+        in_vain = if touched {
+            0
+        } else {
+            in_vain.saturating_add(1)
+        };
         seen.status = status_of(gate.unmap());
         if seen.status != u16::from(status::OK) {
             break;

@@ -16,7 +16,7 @@ use virtqueue::packed::Packed;
 use virtqueue::split::Split;
 use virtqueue::{Layout, RingConfig};
 
-use super::race::{Attacker, Gate, Victim, View, Word, attacker, victim};
+use super::race::{Attacker, Gate, MAX_ROUNDS, Victim, View, Word, attacker, victim};
 use super::scribble::{Scribble, scribble};
 use super::windows::{Churn, Ground, MAX_LIVE, windows};
 use super::*;
@@ -327,9 +327,18 @@ fn a_victim_without_an_attacker_goes_on_and_ends_in_time() {
         Some(1),
         "it is over"
     );
-    // Each round takes more than 1000 ticks: two minutes are over before 1000 rounds.
-    let seen = victim(&memory, PAGES, 1000, 1, &mut alone(Ok(status::OK))).unwrap();
-    assert!((100..121).contains(&seen.rounds), "{seen:?}");
+    // It waits three times in vain for a second, then hardly any more: 1000 rounds are soon over.
+    let mut gate = alone(Ok(status::OK));
+    let seen = victim(&memory, PAGES, 1000, 1, &mut gate).unwrap();
+    assert_eq!((seen.rounds, seen.touched), (1000, 0));
+    let ticks = *gate.now.borrow();
+    assert!((3000..30_000).contains(&ticks), "{ticks}");
+    // And two minutes are the most, whatever is asked for.
+    let mut gate = alone(Ok(status::OK));
+    let seen = victim(&memory, PAGES, MAX_ROUNDS, 1, &mut gate).unwrap();
+    assert!(seen.rounds < MAX_ROUNDS, "{seen:?}");
+    let ticks = *gate.now.borrow();
+    assert!((120_000..125_000).contains(&ticks), "{ticks}");
     let seen = victim(&memory, PAGES, 5, 1, &mut alone(Ok(5))).unwrap();
     assert_eq!((seen.rounds, seen.status), (0, 5));
     let seen = victim(&memory, PAGES, 5, 1, &mut alone(Err(Error::Timeout))).unwrap();

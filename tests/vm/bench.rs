@@ -1,0 +1,348 @@
+//! `bench` and what it writes.
+
+use std::fs;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use crate::common::{Dir, Running, processes_with, run, tool};
+use crate::machine;
+
+/// What scripts rely on (docs and the tool's module `report`).
+fn check_entry(entry: &Value) {
+    for key in [
+        "frame_size",
+        "batch",
+        "queue_pairs",
+        "frames",
+        "lost",
+        "duplicated",
+        "reordered",
+        "corrupted",
+    ] {
+        assert!(entry[key].is_u64(), "{key}: {entry}");
+    }
+    for key in ["lost", "duplicated", "reordered", "corrupted"] {
+        assert_eq!(entry[key], 0, "{key}: {entry}");
+    }
+    assert_eq!(entry["path"], "window");
+    assert!(entry["ring"] == "split" || entry["ring"] == "packed");
+    for key in ["in_order", "event_idx", "mrg_rxbuf", "indirect"] {
+        assert!(entry[key].is_boolean(), "{key}: {entry}");
+    }
+    assert!(entry["queue_size"].is_u64() && entry["tx"].is_string());
+    assert!(["off", "static", "dynamic", "batch"].contains(&entry["iommu"].as_str().unwrap()));
+    let gated = entry["iommu"] == "off" || entry["iommu"] == "static";
+    assert_eq!(entry.get("least_vcpu_share").is_some(), gated, "{entry}");
+    // Where no sample was fit to be reported there is no figure at all.
+    let Some(distance) = entry.get("distance") else {
+        assert!(entry.get("mpps").is_none() && entry.get("ratio").is_none());
+        return;
+    };
+    assert!(distance == "near" || distance == "far", "{entry}");
+    assert!(entry["probe_ns"].as_f64().unwrap() > 0.0);
+    assert!(entry["ratio"].as_f64().unwrap() > 0.0, "{entry}");
+    assert!(
+        entry["exits"].is_object() && entry["cpu"].is_object(),
+        "{entry}"
+    );
+    if entry["direction"] == "round-trip" {
+        let times =
+            ["p50", "p99", "p999", "max"].map(|key| entry["latency_ns"][key].as_f64().unwrap());
+        assert!(times[0] > 0.0 && times.is_sorted(), "{entry}");
+        assert!(entry.get("mpps").is_none());
+        return;
+    }
+    assert!(entry.get("latency_ns").is_none());
+    for key in ["mpps", "gbps", "bound_mpps"] {
+        let [median, min, max] =
+            ["median", "min", "max"].map(|part| entry[key][part].as_f64().unwrap());
+        assert!(
+            0.0 < min && min <= median && median <= max,
+            "{key}: {entry}"
+        );
+        assert!(!entry[key]["samples"].as_array().unwrap().is_empty());
+    }
+    let size = entry["frame_size"].as_f64().unwrap();
+    let gbps = entry["mpps"]["median"].as_f64().unwrap() * size * 8.0 / 1000.0;
+    assert!((gbps - entry["gbps"]["median"].as_f64().unwrap()).abs() < 0.01 * gbps + 0.001);
+}
+
+#[test]
+fn bench_writes_the_json_of_the_contract() {
+    let _machine = machine();
+    let dir = Dir::new();
+    let path = dir.file("out.json");
+    let start = Instant::now();
+    let ended = run(&[
+        "bench",
+        "--quick",
+        "--ms",
+        "20",
+        "--samples",
+        "1",
+        "--json",
+        &path,
+    ]);
+    assert!(start.elapsed() < Duration::from_secs(20));
+    let text = fs::read_to_string(&path).unwrap_or_else(|error| panic!("{error}: {ended:?}"));
+    let json: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(json["schema_version"], 1);
+    assert!(
+        json["command"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .any(|word| word == "--quick")
+    );
+    assert!(json["environment"]["tsc_khz"].as_u64().unwrap() > 0);
+    let results = json["results"].as_array().unwrap();
+    for direction in ["be-to-fe", "fe-to-be", "both", "round-trip"] {
+        for size in [64, 1518] {
+            let found = results
+                .iter()
+                .filter(|entry| entry["direction"] == direction && entry["frame_size"] == size);
+            assert!(found.count() >= 1, "no {direction} at {size}: {json}");
+        }
+    }
+    results.iter().for_each(check_entry);
+    for entry in results {
+        assert_eq!(
+            (&entry["ring"], &entry["in_order"]),
+            (&"split".into(), &false.into())
+        );
+    }
+    // A host so busy that a figure has no sample at all is a failure, and the only one there may be.
+    let complete = results.iter().all(|entry| entry.get("distance").is_some());
+    ended.expect_code(if complete { 0 } else { 1 });
+    assert!(
+        ended
+            .stdout
+            .contains("0 lost, 0 duplicated, 0 reordered, 0 corrupted"),
+        "{ended:?}"
+    );
+    assert_eq!(
+        fs::read_dir(dir.path()).unwrap().count(),
+        1,
+        "only the file is left"
+    );
+}
+
+#[test]
+fn a_sweep_over_the_rings_writes_every_figure_and_can_be_drawn() {
+    let _machine = machine();
+    let dir = Dir::new();
+    let (path, svg) = (dir.file("rings.json"), dir.file("rings.svg"));
+    let ended = run(&[
+        "bench",
+        "--sweep",
+        "rings",
+        "--ms",
+        "3",
+        "--samples",
+        "1",
+        "--batches",
+        "1,64",
+        "--json",
+        &path,
+    ]);
+    let text = fs::read_to_string(&path).unwrap_or_else(|error| panic!("{error}: {ended:?}"));
+    let json: Value = serde_json::from_str(&text).unwrap();
+    let results = json["results"].as_array().unwrap();
+    results.iter().for_each(check_entry);
+    let requests = json["requests"].as_array().unwrap();
+    for ring in ["split", "packed"] {
+        for in_order in [false, true] {
+            for batch in [1, 64] {
+                let is = |entry: &&Value| {
+                    entry["ring"] == ring
+                        && entry["in_order"] == in_order
+                        && entry["batch"] == batch
+                };
+                for direction in ["be-to-fe", "fe-to-be"] {
+                    let mut found = results.iter().filter(is);
+                    assert!(
+                        found.any(|entry| entry["direction"] == direction),
+                        "no {ring} {in_order} {batch} {direction}: {json}"
+                    );
+                }
+                for place in ["same-core", "cross-core"] {
+                    let mut found = requests.iter().filter(is);
+                    let entry = found.find(|entry| entry["where"] == place);
+                    let entry = entry.unwrap_or_else(|| panic!("no {ring} {batch} {place}"));
+                    if let Some(ns) = entry.get("ns") {
+                        assert!(ns["median"].as_f64().unwrap() > 0.0, "{entry}");
+                        assert_eq!(entry.get("distance").is_some(), place == "cross-core");
+                    }
+                }
+            }
+        }
+    }
+    assert!(json["counters"].is_string());
+    // A host so busy that a figure has no sample at all is a failure, and the only one there may be.
+    let complete = results.iter().all(|entry| entry.get("distance").is_some())
+        && requests.iter().all(|entry| entry.get("ns").is_some());
+    ended.expect_code(if complete { 0 } else { 1 });
+
+    if complete {
+        run(&["plot", &path, "--out", &svg]).expect_code(0);
+        let svg = fs::read_to_string(&svg).unwrap();
+        assert!(svg.starts_with("<svg ") && svg.contains("packed + in-order"));
+    }
+}
+
+#[test]
+fn bench_measures_the_features_that_it_was_asked_for() {
+    let _machine = machine();
+    let dir = Dir::new();
+    let path = dir.file("out.json");
+    let ended = run(&[
+        "bench",
+        "--ring",
+        "packed",
+        "--in-order",
+        "on",
+        "--event-idx",
+        "on",
+        "--mrg-rxbuf",
+        "on",
+        "--indirect",
+        "on",
+        "--queue-size",
+        "768",
+        "--sizes",
+        "64",
+        "--batches",
+        "32",
+        "--directions",
+        "both",
+        "--ms",
+        "10",
+        "--samples",
+        "1",
+        "--json",
+        &path,
+    ]);
+    let text = fs::read_to_string(&path).unwrap_or_else(|error| panic!("{error}: {ended:?}"));
+    let json: Value = serde_json::from_str(&text).unwrap();
+    let entry = &json["results"][0];
+    check_entry(entry);
+    assert_eq!(entry["ring"], "packed");
+    for key in ["in_order", "event_idx", "mrg_rxbuf", "indirect"] {
+        assert_eq!(entry[key], true, "{key}");
+    }
+    assert_eq!(
+        (&entry["queue_size"], &entry["tx"]),
+        (&768.into(), &"indirect".into())
+    );
+}
+
+#[test]
+fn bench_compares_an_iommu_with_none_round_by_round() {
+    let _machine = machine();
+    let dir = Dir::new();
+    let path = dir.file("out.json");
+    let ended = run(&[
+        "bench",
+        "--iommu",
+        "off,static,batch",
+        "--sizes",
+        "64",
+        "--batches",
+        "32",
+        "--directions",
+        "be-to-fe",
+        "--ms",
+        "20",
+        "--samples",
+        "2",
+        "--json",
+        &path,
+    ]);
+    let text = fs::read_to_string(&path).unwrap_or_else(|error| panic!("{error}: {ended:?}"));
+    let json: Value = serde_json::from_str(&text).unwrap();
+    let results = json["results"].as_array().unwrap();
+    results.iter().for_each(check_entry);
+    for iommu in ["off", "static", "batch"] {
+        assert!(
+            results.iter().any(|entry| entry["iommu"] == iommu),
+            "{json}"
+        );
+    }
+    // A host so busy that no round was whole has no ratio to show.
+    if results.iter().all(|entry| entry.get("distance").is_some()) {
+        for entry in json["ratios"].as_array().into_iter().flatten() {
+            assert_eq!(entry["over"], "off");
+            assert!(entry["ratio"]["median"].as_f64().unwrap() > 0.0, "{entry}");
+        }
+    }
+}
+
+#[test]
+fn a_sweep_over_the_windows_times_them_splits_the_time_and_measures_traffic() {
+    let _machine = machine();
+    let dir = Dir::new();
+    let path = dir.file("windows.json");
+    let ended = run(&[
+        "bench",
+        "--sweep",
+        "windows",
+        "--samples",
+        "1",
+        "--ms",
+        "50",
+        "--json",
+        &path,
+    ]);
+    let text = fs::read_to_string(&path).unwrap_or_else(|error| panic!("{error}: {ended:?}"));
+    let json: Value = serde_json::from_str(&text).unwrap();
+    let windows = json["windows"].as_array().unwrap();
+    let live: Vec<u64> = windows
+        .iter()
+        .map(|it| it["live"].as_u64().unwrap())
+        .collect();
+    assert_eq!(live, [16, 64, 256, 1024, 4096, 8192]);
+    for entry in windows {
+        for what in ["map", "unmap"] {
+            let p50 = entry[what]["p50"]["median"].as_f64().unwrap();
+            let p99 = entry[what]["p99"]["median"].as_f64().unwrap();
+            assert!(0.0 < p50 && p50 <= p99, "{entry}");
+        }
+    }
+    let split = &json["split"];
+    let part = |name: &str| {
+        split[name]
+            .as_f64()
+            .unwrap_or_else(|| panic!("{name}: {json}"))
+    };
+    for name in ["total", "vmm", "wire", "window"] {
+        assert!(part(name) > 0.0, "{split}");
+    }
+    let churn = json["churn"].as_array().unwrap();
+    assert_eq!(churn.len(), 2);
+    for entry in churn {
+        assert_eq!(entry["corrupted"], 0);
+        if let Some(ratio) = entry.get("ratio") {
+            assert!(ratio["median"].as_f64().unwrap() > 0.0);
+        }
+    }
+    let complete = churn.iter().all(|entry| entry.get("ratio").is_some());
+    ended.expect_code(if complete { 0 } else { 1 });
+}
+
+#[test]
+fn bench_that_is_interrupted_leaves_no_file_and_no_vm() {
+    let _machine = machine();
+    let dir = Dir::new();
+    let path = dir.file("out.json");
+    let mut command = tool(&["bench", "--json", &path]);
+    command.env("TMPDIR", dir.path());
+    let mut running = Running::start(command);
+    let name = dir.file("vhost-pci-");
+    running.wait_for("two VMs", |_| processes_with(&name) == 2);
+    std::thread::sleep(Duration::from_millis(500));
+    running.signal("TERM");
+    running.end().expect_code(143);
+    assert_eq!(processes_with(&name), 0);
+    assert!(dir.is_empty());
+}
