@@ -2,6 +2,8 @@
 //!
 //! Our guest sends a million frames; testpmd swaps the addresses and ports of each and sends it back; our guest checks every byte of all.
 
+#![cfg(feature = "interop")]
+
 mod common;
 
 use std::fs;
