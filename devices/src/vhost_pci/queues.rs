@@ -4,12 +4,12 @@ use std::sync::Arc;
 
 use thiserror::Error;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, Permissions};
+use vm_memory::Bytes;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::QUEUE_SIZE;
 use super::memory::DeviceMemory;
-use crate::virtio::{Activation, QueueSetup, event};
+use crate::virtio::{Activation, QueueSetup, control_queue, event};
 
 /// The longest message, header included; also what a receive buffer must hold.
 pub(super) const MAX_MESSAGE: usize = 4096;
@@ -47,33 +47,7 @@ struct Ring {
 
 impl Ring {
     fn new(name: &'static str, setup: &QueueSetup, memory: &DeviceMemory) -> Result<Self, Fault> {
-        let fault = |_| Fault::Setup(name);
-        let mut queue = Queue::new(QUEUE_SIZE).map_err(fault)?;
-        queue.try_set_size(setup.size).map_err(fault)?;
-        queue
-            .try_set_desc_table_address(GuestAddress(setup.desc))
-            .map_err(fault)?;
-        queue
-            .try_set_avail_ring_address(GuestAddress(setup.driver))
-            .map_err(fault)?;
-        queue
-            .try_set_used_ring_address(GuestAddress(setup.device))
-            .map_err(fault)?;
-        queue.set_ready(true);
-        let size = usize::from(setup.size);
-        // Both rings end in a 16-bit event index.
-        let areas = [
-            (setup.desc, 16 * size, Permissions::Read),
-            (setup.driver, 6 + 2 * size, Permissions::Read),
-            (setup.device, 6 + 8 * size, Permissions::Write),
-        ];
-        let in_memory = areas.iter().all(|&(start, len, access)| {
-            let start = GuestAddress(start);
-            start.checked_add(len as u64).is_some() && memory.check_range(start, len, access)
-        });
-        if !setup.enabled || !in_memory {
-            return Err(Fault::Setup(name));
-        }
+        let queue = control_queue(setup, QUEUE_SIZE, memory).ok_or(Fault::Setup(name))?;
         Ok(Self {
             name,
             queue,

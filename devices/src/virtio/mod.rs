@@ -5,6 +5,7 @@
 //! a call into the device.
 
 mod common;
+mod control_queue;
 pub mod event;
 #[cfg(test)]
 pub(crate) mod harness;
@@ -20,6 +21,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::host::Window;
 
+pub(crate) use control_queue::control_queue;
 pub use pci::{Error, VirtioPci};
 
 /// VIRTIO_F_VERSION_1: every device offers it and every driver has to accept it.

@@ -9,7 +9,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::wire::{MAX_REQUEST, PROBE_SIZE, TAIL};
 use super::{F_EVENT_IDX, QUEUE_SIZE};
-use crate::virtio::{QueueSetup, event};
+use crate::virtio::{QueueSetup, control_queue, event};
 
 /// The most that an answer can be: what lies before its tail is zeroed, so that there is a bound.
 const MAX_ANSWER: usize = 4096 + PROBE_SIZE + TAIL;
@@ -126,34 +126,8 @@ impl Ring {
         features: u64,
         memory: &GuestMemoryMmap,
     ) -> Result<Self, Fault> {
-        let fault = |_| Fault::Setup(name);
-        let mut queue = Queue::new(QUEUE_SIZE).map_err(fault)?;
-        queue.try_set_size(setup.size).map_err(fault)?;
-        queue
-            .try_set_desc_table_address(GuestAddress(setup.desc))
-            .map_err(fault)?;
-        queue
-            .try_set_avail_ring_address(GuestAddress(setup.driver))
-            .map_err(fault)?;
-        queue
-            .try_set_used_ring_address(GuestAddress(setup.device))
-            .map_err(fault)?;
+        let mut queue = control_queue(setup, QUEUE_SIZE, memory).ok_or(Fault::Setup(name))?;
         queue.set_event_idx(features & F_EVENT_IDX != 0);
-        queue.set_ready(true);
-        let size = usize::from(setup.size);
-        // Both rings end in a 16-bit event index.
-        let areas = [
-            (setup.desc, 16 * size, Permissions::Read),
-            (setup.driver, 6 + 2 * size, Permissions::Read),
-            (setup.device, 6 + 8 * size, Permissions::Write),
-        ];
-        let in_memory = areas.iter().all(|&(start, len, access)| {
-            let start = GuestAddress(start);
-            start.checked_add(len as u64).is_some() && memory.check_range(start, len, access)
-        });
-        if !setup.enabled || !in_memory {
-            return Err(Fault::Setup(name));
-        }
         Ok(Self {
             name,
             queue,
