@@ -8,7 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::*;
-use crate::testing::{Op, User};
+use crate::testing::{Bar, Op, User};
 
 const RW: Permission = Permission::READ_WRITE;
 const NONE: Permission = Permission {
@@ -516,6 +516,7 @@ pub(crate) fn meanwhile<T>(
 ) -> (User, T) {
     let shared = Running {
         window: Arc::clone(&user.bar.window),
+        bar: Arc::clone(&user.bar),
         machine: Arc::clone(&user.machine),
     };
     let stop = Arc::new(AtomicBool::new(false));
@@ -545,10 +546,16 @@ pub(crate) fn meanwhile<T>(
 /// What can be used while the vCPU runs.
 pub(crate) struct Running {
     window: Arc<dyn Window>,
+    bar: Arc<Bar>,
     machine: Arc<crate::host::Machine>,
 }
 
 impl Running {
+    /// How many accesses have been refused.
+    fn missed(&self) -> usize {
+        self.bar.missed.lock().unwrap().len()
+    }
+
     /// The counter in the piece's buffer.
     pub(crate) fn progress(&self) -> u64 {
         use vm_memory::{Bytes, GuestAddress};
@@ -565,11 +572,11 @@ fn hammered(op: Op, rounds: u32) {
         .window
         .map(8 * PAGE, &region(&file, PAGE, PAGE), RW)
         .unwrap();
-    let (user, arrived) = meanwhile(user, op, BAR, |shared| {
+    let (_, arrived) = meanwhile(user, op, BAR, |shared| {
         let mut arrived = 0;
         for round in 0..rounds {
             shared.window.map(0, &region(&file, 0, PAGE), RW).unwrap();
-            let deadline = Instant::now() + Duration::from_secs(10);
+            let deadline = Instant::now() + Duration::from_secs(30);
             let old = word(&file, 0);
             while word(&file, 0) == old {
                 assert!(Instant::now() < deadline, "no access in round {round}");
@@ -578,6 +585,15 @@ fn hammered(op: Op, rounds: u32) {
             shared.window.unmap(0, PAGE).unwrap();
             let mark = 0x5EC0_0000_0000_0000 + u64::from(round);
             file.write_all_at(&mark.to_le_bytes(), 0).unwrap();
+            // Where the scheduler lets the guest run only now and then, it may sleep through every hole but these.
+            let met = shared.missed();
+            while round % 50 == 49 && shared.missed() == met {
+                assert!(
+                    Instant::now() < deadline,
+                    "the hole is not met in round {round}"
+                );
+                thread::yield_now();
+            }
             for _ in 0..20 {
                 arrived += u32::from(word(&file, 0) != mark);
             }
@@ -585,7 +601,6 @@ fn hammered(op: Op, rounds: u32) {
         arrived
     });
     assert_eq!(arrived, 0);
-    assert!(!user.missed().is_empty(), "no access met the hole");
 }
 
 #[test]
