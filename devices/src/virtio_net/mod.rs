@@ -30,6 +30,7 @@
 
 mod iotlb;
 mod rings;
+pub mod tap;
 #[cfg(test)]
 mod tests;
 mod worker;

@@ -1,0 +1,1 @@
+//! The device over a stand-in for a tap.
