@@ -48,6 +48,9 @@ pub struct RelayArgs {
     /// Stay on this host core
     #[arg(long, value_name = "N")]
     pub core: Option<usize>,
+    /// End when this process, the parent, ends
+    #[arg(long, value_name = "PID", hide = true)]
+    pub parent: Option<u32>,
 }
 
 /// Where a front-end is met.
