@@ -11,7 +11,9 @@ use devices::virtio_iommu::IommuConfig;
 use devices::virtio_net::{NetConfig, RingFeatures};
 use vmm::{Console, HugePages, Kernel, MemoryConfig, VmConfig};
 
-use super::keys::{Key, KeyList, Missing, number, size, switch};
+use super::keys::{
+    FRONT_END_LISTEN, FRONT_END_SOCKET, Key, KeyList, Missing, number, size, switch,
+};
 use crate::exit::{Failure, usage};
 
 static MEMORY: KeyList = KeyList {
@@ -131,18 +133,8 @@ static NET: KeyList = KeyList {
 static VHOST_PCI: KeyList = KeyList {
     flag: "--vhost-pci",
     keys: &[
-        Key {
-            name: "socket",
-            form: "PATH",
-            missing: Missing::Required,
-            help: "Unix socket to the vhost-user front-end",
-        },
-        Key {
-            name: "listen",
-            form: "on|off",
-            missing: Missing::Default("on"),
-            help: "on: wait for the front-end here; off: connect to it, as soon as it is there",
-        },
+        FRONT_END_SOCKET,
+        FRONT_END_LISTEN,
         Key {
             name: "window",
             form: "SIZE",
