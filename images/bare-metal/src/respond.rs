@@ -181,7 +181,9 @@ impl Served {
         loop {
             let mut piece = [0; 2048];
             let room = match self.service {
-                Service::Echo => piece.len().min(socket.send_capacity() - socket.send_queue()),
+                Service::Echo => piece
+                    .len()
+                    .min(socket.send_capacity() - socket.send_queue()),
                 Service::Discard | Service::Source => piece.len(),
             };
             let Ok(got @ 1..) = socket.recv_slice(&mut piece[..room]) else {
@@ -289,15 +291,18 @@ impl Host {
 
     /// Deals with what arrived and with what the time brought. Returns when that has to be done again at the latest.
     fn poll(&mut self, now: Instant) -> Option<Duration> {
-        let changed = self.interface.poll(now, &mut self.frames, &mut self.sockets);
+        let changed = self
+            .interface
+            .poll(now, &mut self.frames, &mut self.sockets);
         if changed == PollResult::SocketStateChanged && self.serve() {
-            self.interface.poll(now, &mut self.frames, &mut self.sockets);
+            self.interface
+                .poll(now, &mut self.frames, &mut self.sockets);
         }
         self.interface.poll_delay(now, &self.sockets)
     }
 }
 
-/// Answers what comes, until the peer goes.
+/// Answers what comes, until the peer goes or a command waits.
 #[inline(never)]
 pub(crate) fn respond<L: Link>(link: &mut L, run: &Run) -> Result<Outcome, Stopped> {
     let length = match run.count {
@@ -336,6 +341,9 @@ pub(crate) fn respond<L: Link>(link: &mut L, run: &Run) -> Result<Outcome, Stopp
         turn = turn.wrapping_add(1);
         if turn.is_multiple_of(SERVICE_EVERY) {
             link.service();
+            if link.called() {
+                break;
+            }
         }
         let full = !host.frames.leaving.is_empty();
         if came + sent > 0 || !full && !host.frames.arrived.is_empty() {
@@ -348,6 +356,9 @@ pub(crate) fn respond<L: Link>(link: &mut L, run: &Run) -> Result<Outcome, Stopp
         if run.interrupts {
             if wake > now {
                 wait(link, host.frames.arrived.is_empty(), full, wake);
+            }
+            if link.called() {
+                break;
             }
         } else {
             pause(idle_turns);
