@@ -3,7 +3,7 @@
 mod backend;
 mod connection;
 mod frontend;
-mod interop;
+pub(crate) mod interop;
 mod iotlb;
 mod socket;
 mod wire;
