@@ -2,6 +2,7 @@
 
 mod iommu;
 mod lacking;
+mod noise;
 mod queues;
 
 use std::io::Write;

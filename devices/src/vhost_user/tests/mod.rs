@@ -5,6 +5,7 @@ mod connection;
 mod frontend;
 pub(crate) mod interop;
 mod iotlb;
+pub(crate) mod noise;
 mod socket;
 mod wire;
 
