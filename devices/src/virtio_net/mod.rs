@@ -29,6 +29,7 @@
 //! acknowledge a change within [`NetConfig::iotlb_timeout`], or refuses one, is cut off; then the guest's requests are complete.
 
 mod iotlb;
+mod names;
 mod rings;
 #[cfg(test)]
 mod tests;

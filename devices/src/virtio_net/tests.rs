@@ -1,6 +1,8 @@
 //! The device with a fake machine, a fake transport, and back-ends that the tests play.
 
 mod iommu;
+mod lacking;
+mod noise;
 mod queues;
 
 use std::io::Write;

@@ -13,6 +13,7 @@ use vmm_sys_util::errno;
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::iotlb::{Follower, Watched};
+use super::names::Names;
 use super::rings::{self, RingError, Space};
 use super::{OWN_FEATURES, QueueOrder, Shared};
 use crate::host::Host;
@@ -92,6 +93,7 @@ pub(super) struct Worker {
     /// The vrings of the queues for which the transport waits for `queue_reset_done`, and that for the back-end.
     queue_resets: Vec<u8>,
     limit: RateLimit,
+    lacking: RateLimit,
 }
 
 impl Worker {
@@ -117,6 +119,7 @@ impl Worker {
             resetting: false,
             queue_resets: Vec::new(),
             limit: RateLimit::new(LOG_INTERVAL),
+            lacking: RateLimit::new(LOG_INTERVAL),
         })
     }
 
@@ -348,9 +351,12 @@ impl Worker {
         }
         let missing = self.missing(offer);
         if missing != 0 {
-            if self.may_log() {
-                let path = self.path();
-                warn!("{path}: the back-end lacks features {missing:#x}: the link stays down");
+            // By a limit of its own: the line about the end of the last back-end has just been written.
+            if self.lacking.allow(Instant::now()).is_some() {
+                let (path, names) = (self.path(), Names(missing));
+                warn!(
+                    "{path}: the back-end lacks {names}, which the driver uses: the link stays down"
+                );
             }
             return;
         }

@@ -16,7 +16,7 @@ pub mod workload;
 
 pub use command::{Address, Command, Run, Study, Work};
 pub use record::Outcome;
-pub use workload::{Link, execute};
+pub use workload::{Link, attempt, execute};
 
 #[cfg(test)]
 mod tests;

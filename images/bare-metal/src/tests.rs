@@ -17,7 +17,7 @@ use crate::frame::{End, Format, Kind};
 use crate::record::ResultRecord;
 use crate::study::windows::Churned;
 use crate::workload::Stopped;
-use crate::{Link, Outcome, Run, Work, execute};
+use crate::{Link, Outcome, Run, Work, attempt, execute};
 
 struct Thread<P> {
     end: End,
@@ -411,14 +411,17 @@ fn what_a_peer_did_before_it_left_counts_and_what_it_did_not_is_missed() {
                     interrupts,
                     ..run(work)
                 };
-                let outcome = execute(&mut link, &few);
-                if !leaves_at_once {
-                    let outcome = outcome.unwrap();
-                    assert!(outcome.is_clean(), "{outcome:?}");
-                    let received = outcome.received.map(|received| received.verified);
-                    assert_eq!(received, (work != Work::Source).then_some(2));
+                let mut outcome = Outcome::default();
+                let result = attempt(&mut link, &few, &mut outcome);
+                let received = outcome.received.map(|received| received.verified);
+                assert_eq!(outcome.stopped, result.is_err());
+                if leaves_at_once {
+                    assert_eq!(result, Err(Stopped::Down));
+                    assert_eq!(received, (work != Work::Source).then_some(0));
                 } else {
-                    assert_eq!(outcome.unwrap_err(), Stopped::Down);
+                    assert_eq!(result, Ok(()));
+                    assert!(outcome.is_clean(), "{outcome:?}");
+                    assert_eq!(received, (work != Work::Source).then_some(2));
                 }
             }
         }

@@ -100,27 +100,34 @@ pub(crate) const SERVICE_EVERY: u32 = 256;
 
 /// Runs a workload to its end.
 pub fn execute<L: Link>(link: &mut L, run: &Run) -> Result<Outcome, Stopped> {
+    let mut outcome = Outcome::default();
+    attempt(link, run, &mut outcome)?;
+    Ok(outcome)
+}
+
+/// Runs a workload to its end, or as far as it gets: the counts of a `source`, `sink` or `both` that had to stop are in `outcome` all the same.
+pub fn attempt<L: Link>(link: &mut L, run: &Run, outcome: &mut Outcome) -> Result<(), Stopped> {
+    outcome.stopped = true;
     if run.churn > 0 && !link.start_churn(run.churn) {
         return Err(Stopped::NoChurn);
     }
-    let outcome = match run.work {
-        Work::Source => traffic(link, run, true, false),
-        Work::Sink => traffic(link, run, false, true),
-        Work::Both => traffic(link, run, true, true),
-        Work::Echo => echo(link, run),
-        Work::RoundTrip => round_trip(link, run),
-        Work::Respond => respond(link, run),
+    let mut whole = |result: Result<Outcome, Stopped>| result.map(|whole| *outcome = whole);
+    let result = match run.work {
+        Work::Echo => whole(echo(link, run)),
+        Work::RoundTrip => whole(round_trip(link, run)),
+        Work::Respond => whole(respond(link, run)),
+        Work::Source => traffic(link, run, (true, false), outcome),
+        Work::Sink => traffic(link, run, (false, true), outcome),
+        Work::Both => traffic(link, run, (true, true), outcome),
     };
-    let churn = if run.churn > 0 {
-        link.end_churn()
-    } else {
-        None
-    };
-    let mut outcome = Outcome { churn, ..outcome? };
+    if run.churn > 0 {
+        outcome.churn = link.end_churn();
+    }
     if let Some(received) = &mut outcome.received {
         received.ticks = received.ticks.max(1);
     }
-    Ok(outcome)
+    outcome.stopped = result.is_err();
+    result
 }
 
 /// Runs `burst` on the port of a link.
@@ -334,15 +341,49 @@ impl Receiver {
 fn traffic<L: Link>(
     link: &mut L,
     run: &Run,
-    send: bool,
-    receive: bool,
-) -> Result<Outcome, Stopped> {
+    (send, receive): (bool, bool),
+    outcome: &mut Outcome,
+) -> Result<(), Stopped> {
     let mut sender = send.then(|| Sender::new(link, run));
     let mut receiver = receive.then(|| Receiver::new(link, run));
+    let result = exchange(link, run, &mut sender, &mut receiver);
+    let stopped_at = match &result {
+        Ok(Ended::Whole(at)) => *at,
+        Ok(Ended::Timeout) | Err(_) => link.now(),
+    };
+    outcome.timeout = matches!(result, Ok(Ended::Timeout));
+    outcome.sent = sender.map(|sender| Sent {
+        // One that was cut short sent what it sent.
+        frames: if result.is_ok() {
+            sender.stats.frames
+        } else {
+            sender.next
+        },
+        ..sender.stats
+    });
+    outcome.received = receiver.map(|mut receiver| receiver.finish(stopped_at));
+    result.map(|_| ())
+}
+
+/// How an exchange that was not cut short ended.
+enum Ended {
+    /// Everything was sent, and everything came; the last of it then.
+    Whole(u64),
+    /// Nothing came for too long.
+    Timeout,
+}
+
+/// Sends and receives until both are done.
+#[inline(always)]
+fn exchange<L: Link>(
+    link: &mut L,
+    run: &Run,
+    sender: &mut Option<Sender>,
+    receiver: &mut Option<Receiver>,
+) -> Result<Ended, Stopped> {
     let timeout = run.timeout_ms * link.ticks_per_ms();
     let mut deadline = link.now() + timeout;
     let mut stopped_at = deadline;
-    let mut outcome = Outcome::default();
     let mut turn = 0u32;
     let mut idle_turns = 0u32;
     loop {
@@ -372,7 +413,7 @@ fn traffic<L: Link>(
             .as_ref()
             .is_none_or(|receiver| receiver.ended.is_some());
         if sent && received {
-            break;
+            return Ok(Ended::Whole(stopped_at));
         }
         if idle && link.gone() {
             return Err(Stopped::Down);
@@ -381,17 +422,16 @@ fn traffic<L: Link>(
         if turn.is_multiple_of(L::CLOCK_EVERY) || idle && run.interrupts {
             let now = link.now();
             link.beside(now);
-            if let Some(sender) = &mut sender {
+            if let Some(sender) = sender {
                 sender.tick(now, run);
             }
-            if let Some(receiver) = &mut receiver {
+            if let Some(receiver) = receiver {
                 receiver.tick(now);
             }
             if !idle {
                 deadline = now + timeout;
             } else if now >= deadline {
-                outcome.timeout = true;
-                break;
+                return Ok(Ended::Timeout);
             }
         }
         if turn.is_multiple_of(SERVICE_EVERY) {
@@ -406,12 +446,6 @@ fn traffic<L: Link>(
             idle_turns = idle_turns.saturating_add(1);
         }
     }
-    if outcome.timeout {
-        stopped_at = link.now();
-    }
-    outcome.sent = sender.map(|sender| sender.stats);
-    outcome.received = receiver.map(|mut receiver| receiver.finish(stopped_at));
-    Ok(outcome)
 }
 
 /// Lets the peer get on with its batch: a poll takes the line away that it is about to write. Longer when the last turns were idle, too.
