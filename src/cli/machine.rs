@@ -390,6 +390,7 @@ fn uuid(text: &str) -> Result<[u8; 16], String> {
 /// Reads one `--net`; `index` counts them.
 fn net(text: &str, index: usize) -> Result<NetConfig, Failure> {
     let values = NET.parse(text)?;
+    let queue_pairs = values.need("queues", number(1..=MAX_QUEUE_PAIRS))?;
     let number = u8::try_from(index + 1).map_err(|_| usage("--net: more than 255 devices"))?;
     let rings = RingFeatures {
         packed: values.need("packed", switch)?,
@@ -401,7 +402,7 @@ fn net(text: &str, index: usize) -> Result<NetConfig, Failure> {
     Ok(NetConfig {
         socket: values.need("socket", path)?,
         role: role(values.need("listen", switch)?),
-        queue_pairs: values.need("queues", number(1..=MAX_QUEUE_PAIRS))?,
+        queue_pairs,
         queue_size: values.need("size", ring_size(rings.packed))?,
         rings,
         mac: values

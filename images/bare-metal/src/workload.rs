@@ -12,7 +12,7 @@ use crate::frame::{End, Format, Kind, MAX_FRAME, Seen};
 use crate::histogram::Histogram;
 use crate::record::{Outcome, Received, Sent};
 use crate::study::windows::Churned;
-use crate::{Run, Work};
+use crate::{Run, Work, pairs};
 
 /// What a workload runs on: a port, and the things that go on beside it.
 pub trait Link {
@@ -27,6 +27,26 @@ pub trait Link {
 
     /// The port, while there is a connection.
     fn port(&mut self) -> Option<&mut Self::Port>;
+
+    /// The port of a queue pair that is in use; the first is [`Link::port`].
+    #[inline(always)]
+    fn pair(&mut self, index: usize) -> Option<&mut Self::Port> {
+        if index == 0 { self.port() } else { None }
+    }
+
+    /// Puts so many queue pairs into use, or gets ready for as many as the peer puts into use; `false` where there are not so many.
+    fn use_pairs(&mut self, count: usize) -> bool {
+        count == 1
+    }
+
+    /// Begins to take all pairs of so many but the first out of use, and to put them back, so many times a second beside a workload;
+    /// `false` where that is not for this end.
+    fn start_flips(&mut self, _pairs: usize, _hz: u64) -> bool {
+        false
+    }
+
+    /// Ends what [`Link::start_flips`] began: all are in use.
+    fn end_flips(&mut self) {}
 
     /// Deals with whatever else wants attention; called every few bursts. Afterwards the port may be gone.
     fn service(&mut self);
@@ -71,6 +91,8 @@ pub enum Stopped {
     Port(port::Error),
     /// This end has no windows that could be changed beside a workload.
     NoChurn,
+    /// There are not so many queue pairs, or not for this workload, or this end does not put them into use.
+    NoPairs,
 }
 
 impl fmt::Display for Stopped {
@@ -79,6 +101,9 @@ impl fmt::Display for Stopped {
             Self::Down => f.write_str("the peer is gone"),
             Self::Port(error) => error.fmt(f),
             Self::NoChurn => f.write_str("churn is for a front-end behind an IOMMU"),
+            Self::NoPairs => f.write_str(
+                "not so many queue pairs (several are for source, sink and both, flips for a front-end)",
+            ),
         }
     }
 }
@@ -90,20 +115,33 @@ const PAUSES: u32 = 8;
 /// How often that number is doubled at most.
 const LONGEST_PAUSE: u32 = 3;
 /// Bursts between two looks at the control path.
-const SERVICE_EVERY: u32 = 256;
+pub(crate) const SERVICE_EVERY: u32 = 256;
 
 /// Runs a workload to its end.
 pub fn execute<L: Link>(link: &mut L, run: &Run) -> Result<Outcome, Stopped> {
     if run.churn > 0 && !link.start_churn(run.churn) {
         return Err(Stopped::NoChurn);
     }
+    let queues = usize::from(run.queues);
+    let one = run.queues == 1;
+    let spread = matches!(run.work, Work::Source | Work::Sink | Work::Both);
+    if !(one || spread) || !link.use_pairs(queues) {
+        return Err(Stopped::NoPairs);
+    }
+    if run.flips > 0 && (one || !link.start_flips(queues, run.flips)) {
+        return Err(Stopped::NoPairs);
+    }
     let outcome = match run.work {
+        work if !one => pairs::traffic(link, run, work != Work::Sink, work != Work::Source),
         Work::Source => traffic(link, run, true, false),
         Work::Sink => traffic(link, run, false, true),
         Work::Both => traffic(link, run, true, true),
         Work::Echo => echo(link, run),
         Work::RoundTrip => round_trip(link, run),
     };
+    if run.flips > 0 {
+        link.end_flips();
+    }
     let churn = if run.churn > 0 {
         link.end_churn()
     } else {
@@ -142,18 +180,18 @@ impl Schedule {
 }
 
 /// The sending half of a run.
-struct Sender {
-    format: Format,
+pub(crate) struct Sender {
+    pub(crate) format: Format,
     next: u64,
     limit: u64,
     schedule: Schedule,
     /// When the timed part began, and the frame that was next then.
     timed_from: Option<(u64, u64)>,
-    stats: Sent,
+    pub(crate) stats: Sent,
     /// Only the end frame is left to send; it has been sent; the peer has taken it.
     ending: bool,
-    ended: bool,
-    done: bool,
+    pub(crate) ended: bool,
+    pub(crate) done: bool,
 }
 
 /// Which end's frames are sent.
@@ -162,7 +200,7 @@ fn end<L: Link>(link: &L, run: &Run) -> End {
 }
 
 impl Sender {
-    fn new<L: Link>(link: &L, run: &Run) -> Self {
+    pub(crate) fn new<L: Link>(link: &L, run: &Run) -> Self {
         Self {
             format: Format::new(end(link, run), run.size, run.id),
             next: 0,
@@ -178,7 +216,7 @@ impl Sender {
     }
 
     /// Looks at the clock: when to begin timing, when to stop.
-    fn tick(&mut self, now: u64, run: &Run) {
+    pub(crate) fn tick(&mut self, now: u64, run: &Run) {
         if self.timed_from.is_none() && now >= self.schedule.warm {
             self.timed_from = Some((now, self.next));
         }
@@ -197,7 +235,11 @@ impl Sender {
 
     /// Sends a burst; returns how many frames went.
     #[inline(always)]
-    fn burst<P: Port>(&mut self, port: &mut P, batch: usize) -> Result<usize, port::Error> {
+    pub(crate) fn burst<P: Port>(
+        &mut self,
+        port: &mut P,
+        batch: usize,
+    ) -> Result<usize, port::Error> {
         let (format, next) = (&self.format, self.next);
         if self.ending {
             let sent = port.tx_burst(1, format.len(), |_, slot| {
@@ -223,8 +265,8 @@ type Gap = (u64, u64);
 const MAX_GAPS: usize = 1024;
 
 /// The receiving half of a run.
-struct Receiver {
-    format: Format,
+pub(crate) struct Receiver {
+    pub(crate) format: Format,
     next: u64,
     gaps: Vec<Gap>,
     /// When the first frame came, and when the timed part began, with what had been verified then.
@@ -232,12 +274,12 @@ struct Receiver {
     timed_from: Option<(u64, u64)>,
     warmup: u64,
     /// How many frames the peer says it sent.
-    ended: Option<u64>,
+    pub(crate) ended: Option<u64>,
     stats: Received,
 }
 
 impl Receiver {
-    fn new<L: Link>(link: &L, run: &Run) -> Self {
+    pub(crate) fn new<L: Link>(link: &L, run: &Run) -> Self {
         Self {
             format: Format::new(end(link, run).peer(), run.size, run.id),
             next: 0,
@@ -256,7 +298,7 @@ impl Receiver {
 
     /// Takes a frame that arrived; says what it was. It is checked once: it lies in memory that may change.
     #[inline(always)]
-    fn take(&mut self, frame: &Frame) -> Seen {
+    pub(crate) fn take(&mut self, frame: &Frame) -> Seen {
         let seen = self.format.check(frame);
         match seen {
             Seen::Good(Kind::Data, sequence) => {
@@ -302,7 +344,7 @@ impl Receiver {
     }
 
     /// Looks at the clock: when to begin timing.
-    fn tick(&mut self, now: u64) {
+    pub(crate) fn tick(&mut self, now: u64) {
         if self.stats.verified > 0 {
             let first = *self.first.get_or_insert(now);
             if self.timed_from.is_none() && now - first >= self.warmup {
@@ -311,7 +353,7 @@ impl Receiver {
         }
     }
 
-    fn finish(&mut self, now: u64) -> Received {
+    pub(crate) fn finish(&mut self, now: u64) -> Received {
         let (from, before) = self.timed_from.unwrap_or((now, self.stats.verified));
         self.stats.frames = self.stats.verified - before;
         self.stats.ticks = now - from;
@@ -409,7 +451,7 @@ fn traffic<L: Link>(
 
 /// Lets the peer get on with its batch: a poll takes the line away that it is about to write. Longer when the last turns were idle, too.
 #[inline(always)]
-fn pause(idle_turns: u32) {
+pub(crate) fn pause(idle_turns: u32) {
     for _ in 0..PAUSES << idle_turns.min(LONGEST_PAUSE) {
         core::hint::spin_loop();
     }
