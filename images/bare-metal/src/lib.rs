@@ -9,6 +9,7 @@ extern crate alloc;
 pub mod command;
 pub mod frame;
 pub mod histogram;
+mod pairs;
 pub mod record;
 pub mod respond;
 pub mod study;

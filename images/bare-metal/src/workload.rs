@@ -13,7 +13,7 @@ use crate::histogram::Histogram;
 use crate::record::{Outcome, Received, Sent};
 use crate::respond::respond;
 use crate::study::windows::Churned;
-use crate::{Run, Work};
+use crate::{Run, Work, pairs};
 
 /// What a workload runs on: a port, and the things that go on beside it.
 pub trait Link {
@@ -28,6 +28,26 @@ pub trait Link {
 
     /// The port, while there is a connection.
     fn port(&mut self) -> Option<&mut Self::Port>;
+
+    /// The port of a queue pair that is in use; the first is [`Link::port`].
+    #[inline(always)]
+    fn pair(&mut self, index: usize) -> Option<&mut Self::Port> {
+        if index == 0 { self.port() } else { None }
+    }
+
+    /// Puts so many queue pairs into use, or gets ready for as many as the peer puts into use; `false` where there are not so many.
+    fn use_pairs(&mut self, count: usize) -> bool {
+        count == 1
+    }
+
+    /// Begins to take all pairs of so many but the first out of use, and to put them back, so many times a second beside a workload;
+    /// `false` where that is not for this end.
+    fn start_flips(&mut self, _pairs: usize, _hz: u64) -> bool {
+        false
+    }
+
+    /// Ends what [`Link::start_flips`] began: all are in use.
+    fn end_flips(&mut self) {}
 
     /// Deals with whatever else wants attention; called every few bursts. Afterwards the port may be gone.
     fn service(&mut self);
@@ -77,6 +97,8 @@ pub enum Stopped {
     Port(port::Error),
     /// This end has no windows that could be changed beside a workload.
     NoChurn,
+    /// There are not so many queue pairs, or not for this workload, or this end does not put them into use.
+    NoPairs,
 }
 
 impl fmt::Display for Stopped {
@@ -85,6 +107,9 @@ impl fmt::Display for Stopped {
             Self::Down => f.write_str("the peer is gone"),
             Self::Port(error) => error.fmt(f),
             Self::NoChurn => f.write_str("churn is for a front-end behind an IOMMU"),
+            Self::NoPairs => f.write_str(
+                "not so many queue pairs (several are for source, sink and both, flips for a front-end)",
+            ),
         }
     }
 }
@@ -111,8 +136,21 @@ pub fn attempt<L: Link>(link: &mut L, run: &Run, outcome: &mut Outcome) -> Resul
     if run.churn > 0 && !link.start_churn(run.churn) {
         return Err(Stopped::NoChurn);
     }
+    let queues = usize::from(run.queues);
+    let one = run.queues == 1;
+    let spread = matches!(run.work, Work::Source | Work::Sink | Work::Both);
+    if !(one || spread) || !link.use_pairs(queues) {
+        return Err(Stopped::NoPairs);
+    }
+    if run.flips > 0 && (one || !link.start_flips(queues, run.flips)) {
+        return Err(Stopped::NoPairs);
+    }
     let mut whole = |result: Result<Outcome, Stopped>| result.map(|whole| *outcome = whole);
     let result = match run.work {
+        work if !one => {
+            let (send, receive) = (work != Work::Sink, work != Work::Source);
+            whole(pairs::traffic(link, run, send, receive))
+        }
         Work::Echo => whole(echo(link, run)),
         Work::RoundTrip => whole(round_trip(link, run)),
         Work::Respond => whole(respond(link, run)),
@@ -120,6 +158,9 @@ pub fn attempt<L: Link>(link: &mut L, run: &Run, outcome: &mut Outcome) -> Resul
         Work::Sink => traffic(link, run, (false, true), outcome),
         Work::Both => traffic(link, run, (true, true), outcome),
     };
+    if run.flips > 0 {
+        link.end_flips();
+    }
     if run.churn > 0 {
         outcome.churn = link.end_churn();
     }
@@ -156,18 +197,18 @@ impl Schedule {
 }
 
 /// The sending half of a run.
-struct Sender {
-    format: Format,
+pub(crate) struct Sender {
+    pub(crate) format: Format,
     next: u64,
     limit: u64,
     schedule: Schedule,
     /// When the timed part began, and the frame that was next then.
     timed_from: Option<(u64, u64)>,
-    stats: Sent,
+    pub(crate) stats: Sent,
     /// Only the end frame is left to send; it has been sent; the peer has taken it.
     ending: bool,
-    ended: bool,
-    done: bool,
+    pub(crate) ended: bool,
+    pub(crate) done: bool,
 }
 
 /// Which end's frames are sent.
@@ -176,7 +217,7 @@ fn end<L: Link>(link: &L, run: &Run) -> End {
 }
 
 impl Sender {
-    fn new<L: Link>(link: &L, run: &Run) -> Self {
+    pub(crate) fn new<L: Link>(link: &L, run: &Run) -> Self {
         Self {
             format: Format::new(end(link, run), run.size, run.id),
             next: 0,
@@ -192,7 +233,7 @@ impl Sender {
     }
 
     /// Looks at the clock: when to begin timing, when to stop.
-    fn tick(&mut self, now: u64, run: &Run) {
+    pub(crate) fn tick(&mut self, now: u64, run: &Run) {
         if self.timed_from.is_none() && now >= self.schedule.warm {
             self.timed_from = Some((now, self.next));
         }
@@ -211,7 +252,11 @@ impl Sender {
 
     /// Sends a burst; returns how many frames went.
     #[inline(always)]
-    fn burst<P: Port>(&mut self, port: &mut P, batch: usize) -> Result<usize, port::Error> {
+    pub(crate) fn burst<P: Port>(
+        &mut self,
+        port: &mut P,
+        batch: usize,
+    ) -> Result<usize, port::Error> {
         let (format, next) = (&self.format, self.next);
         if self.ending {
             let sent = port.tx_burst(1, format.len(), |_, slot| {
@@ -237,8 +282,8 @@ type Gap = (u64, u64);
 const MAX_GAPS: usize = 1024;
 
 /// The receiving half of a run.
-struct Receiver {
-    format: Format,
+pub(crate) struct Receiver {
+    pub(crate) format: Format,
     next: u64,
     gaps: Vec<Gap>,
     /// When the first frame came, and when the timed part began, with what had been verified then.
@@ -246,12 +291,12 @@ struct Receiver {
     timed_from: Option<(u64, u64)>,
     warmup: u64,
     /// How many frames the peer says it sent.
-    ended: Option<u64>,
+    pub(crate) ended: Option<u64>,
     stats: Received,
 }
 
 impl Receiver {
-    fn new<L: Link>(link: &L, run: &Run) -> Self {
+    pub(crate) fn new<L: Link>(link: &L, run: &Run) -> Self {
         Self {
             format: Format::new(end(link, run).peer(), run.size, run.id),
             next: 0,
@@ -270,7 +315,7 @@ impl Receiver {
 
     /// Takes a frame that arrived; says what it was. It is checked once: it lies in memory that may change.
     #[inline(always)]
-    fn take(&mut self, frame: &Frame) -> Seen {
+    pub(crate) fn take(&mut self, frame: &Frame) -> Seen {
         let seen = self.format.check(frame);
         match seen {
             Seen::Good(Kind::Data, sequence) => {
@@ -316,7 +361,7 @@ impl Receiver {
     }
 
     /// Looks at the clock: when to begin timing.
-    fn tick(&mut self, now: u64) {
+    pub(crate) fn tick(&mut self, now: u64) {
         if self.stats.verified > 0 {
             let first = *self.first.get_or_insert(now);
             if self.timed_from.is_none() && now - first >= self.warmup {
@@ -325,7 +370,7 @@ impl Receiver {
         }
     }
 
-    fn finish(&mut self, now: u64) -> Received {
+    pub(crate) fn finish(&mut self, now: u64) -> Received {
         let (from, before) = self.timed_from.unwrap_or((now, self.stats.verified));
         self.stats.frames = self.stats.verified - before;
         self.stats.ticks = now - from;

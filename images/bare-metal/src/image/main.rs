@@ -156,8 +156,8 @@ fn start<M: Mapper>(
     mapper: M,
 ) -> ! {
     let platform = Translated::new(machine, behind);
-    let parts = (boot.shape, mapper, boot.tsc_khz);
-    let mut link = FrontEnd::new(machine, &platform, function, parts);
+    let (parts, numbers) = ((boot.shape, mapper), (boot.queues, boot.tsc_khz));
+    let mut link = FrontEnd::new(machine, &platform, function, parts, numbers);
     if boot.iommu != IommuMode::Manual || platform.behind().is_none() {
         match link.start() {
             Ok(()) => {}
