@@ -16,7 +16,7 @@ use virtqueue::linear::Linear;
 use crate::frame::{End, Format, Kind};
 use crate::record::ResultRecord;
 use crate::study::windows::Churned;
-use crate::workload::Stopped;
+use crate::workload::{Receiver, Stopped};
 use crate::{Link, Outcome, Run, Work, attempt, execute};
 
 struct Thread<P> {
@@ -122,6 +122,41 @@ fn run(work: Work) -> Run {
         timeout_ms: 5000,
         ..Run::default()
     }
+}
+
+#[test]
+fn what_begins_behind_the_end_is_not_timed() {
+    let bed = bed();
+    let (port, mut back): (JoinedFrontEnd<Silent>, JoinedBackEnd<Silent>) =
+        joined::join(bed.memory, 0, &join_config(), Silent, Silent, false).unwrap();
+    let mut link = Thread {
+        end: End::FrontEnd,
+        port,
+        start: Instant::now(),
+    };
+    let run = Run {
+        count: 0,
+        warmup_ms: 5,
+        ..run(Work::Sink)
+    };
+    let mut receiver = Receiver::new(&link, &run);
+    let format = Format::new(End::BackEnd, run.size, run.id);
+    let sent = back.tx_burst(2, run.size, |i, slot| {
+        let kind = if i == 0 { Kind::Data } else { Kind::End };
+        format.build(slot, kind, i as u64);
+    });
+    assert_eq!(sent, Ok(2));
+    let mut frames = Vec::new();
+    link.port
+        .rx_burst(2, |frame| frames.push(receiver.take(frame)))
+        .unwrap();
+    assert_eq!(frames.len(), 2);
+    // The other half of a run goes on for longer than this one had to warm up.
+    receiver.tick(2_000);
+    receiver.tick(8_000);
+    let received = receiver.finish(1_000);
+    assert_eq!((received.ticks, received.frames), (0, 0));
+    assert_eq!((received.verified, received.lost), (1, 0));
 }
 
 #[test]

@@ -360,9 +360,9 @@ impl Receiver {
         }
     }
 
-    /// Looks at the clock: when to begin timing.
+    /// Looks at the clock: when to begin timing. What begins behind the end is not timed.
     pub(crate) fn tick(&mut self, now: u64) {
-        if self.stats.verified > 0 {
+        if self.stats.verified > 0 && self.ended.is_none() {
             let first = *self.first.get_or_insert(now);
             if self.timed_from.is_none() && now - first >= self.warmup {
                 self.timed_from = Some((now, self.stats.verified));
@@ -373,7 +373,7 @@ impl Receiver {
     pub(crate) fn finish(&mut self, now: u64) -> Received {
         let (from, before) = self.timed_from.unwrap_or((now, self.stats.verified));
         self.stats.frames = self.stats.verified - before;
-        self.stats.ticks = now - from;
+        self.stats.ticks = now.saturating_sub(from);
         // Without an end frame nobody knows how many there were: what is missing in between is lost at least.
         let distinct = self.stats.verified - self.stats.duplicated;
         self.stats.lost = self.ended.unwrap_or(self.next).saturating_sub(distinct);
