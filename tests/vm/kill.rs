@@ -199,6 +199,11 @@ struct Kind {
     iommu: bool,
 }
 
+/// Guests poll in some runs and sleep in others, so that notifications count, too.
+fn mode(id: u64) -> &'static str {
+    if id % 3 == 0 { "irq" } else { "poll" }
+}
+
 /// One VM that lives on, and its peers, which do not.
 struct Life {
     kind: Kind,
@@ -237,7 +242,8 @@ impl Life {
         let start = Instant::now();
         loop {
             *id += 1;
-            let run = format!("run id={id} work=both count={FRAMES} timeout_ms=1000");
+            let mode = mode(*id);
+            let run = format!("run id={id} work=both count={FRAMES} timeout_ms=1000 mode={mode}");
             survivor.send(&run);
             victim.send(&run);
             let results =
@@ -304,7 +310,8 @@ impl Life {
                 before.get_or_insert(now);
             }
             id += 1;
-            let run = format!("run id={id} work=both ms=600000 timeout_ms=600000");
+            let mode = mode(id);
+            let run = format!("run id={id} work=both ms=600000 timeout_ms=600000 mode={mode}");
             survivor.send(&run);
             victim.send(&run);
             thread::sleep(random.micros(Duration::from_millis(30)));

@@ -14,6 +14,7 @@ pub mod backend;
 pub mod channel;
 mod connection;
 pub mod frontend;
+mod inflight;
 mod limit;
 mod socket;
 mod sys;
@@ -22,6 +23,7 @@ pub(crate) mod tests;
 pub mod wire;
 
 pub use connection::{Connection, Error, Violation};
+pub use inflight::{Inflight, InflightArea};
 pub use limit::RateLimit;
 pub use socket::{Error as SocketError, Socket, SocketRole};
 pub use wire::{

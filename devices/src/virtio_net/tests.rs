@@ -1,5 +1,6 @@
 //! The device with a fake machine, a fake transport, and back-ends that the tests play.
 
+mod inflight;
 mod iommu;
 mod lacking;
 mod noise;

@@ -3,6 +3,7 @@
 mod backend;
 mod connection;
 mod frontend;
+mod inflight;
 pub(crate) mod interop;
 mod iotlb;
 pub(crate) mod noise;

@@ -5,7 +5,7 @@ use std::net::Shutdown;
 use super::iommu::{Behind, EXTRA, RINGS, shifted};
 use super::*;
 use crate::vhost_user::tests::noise::{self, Given, PROTOCOL_FEATURES, Random, spoil};
-use crate::vhost_user::{Iotlb, IotlbKind, backend_requests};
+use crate::vhost_user::{Inflight, Iotlb, IotlbKind, backend_requests};
 
 /// Connections, and turns of each at most. Sequences are the same in each run.
 const CONNECTIONS: u64 = 400;
@@ -20,12 +20,27 @@ struct Heard {
 }
 
 /// The right answer to a request, where it gets one.
-fn answer(message: &Message, features: u64) -> Option<Message> {
+fn answer(
+    message: &Message,
+    features: u64,
+    random: &mut Random,
+    given: &mut Given,
+) -> Option<Message> {
     let request = message.request;
     let number = |value| Some(Message::reply(request, &U64(value)));
     match request {
         requests::GET_FEATURES => number(features | VHOST_USER_F_PROTOCOL_FEATURES),
-        requests::GET_PROTOCOL_FEATURES => number(PROTOCOL_FEATURES),
+        requests::GET_PROTOCOL_FEATURES => {
+            number(PROTOCOL_FEATURES | protocol_features::INFLIGHT_SHMFD & random.next())
+        }
+        requests::GET_INFLIGHT_FD => {
+            let area = Inflight {
+                mmap_size: 0x1000 * random.below(3),
+                ..Inflight::default()
+            };
+            let file = (area.mmap_size > 0).then(|| given.any(random));
+            Some(Message::reply(request, &area).with_fds(file.into_iter().collect()))
+        }
         requests::GET_QUEUE_NUM => number(2),
         requests::GET_MAX_MEM_SLOTS => number(8),
         requests::GET_VRING_BASE => {
@@ -128,7 +143,7 @@ fn connection(world: &mut Behind, random: &mut Random, given: &mut Given, what: 
                 Err(_) => return heard,
             };
             heard.messages += 1;
-            let mut reply = answer(&message, features);
+            let mut reply = answer(&message, features, random, given);
             if message.request == requests::SET_BACKEND_REQ_FD {
                 let fd = message.fds.into_iter().next().unwrap();
                 heard.channel = Some(Connection::new(fd.into()).unwrap());
@@ -179,6 +194,9 @@ fn whatever_a_back_end_says_the_next_one_is_served() {
         // Nobody waits for a peer that is gone: not the driver, and not whoever changes mappings.
         let last = world.endpoint.map(EXTRA);
         assert!(world.endpoint.is_done(last), "{what}");
+        // What is in flight is kept for the next, until the driver starts over.
+        world.net.reset();
+        settle(&mut world, &what);
         given.assert_closed(&what);
     }
     let depth = [messages / 10, replies / 10, channels * 2];
