@@ -314,14 +314,17 @@ impl<M: Mapper> Link for FrontEnd<'_, M> {
             && now >= flips.next
             && let Some(device) = self.device.as_mut().filter(|_| self.up)
         {
-            flips.next = now + flips.every;
             let count = match device.pair(1) {
                 Some(_) => 1,
                 None => flips.pairs,
             };
-            if let Err(why) = device.use_pairs(count) {
-                error(format_args!("{count} queue pairs: {why}"));
-                self.flips = None;
+            match device.use_pairs(count) {
+                // From its end on: the workload gets its time in between.
+                Ok(()) => flips.next = arch::now() + flips.every,
+                Err(why) => {
+                    error(format_args!("{count} queue pairs: {why}"));
+                    self.flips = None;
+                }
             }
         }
         if let Some(churn) = &mut self.churn
