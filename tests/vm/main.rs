@@ -7,6 +7,7 @@ mod isolation;
 mod link;
 mod pair;
 mod process;
+mod queues;
 
 use std::fs;
 use std::sync::{Mutex, MutexGuard, PoisonError};

@@ -16,6 +16,7 @@ use guest_driver::{Platform, virtio_pci};
 use crate::arch::{self, event};
 use crate::error;
 use crate::machine::Machine;
+use crate::print;
 use crate::study::{self, Pages};
 
 /// What the main loop needs beside what a workload needs.
@@ -101,6 +102,8 @@ struct Flips {
     /// Ticks from one change to the next, and when that is.
     every: u64,
     next: u64,
+    /// How many changes there have been.
+    done: u64,
 }
 
 /// Why a network device could not be started.
@@ -265,12 +268,19 @@ impl<M: Mapper> Link for FrontEnd<'_, M> {
     fn start_flips(&mut self, pairs: usize, hz: u64) -> bool {
         let every = 1000 * self.tsc_khz / hz.max(1);
         let next = arch::now() + every;
-        self.flips = Some(Flips { pairs, every, next });
+        self.flips = Some(Flips {
+            pairs,
+            every,
+            next,
+            done: 0,
+        });
         true
     }
 
     fn end_flips(&mut self) {
         if let Some(flips) = self.flips.take() {
+            let done = flips.done;
+            print!("guest: pairs went out of use or came back {done} times");
             self.use_pairs(flips.pairs);
         }
     }
@@ -320,7 +330,10 @@ impl<M: Mapper> Link for FrontEnd<'_, M> {
             };
             match device.use_pairs(count) {
                 // From its end on: the workload gets its time in between.
-                Ok(()) => flips.next = arch::now() + flips.every,
+                Ok(()) => {
+                    flips.next = arch::now() + flips.every;
+                    flips.done += 1;
+                }
                 Err(why) => {
                     error(format_args!("{count} queue pairs: {why}"));
                     self.flips = None;
