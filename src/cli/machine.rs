@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
+use devices::host::Files;
 use devices::vhost_pci::{MAX_QUEUES, VhostPciConfig};
 use devices::vhost_user::SocketRole;
 use devices::virtio::MAX_QUEUE_SIZE;
@@ -164,6 +165,12 @@ static VHOST_PCI: KeyList = KeyList {
             form: "MS",
             missing: Missing::Default("50"),
             help: "how long an access outside the window waits for the front-end to say what is there; 0: it is not asked",
+        },
+        Key {
+            name: "unsealed",
+            form: "on|off",
+            missing: Missing::Default("off"),
+            help: "take memory that the front-end could cut off (DPDK's), too: what is cut off then reads as ones",
         },
     ],
 };
@@ -420,6 +427,10 @@ fn vhost_pci(text: &str) -> Result<VhostPciConfig, Failure> {
         queues: values.need("queues", number(1..=MAX_QUEUES))?,
         uuid: values.get("uuid", uuid)?.unwrap_or_default(),
         miss_timeout: values.need("miss-timeout", milliseconds(0))?,
+        files: match values.need("unsealed", switch)? {
+            true => Files::Unsealed,
+            false => Files::Sealed,
+        },
     })
 }
 
@@ -569,6 +580,7 @@ mod tests {
         assert_eq!(config.cmdline, "work=both ms=3000");
         assert_eq!(net.iotlb_timeout, Duration::from_secs(1));
         assert_eq!(device.miss_timeout, Duration::from_millis(50));
+        assert_eq!(device.files, Files::Sealed);
         assert!(config.iommu.is_none());
     }
 
@@ -601,7 +613,7 @@ mod tests {
             "--net",
             "socket=/n,listen=on,mac=02:aa:bb:cc:dd:ee,size=1024,queues=16,iotlb-timeout=250",
             "--vhost-pci",
-            "socket=/v,listen=off,window=1T,queues=4,miss-timeout=0,uuid=00112233-4455-6677-8899-aabbccddeeff",
+            "socket=/v,listen=off,window=1T,queues=4,miss-timeout=0,unsealed=on,uuid=00112233-4455-6677-8899-aabbccddeeff",
             "--console",
             "output",
             "--cmdline",
@@ -620,6 +632,7 @@ mod tests {
         assert_eq!(config.vhost_pci[0].window, 1 << 40);
         assert_eq!(config.net[0].iotlb_timeout, Duration::from_millis(250));
         assert_eq!(config.vhost_pci[0].miss_timeout, Duration::ZERO);
+        assert_eq!(config.vhost_pci[0].files, Files::Unsealed);
         assert_eq!(config.cmdline, "work=sink verify=off");
         assert!(matches!(config.console, Console::Output));
     }
