@@ -185,7 +185,7 @@ fn each_wrong_argument_is_one_line_that_names_it_and_exit_code_3() {
             ],
             &["--peers", "be-to-fe"],
         ),
-        (&["plot", "x.json"], &["--out"]),
+        (&["plot", "x.json"], &["--out", "--html"]),
         (&["bench", "--memory", "sise=1"], &["--memory", "'sise'"]),
         (&["launch"], &["launch"]),
     ];
@@ -306,7 +306,7 @@ fn every_command_explains_its_flags_and_exit_codes() {
             "isolation",
             &["--mode", "--rounds", "--only", "--cores", "--json"],
         ),
-        ("plot", &["REPORT.json", "--out"]),
+        ("plot", &["REPORT.json", "--out", "--html"]),
         ("doctor", &["--json"]),
     ];
     for (command, flags) in cases {
