@@ -185,7 +185,7 @@ fn each_wrong_argument_is_one_line_that_names_it_and_exit_code_3() {
             ],
             &["--peers", "be-to-fe"],
         ),
-        (&["plot", "x.json"], &["--out", "--html"]),
+        (&["plot", "x.json"], &["--out"]),
         (&["bench", "--memory", "sise=1"], &["--memory", "'sise'"]),
         (&["launch"], &["launch"]),
     ];
