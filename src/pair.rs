@@ -13,7 +13,7 @@ use crate::cli::iommu::Iommus;
 use crate::cli::machine;
 use crate::cli::rings::{Layout, RingSetup, Switch, queue_size};
 use crate::cli::{Direction, Mode, PairArgs};
-use crate::exit::{self, Failure};
+use crate::exit::{self, Failure, usage};
 use crate::sys::{self, Signals};
 use crate::tempdir::TempDir;
 
@@ -77,6 +77,12 @@ fn net_flag(socket: &Path, rings: &RingSetup) -> OsString {
 fn rings(args: &PairArgs) -> Result<RingSetup, Failure> {
     let layout = args.ring.unwrap_or(Layout::Split);
     let size = queue_size(&args.both.queue_size, &[layout])?;
+    if args.rings.queues > 1 && args.direction == Direction::RoundTrip {
+        return Err(usage(format!(
+            "--queues {}: a round trip goes over one pair",
+            args.rings.queues
+        )));
+    }
     Ok(RingSetup {
         packed: args.ring.map(|layout| layout == Layout::Packed),
         in_order: args.in_order.map(Switch::is_on),
@@ -109,6 +115,9 @@ fn cmdlines(args: &PairArgs, rings: &RingSetup) -> [String; 2] {
             args.mode.name(),
         )
     });
+    if let Some(queues) = rings.queues {
+        lines[1 - FRONT_END] += &format!(" queues={queues}");
+    }
     let words = [rings.guest_words(), iommus(args).guest_words(FRONT_END)];
     for words in words.iter().filter(|words| !words.is_empty()) {
         lines[FRONT_END] += &format!(" {words}");
@@ -220,6 +229,8 @@ mod tests {
         let [back, front] = lines(&["--tx", "chain", "--rx-buffer", "512", "--count", "5"]);
         assert!(back.ends_with(" count=5"));
         assert!(front.ends_with(" count=5 tx=chain rx_buffer=512"));
+        let [back, front] = lines(&["--queues", "4", "--count", "5"]);
+        assert!(back.ends_with(" count=5 queues=4") && front.ends_with(" count=5 queues=4"));
         let [back, front] = lines(&["--iommu", "batch", "--count", "5"]);
         assert!(back.ends_with(" count=5"));
         assert!(front.ends_with(" count=5 iommu=batch"));
@@ -248,6 +259,7 @@ mod tests {
             "size=768,packed=on,in-order=off,event-idx=on,mrg-rxbuf=off,indirect=on"
         );
         assert!(rings(&["--queue-size", "768"]).is_err());
+        assert!(rings(&["--queues", "2", "--direction", "round-trip"]).is_err());
     }
 
     #[test]

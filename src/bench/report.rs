@@ -368,7 +368,7 @@ fn entry(setup: &Setup, measured: &Measured, distance: Option<Distance>, pairs: 
         iommu: case.iommu,
         frame_size: case.size,
         batch: case.batch,
-        queue_pairs: 1,
+        queue_pairs: setup.rings.pairs(case.direction),
         distance,
         probe_ns: median(&each(&|pair| pair.probe_ns)).map(round),
         mpps: spread(&|pair| pair.vm.result.mpps),

@@ -239,8 +239,9 @@ impl Session {
         } = *self.setup;
         let work = case.direction.work()[side];
         let mut line = format!(
-            "run id={} work={work} size={} batch={} ms={ms} warmup_ms={warmup_ms} mode={} timeout_ms={RECEIVER_MS}",
+            "run id={} work={work} queues={} size={} batch={} ms={ms} warmup_ms={warmup_ms} mode={} timeout_ms={RECEIVER_MS}",
             self.id,
+            self.rings.pairs(case.direction),
             case.size,
             case.batch,
             mode.name(),
