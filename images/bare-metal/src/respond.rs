@@ -315,10 +315,7 @@ pub(crate) fn respond<L: Link>(link: &mut L, run: &Run) -> Result<Outcome, Stopp
     let mut wake = start;
     let mut turn = 0u32;
     let mut idle_turns = 0u32;
-    loop {
-        let Some(port) = link.port() else {
-            break;
-        };
+    while let Some(port) = link.port() {
         let mut came = 0;
         if host.frames.arrived.is_empty() {
             let frames = &mut host.frames;
