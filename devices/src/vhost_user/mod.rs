@@ -18,7 +18,7 @@ mod limit;
 mod socket;
 mod sys;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 pub mod wire;
 
 pub use connection::{Connection, Error, Violation};

@@ -6,6 +6,7 @@ mod endpoint;
 mod iotlb;
 mod messages;
 mod misses;
+mod noise;
 
 use std::fs::File;
 use std::os::fd::OwnedFd;

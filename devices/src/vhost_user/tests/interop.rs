@@ -55,6 +55,7 @@ struct Told {
 /// Their back-end. `offers`: protocol features besides REPLY_ACK, which that crate always has.
 struct Backend {
     told: Arc<Mutex<Told>>,
+    features: u64,
     offers: VhostUserProtocolFeatures,
     refuses_memory: bool,
 }
@@ -85,7 +86,7 @@ impl VhostUserBackendReqHandlerMut for Backend {
         Ok(())
     }
     fn get_features(&mut self) -> PeerResult<u64> {
-        Ok(FEATURES | VHOST_USER_F_PROTOCOL_FEATURES)
+        Ok(self.features | VHOST_USER_F_PROTOCOL_FEATURES)
     }
     fn set_features(&mut self, features: u64) -> PeerResult<()> {
         self.told().features = features;
@@ -226,20 +227,65 @@ fn their_backend(
     let told = Arc::new(Mutex::new(Told::default()));
     let backend = Backend {
         told: told.clone(),
+        features: FEATURES,
         offers,
         refuses_memory,
     };
-    let server = thread::spawn(move || {
-        let mut handler = BackendReqHandler::from_stream(theirs, Arc::new(Mutex::new(backend)));
-        loop {
-            if let Err(error) = handler.handle_request()
-                && !matches!(error, PeerError::InvalidParam)
-            {
-                return error;
-            }
-        }
-    });
+    let server = thread::spawn(move || serve(theirs, backend));
     (Frontend::new(ours).unwrap(), told, server)
+}
+
+/// Serves until the front-end hangs up.
+fn serve(stream: UnixStream, backend: Backend) -> PeerError {
+    let mut handler = BackendReqHandler::from_stream(stream, Arc::new(Mutex::new(backend)));
+    loop {
+        if let Err(error) = handler.handle_request()
+            && !matches!(error, PeerError::InvalidParam)
+        {
+            return error;
+        }
+    }
+}
+
+/// Their back-end for a front-end that somebody else has, with these features.
+pub(crate) struct Served {
+    told: Arc<Mutex<Told>>,
+    stream: UnixStream,
+    server: thread::JoinHandle<PeerError>,
+}
+
+impl Served {
+    pub(crate) fn new(stream: UnixStream, features: u64) -> Self {
+        let told = Arc::new(Mutex::new(Told::default()));
+        let backend = Backend {
+            told: told.clone(),
+            features,
+            offers: VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS,
+            refuses_memory: false,
+        };
+        let theirs = stream.try_clone().unwrap();
+        Self {
+            told,
+            stream,
+            server: thread::spawn(move || serve(theirs, backend)),
+        }
+    }
+
+    /// How often a vring was enabled.
+    pub(crate) fn enabled(&self) -> usize {
+        self.told.lock().unwrap().enabled.len()
+    }
+
+    /// The features that it was given.
+    pub(crate) fn features(&self) -> u64 {
+        self.told.lock().unwrap().features
+    }
+
+    /// It ends, as a process would.
+    pub(crate) fn hang_up(self) {
+        self.stream.shutdown(std::net::Shutdown::Both).unwrap();
+        self.server.join().unwrap();
+    }
 }
 
 /// Waits for the front-end's next event, as an event loop would.

@@ -3,8 +3,9 @@
 mod backend;
 mod connection;
 mod frontend;
-mod interop;
+pub(crate) mod interop;
 mod iotlb;
+pub(crate) mod noise;
 mod socket;
 mod wire;
 
