@@ -136,6 +136,7 @@ pub fn load(
 
     let mut params = boot_params {
         hdr: loaded.header,
+        acpi_rsdp_addr: layout::RSDP,
         ..Default::default()
     };
     let max = match usize::try_from(loaded.header.cmdline_size) {
