@@ -10,10 +10,11 @@ pub mod command;
 pub mod frame;
 pub mod histogram;
 pub mod record;
+pub mod respond;
 pub mod study;
 pub mod workload;
 
-pub use command::{Command, Run, Study, Work};
+pub use command::{Address, Command, Run, Study, Work};
 pub use record::Outcome;
 pub use workload::{Link, execute};
 

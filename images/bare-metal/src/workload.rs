@@ -1,4 +1,4 @@
-//! The workloads: source, sink, both, echo, round trip.
+//! The workloads: source, sink, both, echo, round trip. (The responder has a module of its own.)
 
 use alloc::boxed::Box;
 use alloc::vec;
@@ -11,6 +11,7 @@ use guest_driver::{Frame, Port};
 use crate::frame::{End, Format, Kind, MAX_FRAME, Seen};
 use crate::histogram::Histogram;
 use crate::record::{Outcome, Received, Sent};
+use crate::respond::respond;
 use crate::study::windows::Churned;
 use crate::{Run, Work};
 
@@ -90,7 +91,7 @@ const PAUSES: u32 = 8;
 /// How often that number is doubled at most.
 const LONGEST_PAUSE: u32 = 3;
 /// Bursts between two looks at the control path.
-const SERVICE_EVERY: u32 = 256;
+pub(crate) const SERVICE_EVERY: u32 = 256;
 
 /// Runs a workload to its end.
 pub fn execute<L: Link>(link: &mut L, run: &Run) -> Result<Outcome, Stopped> {
@@ -103,6 +104,7 @@ pub fn execute<L: Link>(link: &mut L, run: &Run) -> Result<Outcome, Stopped> {
         Work::Both => traffic(link, run, true, true),
         Work::Echo => echo(link, run),
         Work::RoundTrip => round_trip(link, run),
+        Work::Respond => respond(link, run),
     };
     let churn = if run.churn > 0 {
         link.end_churn()
@@ -409,14 +411,14 @@ fn traffic<L: Link>(
 
 /// Lets the peer get on with its batch: a poll takes the line away that it is about to write. Longer when the last turns were idle, too.
 #[inline(always)]
-fn pause(idle_turns: u32) {
+pub(crate) fn pause(idle_turns: u32) {
     for _ in 0..PAUSES << idle_turns.min(LONGEST_PAUSE) {
         core::hint::spin_loop();
     }
 }
 
 /// Sleeps until frames arrive (`rx`) or there is room to send (`tx`). Where there is no port any more, the next burst says so.
-fn wait<L: Link>(link: &mut L, rx: bool, tx: bool, deadline: u64) {
+pub(crate) fn wait<L: Link>(link: &mut L, rx: bool, tx: bool, deadline: u64) {
     if link.port().is_some_and(|port| !port.arm(rx, tx)) {
         link.sleep(deadline);
         link.service();
