@@ -8,7 +8,6 @@ mod tests;
 
 use std::ops::{Range, RangeInclusive};
 
-use acpi_tables::{Aml, AmlSink};
 use acpi_tables::aml::{
     AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed, Name,
     Package, Path, ResourceTemplate, Scope,
@@ -23,12 +22,11 @@ use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::viot::{PciDevice, PciRange, VIOT, VirtIoPciIommu};
 use acpi_tables::xsdt::XSDT;
+use acpi_tables::{Aml, AmlSink};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
 use crate::bus::{KEYBOARD_CONTROL, KEYBOARD_RESET, SLEEP_CONTROL, SLEEP_STATUS, SLEEP_TYPE_S5};
-use crate::layout::{
-    ECAM_BASE, ECAM_SIZE, HIMEM_START, IO_APIC, LOCAL_APIC, PCI_WINDOW32, RSDP,
-};
+use crate::layout::{ECAM_BASE, ECAM_SIZE, IO_APIC, LOCAL_APIC, PCI_WINDOW32, RESET_VECTOR, RSDP};
 use crate::serial::{COM1, COM1_IRQ, COM2, COM2_IRQ, PORTS};
 
 const OEM: [u8; 6] = *b"VHOPCI";
@@ -68,7 +66,7 @@ pub(crate) struct Description {
 /// Writes the tables to the place that [`crate::layout`] keeps for them.
 pub(crate) fn write(memory: &GuestMemoryMmap, vm: &Description) -> Result<(), Error> {
     let bytes = tables(vm);
-    if bytes.len() as u64 > HIMEM_START - RSDP {
+    if bytes.len() as u64 > RESET_VECTOR - RSDP {
         return Err(Error::TooLong(bytes.len()));
     }
     Ok(memory.write_slice(&bytes, GuestAddress(RSDP))?)

@@ -35,8 +35,10 @@ pub const KVM_TSS: u64 = 0xFFFB_D000;
 pub const KVM_IDENTITY_MAP: u64 = 0xFFFB_C000;
 /// The low memory that a PC keeps for firmware starts here.
 pub const FIRMWARE_START: u64 = 0x9_FC00;
-/// The root of the ACPI tables, and the tables from here to [`HIMEM_START`] at most.
+/// The root of the ACPI tables, and the tables from here to [`RESET_VECTOR`] at most.
 pub const RSDP: u64 = 0xE_0000;
+/// Where an operating system jumps to, in real mode, that wants the firmware to reset the machine: the last 16 bytes below 1 MiB.
+pub const RESET_VECTOR: u64 = 0xF_FFF0;
 /// RAM is ordinary again from here on.
 pub const HIMEM_START: u64 = 0x10_0000;
 

@@ -181,7 +181,9 @@ impl Served {
         loop {
             let mut piece = [0; 2048];
             let room = match self.service {
-                Service::Echo => piece.len().min(socket.send_capacity() - socket.send_queue()),
+                Service::Echo => piece
+                    .len()
+                    .min(socket.send_capacity() - socket.send_queue()),
                 Service::Discard | Service::Source => piece.len(),
             };
             let Ok(got @ 1..) = socket.recv_slice(&mut piece[..room]) else {
@@ -289,9 +291,12 @@ impl Host {
 
     /// Deals with what arrived and with what the time brought. Returns when that has to be done again at the latest.
     fn poll(&mut self, now: Instant) -> Option<Duration> {
-        let changed = self.interface.poll(now, &mut self.frames, &mut self.sockets);
+        let changed = self
+            .interface
+            .poll(now, &mut self.frames, &mut self.sockets);
         if changed == PollResult::SocketStateChanged && self.serve() {
-            self.interface.poll(now, &mut self.frames, &mut self.sockets);
+            self.interface
+                .poll(now, &mut self.frames, &mut self.sockets);
         }
         self.interface.poll_delay(now, &self.sockets)
     }

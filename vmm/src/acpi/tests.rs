@@ -99,9 +99,9 @@ fn the_tables_lie_in_memory_that_the_map_keeps_from_the_guest() {
         };
         let end = RSDP + tables(&vm).len() as u64;
         let map = crate::layout::e820(256 << 20);
-        let reserved = map.iter().find(|(start, len, _)| {
-            *start <= RSDP && end <= start + len
-        });
+        let reserved = map
+            .iter()
+            .find(|(start, len, _)| *start <= RSDP && end <= start + len);
         assert_eq!(
             reserved.map(|entry| entry.2),
             Some(crate::layout::E820Kind::Reserved)
