@@ -302,7 +302,7 @@ impl Host {
     }
 }
 
-/// Answers what comes, until the peer goes.
+/// Answers what comes, until the peer goes or a command waits.
 #[inline(never)]
 pub(crate) fn respond<L: Link>(link: &mut L, run: &Run) -> Result<Outcome, Stopped> {
     let length = match run.count {
@@ -315,10 +315,7 @@ pub(crate) fn respond<L: Link>(link: &mut L, run: &Run) -> Result<Outcome, Stopp
     let mut wake = start;
     let mut turn = 0u32;
     let mut idle_turns = 0u32;
-    loop {
-        let Some(port) = link.port() else {
-            break;
-        };
+    while let Some(port) = link.port() {
         let mut came = 0;
         if host.frames.arrived.is_empty() {
             let frames = &mut host.frames;
@@ -341,6 +338,9 @@ pub(crate) fn respond<L: Link>(link: &mut L, run: &Run) -> Result<Outcome, Stopp
         turn = turn.wrapping_add(1);
         if turn.is_multiple_of(SERVICE_EVERY) {
             link.service();
+            if link.called() {
+                break;
+            }
         }
         let full = !host.frames.leaving.is_empty();
         if came + sent > 0 || !full && !host.frames.arrived.is_empty() {
@@ -353,6 +353,9 @@ pub(crate) fn respond<L: Link>(link: &mut L, run: &Run) -> Result<Outcome, Stopp
         if run.interrupts {
             if wake > now {
                 wait(link, host.frames.arrived.is_empty(), full, wake);
+            }
+            if link.called() {
+                break;
             }
         } else {
             pause(idle_turns);

@@ -60,29 +60,31 @@ fn join_config() -> JoinConfig {
     }
 }
 
-struct Bed {
+/// Memory for a joined pair.
+pub struct Bed {
     _words: Vec<[u64; 512]>,
-    memory: Linear,
+    pub memory: Linear,
+}
+
+impl Bed {
+    pub fn new(config: &JoinConfig) -> Self {
+        let len = joined::memory_needed(config).unwrap();
+        let pages = usize::try_from(len).unwrap() / 4096 + 1;
+        let mut words = vec![[0u64; 512]; pages];
+        let base = words.as_mut_ptr().cast::<u8>();
+        let skip = base.align_offset(4096);
+        #[allow(unsafe_code)]
+        // SAFETY: the vector outlives the test's threads and is not touched otherwise.
+        let memory = unsafe { Linear::new(base.add(skip), 0, len) };
+        Self {
+            _words: words,
+            memory,
+        }
+    }
 }
 
 fn bed() -> Bed {
-    let pages = usize::try_from(joined::memory_needed(&join_config()).unwrap()).unwrap() / 4096 + 1;
-    let mut words = vec![[0u64; 512]; pages];
-    let base = words.as_mut_ptr().cast::<u8>();
-    let skip = base.align_offset(4096);
-    #[allow(unsafe_code)]
-    // SAFETY: the vector outlives the test's threads and is not touched otherwise.
-    let memory = unsafe {
-        Linear::new(
-            base.add(skip),
-            0,
-            joined::memory_needed(&join_config()).unwrap(),
-        )
-    };
-    Bed {
-        _words: words,
-        memory,
-    }
+    Bed::new(&join_config())
 }
 
 /// Runs one workload at each end; `meddle` gets the front-end's port in its place.

@@ -39,6 +39,11 @@ pub trait Link {
         self.port().is_none()
     }
 
+    /// Whether a command waits, for a workload that has no end of its own.
+    fn called(&mut self) -> bool {
+        false
+    }
+
     /// Sleeps until an interrupt, or until the clock shows `until`.
     fn sleep(&mut self, until: u64);
 
