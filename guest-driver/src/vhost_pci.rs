@@ -327,6 +327,11 @@ impl VhostPci {
         }
     }
 
+    /// Ends the connection and resets the device: it touches no memory of the driver's any more, and shows nothing.
+    pub fn shut_down(self) -> Result<(), Error> {
+        self.transport.reset()
+    }
+
     /// Where the front-end's rings lie in the window: receive, transmit. `None` where it has not said.
     #[must_use]
     pub fn rings(&self) -> Option<[RingConfig; 2]> {
