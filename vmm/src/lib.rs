@@ -3,6 +3,7 @@
 //! [`run()`] boots a VM and returns when it has ended; there is one VM a process. The threads are the caller's (it waits), one for
 //! the devices (blocked in epoll while nothing happens), one a tap (the same), and one a vCPU.
 
+mod acpi;
 mod boot;
 mod bus;
 mod console;
@@ -35,6 +36,7 @@ use devices::virtio_iommu::IommuConfig;
 use devices::virtio_net::NetConfig;
 use devices::virtio_net::tap::{self, TapConfig};
 
+pub use acpi::Error as AcpiError;
 pub use boot::{Error as BootError, Kernel};
 pub use bus::POWER_OFF_PORT;
 pub use host::Error as MachineError;
@@ -85,9 +87,9 @@ pub enum Console {
 /// How a VM ended, where nothing went wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// The guest powered off with this exit code (port 0xf4).
+    /// The guest powered off: by port 0xf4, with an exit code, or by ACPI.
     PowerOff {
-        /// What it wrote.
+        /// What it wrote; 0 by ACPI.
         code: u8,
     },
     /// The guest reset the machine.
@@ -111,6 +113,9 @@ pub enum Error {
     /// Its kernel cannot be loaded.
     #[error(transparent)]
     Boot(#[from] boot::Error),
+    /// The VM cannot be described to its guest.
+    #[error(transparent)]
+    Acpi(#[from] acpi::Error),
     /// A vCPU cannot be pinned.
     #[error(
         "vCPU {vcpu} cannot be pinned to core {core}: {source} (see Cpus_allowed_list in /proc/self/status for the cores there are)"

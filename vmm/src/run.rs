@@ -21,6 +21,7 @@ use devices::virtio_net::tap::TapNet;
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use log::{debug, info, warn};
 
+use crate::acpi::{self, Description, Translated};
 use crate::boot::{self, Kernel};
 use crate::bus::Bus;
 use crate::console::{ConsoleOutput, RawTerminal, Stdin};
@@ -126,7 +127,13 @@ pub fn run(config: VmConfig) -> Result<Outcome, Error> {
     }
 
     let result = supervise(&stop, &signals, &devices, || {
-        plug(&machine, &pci, &devices)?;
+        let translated = plug(&machine, &pci, &devices)?;
+        let description = Description {
+            vcpus: config.vcpus,
+            window64: machine.pci_window64()?,
+            translated,
+        };
+        acpi::write(machine.memory(), &description)?;
         vcpus.run();
         Ok(())
     });
@@ -291,13 +298,20 @@ impl Devices {
 
 /// Puts the devices on the bus, the IOMMU first: a driver that looks for functions in their order finds it before those behind it. Not
 /// before the network devices have met their back-ends: what a function offers its driver is fixed when it is made, and the back-end has a
-/// say in it.
-fn plug(machine: &Arc<Machine>, pci: &PciRoot, devices: &Devices) -> Result<(), Error> {
+/// say in it. Returns which slots are behind the IOMMU.
+fn plug(
+    machine: &Arc<Machine>,
+    pci: &PciRoot,
+    devices: &Devices,
+) -> Result<Option<Translated>, Error> {
     let host = || Arc::clone(machine) as Arc<dyn Host>;
+    let mut iommu_slot = None;
     if let Some(iommu) = &devices.iommu {
         let device: Arc<dyn VirtioDevice> = Arc::clone(iommu) as _;
-        pci.add(VirtioPci::new(device, host()).map_err(Error::IommuFunction)?)?;
+        let function = VirtioPci::new(device, host()).map_err(Error::IommuFunction)?;
+        iommu_slot = Some(pci.add(function)?);
     }
+    let mut translated: Option<Translated> = None;
     let net = devices.net.iter().map(|net| {
         let device: Arc<dyn VirtioDevice> = Arc::clone(&net.device) as _;
         (&net.socket, device, &net.endpoint)
@@ -321,9 +335,15 @@ fn plug(machine: &Arc<Machine>, pci: &PciRoot, devices: &Devices) -> Result<(), 
             let requester_id = u32::from(slot) << 3;
             iommu.add_endpoint(requester_id, Arc::clone(endpoint));
         }
+        if let Some(iommu) = iommu_slot {
+            // Slots are given out one after the other.
+            let first = translated.map_or(slot, |t| *t.slots.start());
+            let slots = first..=slot;
+            translated = Some(Translated { iommu, slots });
+        }
     }
     pci.assign_bars(layout::PCI_WINDOW32, machine.pci_window64()?)?;
-    Ok(())
+    Ok(translated)
 }
 
 /// The fields of the record that answers `vmm stats`. Devices of a kind are added up.
