@@ -64,7 +64,11 @@ fn each_wrong_argument_is_one_line_that_names_it_and_exit_code_3() {
         ),
         (
             &["run", "--net", "socket=x,port=1"],
-            &["--net", "'port'", "socket, listen, mac, size, queues, packed"],
+            &[
+                "--net",
+                "'port'",
+                "socket, listen, mac, size, queues, packed",
+            ],
         ),
         (
             &["run", "--vhost-pci", "socket=x,window=7"],
