@@ -23,7 +23,7 @@ use vmm::MemoryConfig;
 use crate::cli::bench::{BenchArgs, Sweep};
 use crate::cli::iommu::Iommu;
 use crate::cli::rings::{Layout, RingSetup};
-use crate::cli::{Mode, machine};
+use crate::cli::{Mode, Path, machine};
 use crate::exit;
 use crate::json::JsonFile;
 use crate::sys::{self, Signals};
@@ -87,11 +87,11 @@ pub fn run(args: &BenchArgs) -> Result<u8> {
     if args.sweep == Some(Sweep::Windows) {
         return windows::run(args, for_session, samples, &signals, json);
     }
-    let kinds = args.kinds();
+    let kinds = args.kinds()?;
     let mut sessions = Sessions::start(for_session, &kinds, &args.both.memory, &signals)?;
     let measured = sample(
         &mut sessions,
-        &plan::plan(args),
+        &plan::plan(args, &kinds),
         samples,
         limit(args, started),
     )?;
@@ -199,6 +199,7 @@ fn describe(case: &Case) -> String {
     let Case {
         ring,
         iommu,
+        path,
         direction,
         size,
         batch,
@@ -211,7 +212,12 @@ fn describe(case: &Case) -> String {
         Iommu::Off => String::new(),
         iommu => format!(", iommu {}", iommu.name()),
     };
-    format!("{} {size} B, batch {batch}{ring}{iommu}", direction.name())
+    let path = match path {
+        Path::Window => "",
+        Path::Relay => ", relay",
+    };
+    let direction = direction.name();
+    format!("{direction} {size} B, batch {batch}{ring}{iommu}{path}")
 }
 
 /// One line about all frames.
@@ -317,6 +323,7 @@ mod tests {
                     in_order: true,
                 },
                 iommu: Iommu::Off,
+                path: Path::Window,
                 direction: Direction::Both,
                 size: 64,
                 batch: 32,

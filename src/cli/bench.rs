@@ -7,8 +7,8 @@ use clap::{Args, ValueEnum};
 use super::iommu::{BackArgs, Iommu};
 use super::machine::BothArgs;
 use super::rings::{Layout, Ring, RingArgs, RingSetup, Switch, Tx, queue_size};
-use super::{Direction, Mode};
-use crate::exit::Failure;
+use super::{Direction, Mode, Path};
+use crate::exit::{Failure, usage};
 
 /// A whole experiment behind one flag.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -19,6 +19,17 @@ pub enum Sweep {
     /// What it takes to show a window and to take it away, against the number of windows that are there, and what traffic loses
     /// meanwhile
     Windows,
+}
+
+/// What a pair of VMs is booted for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Kind {
+    /// Which rings carry the frames.
+    pub ring: Ring,
+    /// What stands between the front-end's memory and the window.
+    pub iommu: Iommu,
+    /// How frames get from VM to VM.
+    pub path: Path,
 }
 
 /// `bench`.
@@ -67,6 +78,15 @@ pub struct BenchArgs {
     /// [default: off]
     #[arg(long, value_enum, value_name = "HOW,…", value_delimiter = ',')]
     pub iommu: Option<Vec<Iommu>>,
+    /// How frames get from VM to VM, sampled in turn; the relay has no IOMMU. CPU time a frame is of all processes together [default: window]
+    #[arg(
+        long,
+        value_enum,
+        value_name = "PATH,…",
+        value_delimiter = ',',
+        conflicts_with = "sweep"
+    )]
+    pub path: Option<Vec<Path>>,
     #[command(flatten)]
     pub back: BackArgs,
     #[command(flatten)]
@@ -98,17 +118,28 @@ impl BenchArgs {
     }
 
     /// The configurations that a pair of VMs is booted for, none twice.
-    pub fn kinds(&self) -> Vec<(Ring, Iommu)> {
+    pub fn kinds(&self) -> Result<Vec<Kind>, Failure> {
         let iommus = self.iommu.as_deref().unwrap_or(&[Iommu::Off]);
+        let paths = self.path.as_deref().unwrap_or(&[Path::Window]);
+        let relay = paths.contains(&Path::Relay);
+        if relay && self.back.iommu_back.is_on() {
+            return Err(usage(
+                "--path relay: there is no back-end VM for --iommu-back",
+            ));
+        }
         let mut kinds = Vec::new();
         for ring in self.ring_list() {
-            for &iommu in iommus {
-                if !kinds.contains(&(ring, iommu)) {
-                    kinds.push((ring, iommu));
+            let windows = paths.contains(&Path::Window).then_some(iommus);
+            let window = windows.unwrap_or_default().iter();
+            let window = window.map(|&iommu| (iommu, Path::Window));
+            for (iommu, path) in window.chain(relay.then_some((Iommu::Off, Path::Relay))) {
+                let kind = Kind { ring, iommu, path };
+                if !kinds.contains(&kind) {
+                    kinds.push(kind);
                 }
             }
         }
-        kinds
+        Ok(kinds)
     }
 
     /// What is the same for all of them. Nothing is left to the devices: a figure belongs to features that are known.

@@ -8,10 +8,12 @@ use devices::vhost_pci::{MAX_QUEUES, VhostPciConfig};
 use devices::vhost_user::SocketRole;
 use devices::virtio::MAX_QUEUE_SIZE;
 use devices::virtio_iommu::IommuConfig;
-use devices::virtio_net::{NetConfig, RingFeatures};
+use devices::virtio_net::{MAX_QUEUE_PAIRS, NetConfig, RingFeatures};
 use vmm::{Console, HugePages, Kernel, MemoryConfig, VmConfig};
 
-use super::keys::{Key, KeyList, Missing, number, size, switch};
+use super::keys::{
+    FRONT_END_LISTEN, FRONT_END_SOCKET, Key, KeyList, Missing, number, size, switch,
+};
 use crate::exit::{Failure, usage};
 
 static MEMORY: KeyList = KeyList {
@@ -90,6 +92,12 @@ static NET: KeyList = KeyList {
             help: "descriptors of each ring, up to 32768; a power of two unless packed=on",
         },
         Key {
+            name: "queues",
+            form: "N",
+            missing: Missing::Default("1"),
+            help: "queue pairs, 1 to 16; one where the back-end serves fewer than these",
+        },
+        Key {
             name: "packed",
             form: "on|off",
             missing: Missing::Default("off"),
@@ -131,18 +139,8 @@ static NET: KeyList = KeyList {
 static VHOST_PCI: KeyList = KeyList {
     flag: "--vhost-pci",
     keys: &[
-        Key {
-            name: "socket",
-            form: "PATH",
-            missing: Missing::Required,
-            help: "Unix socket to the vhost-user front-end",
-        },
-        Key {
-            name: "listen",
-            form: "on|off",
-            missing: Missing::Default("on"),
-            help: "on: wait for the front-end here; off: connect to it, as soon as it is there",
-        },
+        FRONT_END_SOCKET,
+        FRONT_END_LISTEN,
         Key {
             name: "window",
             form: "SIZE",
@@ -384,6 +382,7 @@ fn uuid(text: &str) -> Result<[u8; 16], String> {
 /// Reads one `--net`; `index` counts them.
 fn net(text: &str, index: usize) -> Result<NetConfig, Failure> {
     let values = NET.parse(text)?;
+    let queue_pairs = values.need("queues", number(1..=MAX_QUEUE_PAIRS))?;
     let number = u8::try_from(index + 1).map_err(|_| usage("--net: more than 255 devices"))?;
     let rings = RingFeatures {
         packed: values.need("packed", switch)?,
@@ -395,7 +394,7 @@ fn net(text: &str, index: usize) -> Result<NetConfig, Failure> {
     Ok(NetConfig {
         socket: values.need("socket", path)?,
         role: role(values.need("listen", switch)?),
-        queue_pairs: 1,
+        queue_pairs,
         queue_size: values.need("size", ring_size(rings.packed))?,
         rings,
         mac: values
@@ -600,7 +599,7 @@ mod tests {
             "--cpus",
             "count=2,affinity=5:0",
             "--net",
-            "socket=/n,listen=on,mac=02:aa:bb:cc:dd:ee,size=1024,iotlb-timeout=250",
+            "socket=/n,listen=on,mac=02:aa:bb:cc:dd:ee,size=1024,queues=16,iotlb-timeout=250",
             "--vhost-pci",
             "socket=/v,listen=off,window=1T,queues=4,miss-timeout=0,uuid=00112233-4455-6677-8899-aabbccddeeff",
             "--console",
@@ -614,6 +613,7 @@ mod tests {
         assert_eq!(config.affinity, [5, 0]);
         assert_eq!(config.net[0].mac, [2, 0xaa, 0xbb, 0xcc, 0xdd, 0xee]);
         assert_eq!(config.net[0].queue_size, 1024);
+        assert_eq!(config.net[0].queue_pairs, 16);
         assert!(matches!(config.net[0].role, SocketRole::Listen));
         assert!(matches!(config.vhost_pci[0].role, SocketRole::Connect));
         assert_eq!(config.vhost_pci[0].uuid[..4], [0x00, 0x11, 0x22, 0x33]);
@@ -682,6 +682,11 @@ mod tests {
             (&["--net", "socket=a,mac=03:00:00:00:00:00"], "--net: mac="),
             (&["--net", "socket=a,size=255"], "--net: size=255: "),
             (&["--net", "socket=a,packed=1"], "--net: packed=1: "),
+            (
+                &["--net", "socket=a,queues=17"],
+                "--net: queues=17: it is a number from 1 to 16",
+            ),
+            (&["--net", "socket=a,queues=0"], "--net: queues=0: "),
             (
                 &["--net", "socket=a,queue-size=256"],
                 "--net: unknown key 'queue-size'",

@@ -6,7 +6,6 @@
 //! * `misses`: accesses that wait for one;
 //! * `doorbells`: how the peer's eventfds and memory reach the transport and the window;
 //! * `queues`: messages to and from the guest;
-//! * `memory`: the guest's memory, where the device is behind an IOMMU too;
 //! * `worker`: the device thread's part, which owns all of these.
 //!
 //! A vCPU only writes down what it wants (`Shared`) and wakes the device thread. It waits for nothing but a translation that it misses, and
@@ -15,7 +14,6 @@
 mod backend;
 mod doorbells;
 mod iotlb;
-mod memory;
 mod misses;
 mod queues;
 #[cfg(test)]

@@ -165,6 +165,8 @@ pub struct Vring {
     pub kick: Arc<EventFd>,
     /// Signalled by the back-end.
     pub call: Arc<EventFd>,
+    /// Whether the back-end may use it from the start (SET_VRING_ENABLE); it has no meaning for one without protocol features.
+    pub enabled: bool,
 }
 
 /// What [`Frontend::process`] reports.
@@ -178,6 +180,8 @@ pub enum Event {
     Stopped(Vec<(u8, u32)>),
     /// The back-end has stopped the vring of this index ([`Frontend::stop_vring`]), and would go on from this base.
     VringStopped(u8, u32),
+    /// The back-end has done what [`Frontend::enable_vrings`] asked for last.
+    Enabled,
     /// Changes of translations are done.
     Iotlb(IotlbDone),
 }
@@ -204,6 +208,8 @@ enum Owed {
     Ack(u32),
     /// GET_FEATURES for the sake of its place in the order.
     Barrier,
+    /// This request answers for vrings that are enabled or disabled, and is the last of them.
+    Enabled(u32),
     /// The base of this vring, as one of all.
     Base(u8),
     /// The base of this vring, by itself.
@@ -225,7 +231,7 @@ impl Owed {
             Self::ProtocolFeatures => requests::GET_PROTOCOL_FEATURES,
             Self::QueueNum => requests::GET_QUEUE_NUM,
             Self::MaxMemSlots => requests::GET_MAX_MEM_SLOTS,
-            Self::Ack(request) | Self::Iotlb { request, .. } => request,
+            Self::Ack(request) | Self::Enabled(request) | Self::Iotlb { request, .. } => request,
             Self::Base(_) | Self::SingleBase(_) => requests::GET_VRING_BASE,
             Self::Inflight => requests::GET_INFLIGHT_FD,
         }
@@ -274,6 +280,8 @@ pub struct Frontend {
     inflight: Option<InflightArea>,
     /// Vrings that are to be started when that has come.
     waiting: Vec<Vring>,
+    /// The vrings have just been enabled and disabled as the caller wanted.
+    enabled: bool,
 }
 
 impl AsRawFd for Frontend {
@@ -308,6 +316,7 @@ impl Frontend {
             stopped: None,
             inflight: None,
             waiting: Vec::new(),
+            enabled: false,
         };
         frontend.ask(&Message::bare(requests::GET_FEATURES), Owed::Features)?;
         Ok(frontend)
@@ -515,6 +524,36 @@ impl Frontend {
         self.ask(&get_base(index), Owed::SingleBase(index))
     }
 
+    /// Enables and disables vrings that are started; [`Event::Enabled`] follows when the back-end has done it: where REPLY_ACK was negotiated it
+    /// says so, and elsewhere it answers a GET_FEATURES behind. A back-end without protocol features has nothing to enable
+    /// ("Ring states"), which is an error of the caller.
+    pub fn enable_vrings(&mut self, changes: &[(u8, bool)]) -> Result<(), Error> {
+        if !self.is_started() || !self.has_protocol_features {
+            return Err(Error::State("enabling vrings"));
+        }
+        let mut sent = false;
+        for &(index, enabled) in changes {
+            // One that has not been started yet is started as it is wanted.
+            match self.waiting.iter_mut().find(|vring| vring.index == index) {
+                Some(vring) => vring.enabled = enabled,
+                None => {
+                    self.step(enable(index, enabled))?;
+                    sent = true;
+                }
+            }
+        }
+        match self.owed.back_mut() {
+            Some(last @ Owed::Ack(requests::SET_VRING_ENABLE)) if sent => {
+                *last = Owed::Enabled(requests::SET_VRING_ENABLE);
+                Ok(())
+            }
+            _ => {
+                let barrier = Message::bare(requests::GET_FEATURES);
+                self.ask(&barrier, Owed::Enabled(requests::GET_FEATURES))
+            }
+        }
+    }
+
     /// Tells the back-end of a change of its translations, after [`Frontend::set_up`]; [`Event::Iotlb`] follows when it is done. `number` is the
     /// caller's, and not less than those before, or 0 for a change that nobody waits for.
     ///
@@ -615,6 +654,9 @@ impl Frontend {
         if let Some((index, base)) = self.stopped.take() {
             return Some(Event::VringStopped(index, base));
         }
+        if std::mem::take(&mut self.enabled) {
+            return Some(Event::Enabled);
+        }
         if self.owed.len() > self.iotlb_owed {
             return None;
         }
@@ -670,6 +712,13 @@ impl Frontend {
                 decode::<U64>(message)?;
             }
             Owed::Inflight => self.got_inflight(message)?,
+            Owed::Enabled(_) => {
+                let value = decode::<U64>(message)?.0;
+                if request == requests::SET_VRING_ENABLE && value != 0 {
+                    return Err(Violation::Refused { request, value }.into());
+                }
+                self.enabled = true;
+            }
             Owed::Base(index) => {
                 let base = self.base(index, message)?;
                 self.bases.push((index, base));
@@ -795,7 +844,7 @@ impl Frontend {
         self.step(Message::request(requests::SET_VRING_CALL, &fd).with_fds(call))?;
         self.step(Message::request(requests::SET_VRING_KICK, &fd).with_fds(kick))?;
         if self.has_protocol_features {
-            self.step(enable(vring.index, true))?;
+            self.step(enable(vring.index, vring.enabled))?;
         }
         Ok(())
     }

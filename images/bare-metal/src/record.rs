@@ -36,6 +36,23 @@ pub struct Received {
     pub corrupted: u64,
 }
 
+/// What a responder saw and did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Responded {
+    /// Frames that came, dropped ones too.
+    pub rx_frames: u64,
+    /// Frames that were sent.
+    pub tx_frames: u64,
+    /// Frames that are too short or too long for Ethernet and IP.
+    pub dropped: u64,
+    /// TCP connections.
+    pub connections: u64,
+    /// Bytes that came on them.
+    pub rx_bytes: u64,
+    /// Bytes that were sent on them.
+    pub tx_bytes: u64,
+}
+
 /// How a run went.
 #[derive(Clone, Debug, Default)]
 pub struct Outcome {
@@ -47,6 +64,8 @@ pub struct Outcome {
     pub round_trips: Option<alloc::boxed::Box<Histogram>>,
     /// Windows that came and went beside it, where that was asked for.
     pub churn: Option<Churned>,
+    /// The responder's account, where there was one.
+    pub responded: Option<Responded>,
     /// Nothing came for too long.
     pub timeout: bool,
     /// It was cut short: the peer was gone, or broke a rule.
@@ -174,6 +193,24 @@ impl fmt::Display for ResultRecord<'_> {
                 times.quantile(500),
                 times.quantile(990),
                 times.max()
+            )?;
+        }
+        if let Some(responded) = outcome.responded {
+            let Responded {
+                rx_frames,
+                tx_frames,
+                dropped,
+                connections,
+                rx_bytes,
+                tx_bytes,
+            } = responded;
+            write!(
+                f,
+                ",\"responded\":{{\"rx_frames\":{rx_frames},\"tx_frames\":{tx_frames},\"dropped\":{dropped}"
+            )?;
+            write!(
+                f,
+                ",\"connections\":{connections},\"rx_bytes\":{rx_bytes},\"tx_bytes\":{tx_bytes}}}"
             )?;
         }
         write!(f, ",\"timeout\":{}}}", u8::from(outcome.timeout))

@@ -132,3 +132,19 @@ fn one_vring_can_be_stopped_and_started_again_before_the_area_has_come() {
     let enable = |index| (requests::SET_VRING_ENABLE, Some(index));
     assert_eq!(enabled, [enable(1), enable(0)]);
 }
+
+#[test]
+fn a_vring_that_is_disabled_before_the_area_has_come_is_started_like_that() {
+    let mut play = waiting();
+    play.frontend.enable_vrings(&[(1, false)]).unwrap();
+    play.expect(requests::GET_FEATURES);
+    answer(&mut play, 0x4000, 1);
+    play.reply(requests::GET_FEATURES, 0);
+    assert_eq!(play.process().unwrap(), Some(Event::Enabled));
+    let states: Vec<_> = std::iter::from_fn(|| play.peer.receive().unwrap())
+        .filter(|message| message.request == requests::SET_VRING_ENABLE)
+        .map(|message| VringState::decode(&message.payload).unwrap())
+        .map(|state| (state.index, state.num))
+        .collect();
+    assert_eq!(states, [(0, 1), (1, 0)]);
+}

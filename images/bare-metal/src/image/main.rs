@@ -16,7 +16,7 @@ use core::fmt;
 
 use bare_metal::command::{BadWord, Boot, IommuMode};
 use bare_metal::record::ResultRecord;
-use bare_metal::{Command, Outcome, Run};
+use bare_metal::{Command, Outcome, Run, Work};
 use guest_driver::mapper::{Fixed, Mapper, Pages};
 use guest_driver::net;
 use guest_driver::pci::{self, Function};
@@ -156,8 +156,8 @@ fn start<M: Mapper>(
     mapper: M,
 ) -> ! {
     let platform = Translated::new(machine, behind);
-    let parts = (boot.shape, mapper, boot.tsc_khz);
-    let mut link = FrontEnd::new(machine, &platform, function, parts);
+    let (parts, numbers) = ((boot.shape, mapper), (boot.queues, boot.tsc_khz));
+    let mut link = FrontEnd::new(machine, &platform, function, parts, numbers);
     if boot.iommu != IommuMode::Manual || platform.behind().is_none() {
         match link.start() {
             Ok(()) => {}
@@ -201,6 +201,8 @@ fn serve<C: Connection>(machine: &Machine, mut link: C, boot: &Boot) -> ! {
         }
         if let Some(run) = boot.run.filter(|_| up) {
             match run_workload(&mut link, &run) {
+                // The next connection is served like the first.
+                Some(_) if run.work == Work::Respond => continue,
                 Some(outcome) => exit(if outcome.is_clean() {
                     0
                 } else {
@@ -298,6 +300,17 @@ fn summary(run: &Run, outcome: &Outcome) {
             received.duplicated,
             received.reordered,
             received.corrupted
+        );
+    }
+    if let Some(responded) = outcome.responded {
+        print!(
+            "guest: {name}: {} frames came, {} of them too short or too long; {} were sent; {} TCP connections, {} bytes in, {} bytes out",
+            responded.rx_frames,
+            responded.dropped,
+            responded.tx_frames,
+            responded.connections,
+            responded.rx_bytes,
+            responded.tx_bytes
         );
     }
     if outcome.timeout {
