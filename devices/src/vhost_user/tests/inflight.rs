@@ -103,6 +103,26 @@ fn an_area_without_its_file_or_with_others_is_a_violation() {
 }
 
 #[test]
+fn an_area_that_is_refused_is_not_kept() {
+    let all = ONLY | protocol_features::REPLY_ACK;
+    let mut play = Play::handshake(Some(all), 0);
+    play.frontend
+        .start(FEATURES, &memory(1), &[vring(0)])
+        .unwrap();
+    play.reply(requests::SET_FEATURES, 0);
+    play.reply(requests::SET_MEM_TABLE, 0);
+    answer(&mut play, 0x4000, 1);
+    assert_eq!(play.process().unwrap(), None);
+    play.reply(requests::SET_INFLIGHT_FD, 1);
+    let expected = Violation::Refused {
+        request: requests::SET_INFLIGHT_FD,
+        value: 1,
+    };
+    assert_eq!(play.violation(), expected);
+    assert!(play.frontend.take_inflight().is_none());
+}
+
+#[test]
 fn vrings_that_are_stopped_before_the_area_has_come_are_never_started() {
     let mut play = waiting();
     play.frontend.stop().unwrap();
