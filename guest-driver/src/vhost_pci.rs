@@ -317,6 +317,10 @@ impl VhostPci {
         let mut handled = false;
         // Not more than a ringful at a time, however fast the front-end talks.
         for _ in 0..CONTROL_QUEUE_SIZE {
+            // A message stays where it is until there is a buffer for its reply.
+            if !self.can_reply()? {
+                break;
+            }
             let Some((buffer, len)) = self.rxq.take()? else {
                 break;
             };
@@ -345,6 +349,11 @@ impl VhostPci {
                 doorbell.notify();
             }
         }
+    }
+
+    /// Ends the connection and resets the device: it touches no memory of the driver's any more, and shows nothing.
+    pub fn shut_down(self) -> Result<(), Error> {
+        self.transport.reset()
     }
 
     /// Whether the first pair can be used: without it there is no connection to speak of.
@@ -466,8 +475,6 @@ impl VhostPci {
         };
         self.message = bytes;
         match reply {
-            // No more replies are under way than the front-end has asked for: without a free buffer it has not read
-            // them, and the device will have closed the connection.
             Some(reply) => self.send(&reply).map(|_| ()),
             None => Ok(()),
         }
@@ -653,11 +660,19 @@ impl VhostPci {
         })
     }
 
+    /// Whether a buffer is free for a message to send.
+    fn can_reply(&mut self) -> Result<bool, Error> {
+        if self.txq.free.is_empty() {
+            while let Some((buffer, _)) = self.txq.take()? {
+                self.txq.free.push(buffer);
+            }
+        }
+        Ok(!self.txq.free.is_empty())
+    }
+
     /// Sends a message; `false` where no buffer is free.
     fn send(&mut self, message: &[u8]) -> Result<bool, Error> {
-        while let Some((buffer, _)) = self.txq.take()? {
-            self.txq.free.push(buffer);
-        }
+        self.can_reply()?;
         let Some(buffer) = self.txq.free.pop() else {
             return Ok(false);
         };

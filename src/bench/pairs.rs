@@ -25,6 +25,18 @@ pub trait Lab {
     fn guests(&mut self, case: &Case) -> Result<VmSample>;
     /// One sample of the same ring between two threads of this process.
     fn bound(&mut self, case: &Case) -> Result<BoundSample>;
+    /// Whether anything else is sampled in each round of the case.
+    fn has_others(&self, _case: &Case) -> bool {
+        false
+    }
+    /// Samples that.
+    fn others(&mut self, _case: &Case, _round: usize) -> Result<()> {
+        Ok(())
+    }
+    /// Whether all of that was good in a round.
+    fn others_good(&self, _case: &Case, _round: usize) -> bool {
+        true
+    }
 }
 
 /// One sample of the guests.
@@ -161,8 +173,8 @@ pub fn gated(case: &Case) -> bool {
     !case.iommu.per_frame() && case.path == Path::Window
 }
 
-/// How many rounds have a good pair of each case.
-fn whole_rounds(all: &[Measured]) -> usize {
+/// How many rounds have a good pair of each case, and good samples of what is sampled beside them.
+fn whole_rounds(lab: &dyn Lab, all: &[Measured]) -> usize {
     let Some((first, others)) = all.split_first() else {
         return 0;
     };
@@ -170,11 +182,12 @@ fn whole_rounds(all: &[Measured]) -> usize {
     let rounds = first.pairs.iter().map(|pair| pair.round);
     rounds
         .filter(|&round| others.iter().all(|other| has(other, round)))
+        .filter(|&round| lab.others_good(&first.case, round))
         .count()
 }
 
 /// Samples cases in turn, one pair each, until each has `samples` good pairs, or three times as many were tried, or `may_retry` says no.
-/// Where the cases differ in the IOMMU or in the path they are compared with each other round by round: then each is sampled until there are `samples`
+/// Where the cases differ in the IOMMU or in the path, or others are sampled beside them, they are compared with each other round by round: then each is sampled until there are `samples`
 /// rounds in which all were good. `progress` is called after each pair.
 pub fn measure(
     lab: &mut dyn Lab,
@@ -184,11 +197,13 @@ pub fn measure(
     progress: &mut dyn FnMut(&[Measured]),
 ) -> Result<Vec<Measured>> {
     let mut all: Vec<Measured> = cases.iter().copied().map(Measured::new).collect();
-    let compared = cases
-        .windows(2)
-        .any(|pair| (pair[0].iommu, pair[0].path) != (pair[1].iommu, pair[1].path));
+    let beside = cases.first().filter(|case| lab.has_others(case));
+    let compared = beside.is_some()
+        || cases
+            .windows(2)
+            .any(|pair| (pair[0].iommu, pair[0].path) != (pair[1].iommu, pair[1].path));
     for round in 0..TRIES * samples {
-        if compared && (whole_rounds(&all) == samples || (round >= samples && !may_retry())) {
+        if compared && (whole_rounds(lab, &all) == samples || (round >= samples && !may_retry())) {
             break;
         }
         for index in 0..all.len() {
@@ -199,6 +214,9 @@ pub fn measure(
             }
             measured.attempt(lab, round)?;
             progress(&all);
+        }
+        if let Some(case) = beside {
+            lab.others(case, round)?;
         }
     }
     Ok(all)

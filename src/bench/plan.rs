@@ -33,6 +33,34 @@ impl Case {
     }
 }
 
+/// Which way frames go, where they go one way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// Back-end to front-end.
+    BeToFe,
+    /// Front-end to back-end.
+    FeToBe,
+}
+
+impl Way {
+    /// `None` where they go both ways.
+    pub fn of(direction: Direction) -> Option<Self> {
+        match direction {
+            Direction::BeToFe => Some(Self::BeToFe),
+            Direction::FeToBe => Some(Self::FeToBe),
+            Direction::Both | Direction::RoundTrip => None,
+        }
+    }
+
+    /// As it is in the JSON.
+    pub fn direction(self) -> Direction {
+        match self {
+            Self::BeToFe => Direction::BeToFe,
+            Self::FeToBe => Direction::FeToBe,
+        }
+    }
+}
+
 /// RFC 2544, section 9.1, for Ethernet.
 const SIZES: [u16; 7] = [64, 128, 256, 512, 1024, 1280, 1518];
 const QUICK_SIZES: [u16; 2] = [64, 1518];

@@ -6,7 +6,11 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use serde::Serialize;
 use vmm::HugePages;
 
+mod peers;
+
 use super::Setup;
+pub use peers::{PeerEntry, ToPeerEntry};
+
 use super::pairs::{LEAST_SHARE, Measured, Pair, gated, moved};
 use super::plan::Case;
 use super::probe::Distance;
@@ -32,6 +36,12 @@ pub struct Report {
     /// What the window spares: the same through it and through the relay, taken in turn; one entry a case and distance.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub paths: Vec<PathEntry>,
+    /// Other ways to exchange frames, one entry a peer, case and distance.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub peers: Vec<PeerEntry>,
+    /// The window beside each of them, taken in turn; one entry a case, peer and distance.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub to_peers: Vec<ToPeerEntry>,
     /// The time of a request through a ring alone, of a sweep; one entry a figure and distance.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub requests: Vec<RequestEntry>,
@@ -254,6 +264,8 @@ impl Report {
                 .collect(),
             ratios: ratios(measured),
             paths: paths(measured),
+            peers: Vec::new(),
+            to_peers: Vec::new(),
             requests: requests.iter().flat_map(request_entries).collect(),
             counters: (!requests.is_empty()).then(|| {
                 requests::counters().unwrap_or_else(|| "cache-misses, user mode".to_owned())

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
+use serde::Serialize;
 
 use super::iommu::{BackArgs, Iommu};
 use super::machine::BothArgs;
@@ -19,6 +20,29 @@ pub enum Sweep {
     /// What it takes to show a window and to take it away, against the number of windows that are there, and what traffic loses
     /// meanwhile
     Windows,
+}
+
+/// Another way to exchange frames, measured beside the VMs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PeerName {
+    /// DPDK: a vhost port (back-end) and a virtio-user port, packed rings, VIRTIO_F_IN_ORDER, vectorised
+    DpdkVhost,
+    /// DPDK: two memif ports; every frame is copied
+    Memif,
+    /// The same, without a copy at the end of the front-end
+    MemifZc,
+}
+
+impl PeerName {
+    /// As it is written on the command line and in the JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::DpdkVhost => "dpdk-vhost",
+            Self::Memif => "memif",
+            Self::MemifZc => "memif-zc",
+        }
+    }
 }
 
 /// What a pair of VMs is booted for.
@@ -87,6 +111,19 @@ pub struct BenchArgs {
         conflicts_with = "sweep"
     )]
     pub path: Option<Vec<Path>>,
+    /// Other ways to exchange frames on the same two cores, one way, sampled in turn with the VMs; they have to be installed [default:
+    /// none]
+    #[arg(
+        long,
+        value_enum,
+        value_name = "PEER,…",
+        value_delimiter = ',',
+        conflicts_with = "sweep"
+    )]
+    pub peers: Option<Vec<PeerName>>,
+    /// Entries of the peers' rings: a power of two up to 16384
+    #[arg(long, value_name = "N", default_value = "256", value_parser = peer_ring)]
+    pub peer_ring: u16,
     #[command(flatten)]
     pub back: BackArgs,
     #[command(flatten)]
@@ -96,7 +133,27 @@ pub struct BenchArgs {
     pub json: Option<PathBuf>,
 }
 
+fn peer_ring(text: &str) -> Result<u16, String> {
+    match text.parse() {
+        Ok(ring @ 32..=16384_u16) if ring.is_power_of_two() => Ok(ring),
+        _ => Err("it is a power of two from 32 to 16384".to_owned()),
+    }
+}
+
 impl BenchArgs {
+    /// The peers. None of them does what is not one way.
+    pub fn peer_list(&self) -> Result<&[PeerName], Failure> {
+        let peers = self.peers.as_deref().unwrap_or_default();
+        let one_way =
+            |direction: &Direction| matches!(direction, Direction::BeToFe | Direction::FeToBe);
+        match &self.directions {
+            Some(directions) if !peers.is_empty() && !directions.iter().any(one_way) => Err(usage(
+                "--peers: they are measured with --directions be-to-fe and fe-to-be only",
+            )),
+            _ => Ok(peers),
+        }
+    }
+
     /// The ring configurations, none twice.
     pub fn ring_list(&self) -> Vec<Ring> {
         let (layouts, orders): (&[Layout], &[Switch]) = match self.sweep {

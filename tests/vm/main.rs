@@ -8,6 +8,7 @@ mod kill;
 mod link;
 mod pair;
 mod process;
+mod queues;
 
 use std::fs;
 use std::sync::{Mutex, MutexGuard, PoisonError};

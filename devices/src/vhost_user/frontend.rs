@@ -276,12 +276,12 @@ pub struct Frontend {
     bases: Vec<(u8, u32)>,
     /// The vring that has just been stopped by itself.
     stopped: Option<(u8, u32)>,
+    /// The vrings have just been enabled and disabled as the caller wanted.
+    enabled: bool,
     /// Where the back-end keeps what is in flight.
     inflight: Option<InflightArea>,
     /// Vrings that are to be started when that has come.
     waiting: Vec<Vring>,
-    /// The vrings have just been enabled and disabled as the caller wanted.
-    enabled: bool,
 }
 
 impl AsRawFd for Frontend {
@@ -314,9 +314,9 @@ impl Frontend {
             packed: false,
             bases: Vec::new(),
             stopped: None,
+            enabled: false,
             inflight: None,
             waiting: Vec::new(),
-            enabled: false,
         };
         frontend.ask(&Message::bare(requests::GET_FEATURES), Owed::Features)?;
         Ok(frontend)
@@ -531,19 +531,14 @@ impl Frontend {
         if !self.is_started() || !self.has_protocol_features {
             return Err(Error::State("enabling vrings"));
         }
-        let mut sent = false;
         for &(index, enabled) in changes {
-            // One that has not been started yet is started as it is wanted.
             match self.waiting.iter_mut().find(|vring| vring.index == index) {
                 Some(vring) => vring.enabled = enabled,
-                None => {
-                    self.step(enable(index, enabled))?;
-                    sent = true;
-                }
+                None => self.step(enable(index, enabled))?,
             }
         }
         match self.owed.back_mut() {
-            Some(last @ Owed::Ack(requests::SET_VRING_ENABLE)) if sent => {
+            Some(last @ Owed::Ack(requests::SET_VRING_ENABLE)) if !changes.is_empty() => {
                 *last = Owed::Enabled(requests::SET_VRING_ENABLE);
                 Ok(())
             }
@@ -717,7 +712,6 @@ impl Frontend {
             Owed::Barrier => {
                 decode::<U64>(message)?;
             }
-            Owed::Inflight => self.got_inflight(message)?,
             Owed::Enabled(_) => {
                 let value = decode::<U64>(message)?.0;
                 if request == requests::SET_VRING_ENABLE && value != 0 {
@@ -725,6 +719,7 @@ impl Frontend {
                 }
                 self.enabled = true;
             }
+            Owed::Inflight => self.got_inflight(message)?,
             Owed::Base(index) => {
                 let base = self.base(index, message)?;
                 self.bases.push((index, base));

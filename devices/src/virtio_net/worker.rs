@@ -55,12 +55,12 @@ struct Queue {
 struct Active {
     features: u64,
     queues: Vec<Queue>,
-    /// What the last back-end left for the next; while one is at work, its [`Frontend`] knows better.
-    inflight: Option<InflightArea>,
     /// How many of the queues are a back-end's: those before them.
     vrings: u16,
     /// How many pairs of these are in use.
     pairs: u16,
+    /// What the last back-end left for the next; while one is at work, its [`Frontend`] knows better.
+    inflight: Option<InflightArea>,
 }
 
 impl Active {
@@ -74,9 +74,9 @@ impl Active {
         Self {
             features,
             queues: queues.collect(),
-            inflight: None,
             vrings: if features & F_MQ != 0 { 2 * pairs } else { 2 },
             pairs: 1,
+            inflight: None,
         }
     }
 
@@ -268,10 +268,7 @@ impl Worker {
 
     /// Drops the connection, with one line that says why and what comes of it.
     pub(super) fn drop_peer(&mut self, level: Level, why: fmt::Arguments, ops: &mut EventOps) {
-        let stranded = self.strand();
-        if stranded {
-            self.close_control(ops);
-        }
+        let stranded = self.strand(ops);
         if self.may_log() {
             let then = if stranded {
                 "where it stood in the packed rings is not known, the driver has to reset the device"
@@ -288,29 +285,32 @@ impl Worker {
 
     /// Gives up packed rings that no other back-end could go on with; returns whether there are any. One goes on where the last one has left word of what
     /// was in flight, and a ring that the driver has not put anything into can be started anew.
-    fn strand(&mut self) -> bool {
+    fn strand(&mut self, ops: &mut EventOps) -> bool {
         let frontend = self.peer.as_mut().map(|peer| &mut peer.frontend);
         let started = frontend.filter(|frontend| frontend.is_started());
         let (Some(frontend), Some(active)) = (started, &mut self.active) else {
             return false;
         };
         active.inflight = frontend.take_inflight();
-        let stranded = active.packed() && active.inflight.is_none() && self.rings_used();
+        active.packed() && active.inflight.is_none() && self.forfeit(ops)
+    }
+
+    /// Gives up rings of which nobody knows where they stand; returns whether there are any.
+    fn forfeit(&mut self, ops: &mut EventOps) -> bool {
+        let memory = self.host.memory();
+        let space = space(&*self.host, self.follower.as_ref());
+        let Some(active) = &mut self.active else {
+            return false;
+        };
+        let stranded = active
+            .enabled()
+            .any(|(_, queue)| !rings::is_blank(&queue.setup, space, memory));
         if stranded {
+            self.close_control(ops);
             self.active = None;
             self.broken = true;
         }
         stranded
-    }
-
-    /// Whether the driver has put anything into a ring.
-    fn rings_used(&mut self) -> bool {
-        let memory = self.host.memory();
-        let space = space(&*self.host, self.follower.as_ref());
-        self.active.as_mut().is_some_and(|active| {
-            let mut queues = active.enabled();
-            queues.any(|(_, queue)| !rings::is_blank(&queue.setup, space, memory))
-        })
     }
 
     fn disconnect(&mut self, ops: &mut EventOps) {
@@ -440,14 +440,14 @@ impl Worker {
         }
         let keeps = peer.frontend.keeps_inflight();
         let lost = |active: &Active| active.packed() && active.inflight.is_some() && !keeps;
-        if self.active.as_ref().is_some_and(lost) && self.rings_used() {
+        if self.active.as_ref().is_some_and(lost) && self.forfeit(ops) {
             if self.may_log() {
                 let path = self.path();
                 warn!(
                     "{path}: the back-end cannot go on where the last one stood in the packed rings (INFLIGHT_SHMFD): the driver has to reset the device"
                 );
             }
-            return self.give_up(ops);
+            return self.ask_for_reset();
         }
         let Some(active) = &mut self.active else {
             return;
@@ -580,8 +580,8 @@ impl Worker {
             return;
         };
         let had = active.inflight.take().is_some();
-        if had && active.packed() && self.rings_used() {
-            self.give_up(ops);
+        if had && active.packed() && self.forfeit(ops) {
+            self.ask_for_reset();
         }
     }
 
@@ -661,6 +661,11 @@ impl Worker {
         self.active = None;
         self.broken = true;
         self.start_waits = false;
+        self.ask_for_reset();
+    }
+
+    /// Nothing works before the driver has reset the device.
+    fn ask_for_reset(&self) {
         self.update_link();
         if let Some(transport) = self.shared.transport() {
             transport.set_needs_reset();

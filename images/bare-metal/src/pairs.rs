@@ -99,6 +99,8 @@ pub(crate) fn traffic<L: Link>(
     let mut timed_out = false;
     let mut turn = 0u32;
     let mut idle_turns = 0u32;
+    // Whether anything was done since the last look at the clock.
+    let mut busy = false;
     loop {
         let mut idle = true;
         for (pair, flow) in flows.iter_mut().enumerate() {
@@ -110,6 +112,7 @@ pub(crate) fn traffic<L: Link>(
         if idle && link.gone() {
             return Err(Stopped::Down);
         }
+        busy |= !idle;
         turn = turn.wrapping_add(1);
         if turn.is_multiple_of(L::CLOCK_EVERY) || idle && run.interrupts {
             let now = link.now();
@@ -117,7 +120,7 @@ pub(crate) fn traffic<L: Link>(
             for flow in &mut flows {
                 flow.tick(now, run);
             }
-            if !idle {
+            if core::mem::take(&mut busy) {
                 deadline = now + timeout;
             } else if now >= deadline {
                 timed_out = true;

@@ -50,6 +50,7 @@ fn config(dir: &TempDir, role: SocketRole) -> VhostPciConfig {
         queues: QUEUES,
         uuid,
         miss_timeout: Duration::from_secs(10),
+        files: Files::Sealed,
     }
 }
 

@@ -1,7 +1,9 @@
 //! Several queue pairs, and the control queue that puts them into use.
 
 use super::*;
+use crate::host::Permission;
 use crate::virtio::harness::Ring;
+use crate::virtio_iommu::Mapping;
 
 const PAIRS: u16 = 4;
 /// Where the control queue of such a device is, and where its ring lies.
@@ -39,12 +41,12 @@ fn send(ring: &mut Ring, command: &[&[u8]], room: u32) {
         let last = usize::from(slot) + 1 == command.len() && room == 0;
         let flags = if last { 0 } else { NEXT };
         let len = u32::try_from(bytes.len()).unwrap();
-        ring.set_desc(slot, ring.buffer(slot), len, flags, slot + 1);
+        ring.set_desc(slot, ring.buffer(slot) + ring.shift, len, flags, slot + 1);
         slot += 1;
     }
     ring.put(ring.buffer(9), &[UNTOUCHED; 8]);
     if room > 0 {
-        ring.set_desc(slot, ring.buffer(9), room, WRITE, 0);
+        ring.set_desc(slot, ring.buffer(9) + ring.shift, room, WRITE, 0);
     }
     ring.publish(0);
 }
@@ -529,4 +531,56 @@ fn the_control_queue_has_the_layout_of_the_others() {
     assert_eq!(ring.get(ring.buffer(9), 1), [OK]);
     let enabled = backend.states(requests::SET_VRING_ENABLE);
     assert_eq!(enabled[8..], (2..8).map(|i| (i, 1)).collect::<Vec<_>>());
+}
+
+#[test]
+fn the_control_queue_is_reached_through_the_iommu_and_no_further() {
+    const BASE: u64 = 1 << 32;
+    let mapping = |gpa, len| Mapping {
+        iova: BASE + gpa,
+        gpa,
+        len,
+        permission: Permission::READ_WRITE,
+    };
+    let endpoint = Endpoint::new().unwrap();
+    endpoint.map(mapping(0, 0x10_0000));
+    endpoint.map(mapping(RING, 0x10_0000));
+    let (role, rings) = (SocketRole::Listen, RingFeatures::default());
+    let behind = Some(endpoint.clone());
+    let mut world = World::build_pairs(role, rings, behind, Duration::from_secs(60), PAIRS);
+    let mut backend = world.connect(WITH_MQ | F_ACCESS_PLATFORM);
+    backend.serve_pairs(PAIRS.into());
+    world.until(&mut backend, |world, _| world.link() == LINK_UP);
+    let (mut ring, setup) = control_ring(&world);
+    ring.shift = BASE;
+    let (kick, call) = (setup.kick.clone(), setup.call.clone());
+    let mut queues: Vec<_> = (0..8).map(queue).collect();
+    queues.push(setup);
+    for queue in &mut queues {
+        for address in [&mut queue.desc, &mut queue.driver, &mut queue.device] {
+            *address += BASE;
+        }
+    }
+    let features = DRIVER | F_ACCESS_PLATFORM;
+    world.net.activate(Activation { features, queues });
+    world.until(&mut backend, |_, backend| backend.enabled().len() == 8);
+    let mut several = Several {
+        world,
+        backend,
+        ring,
+        kick,
+        call,
+    };
+    assert_eq!(several.use_pairs(4), OK);
+    assert_eq!(several.in_use().len(), 8);
+    assert!(endpoint.take_fault().is_none());
+
+    // A guest physical address means nothing here.
+    several.ring.shift = 0;
+    send(&mut several.ring, &[&pairs_set(2)], 1);
+    event::signal(&several.kick);
+    let world = &mut several.world;
+    world.until(&mut several.backend, |world, _| world.needs_reset() == 1);
+    assert!(endpoint.take_fault().is_some());
+    assert_eq!(several.in_use().len(), 8);
 }

@@ -17,6 +17,7 @@ use crate::arch::{self, event};
 use crate::console;
 use crate::error;
 use crate::machine::Machine;
+use crate::print;
 use crate::study::{self, Pages};
 
 /// What the main loop needs beside what a workload needs.
@@ -102,6 +103,8 @@ struct Flips {
     /// Ticks from one change to the next, and when that is.
     every: u64,
     next: u64,
+    /// How many changes there have been.
+    done: u64,
 }
 
 /// Why a network device could not be started.
@@ -266,12 +269,19 @@ impl<M: Mapper> Link for FrontEnd<'_, M> {
     fn start_flips(&mut self, pairs: usize, hz: u64) -> bool {
         let every = 1000 * self.tsc_khz / hz.max(1);
         let next = arch::now() + every;
-        self.flips = Some(Flips { pairs, every, next });
+        self.flips = Some(Flips {
+            pairs,
+            every,
+            next,
+            done: 0,
+        });
         true
     }
 
     fn end_flips(&mut self) {
         if let Some(flips) = self.flips.take() {
+            let done = flips.done;
+            print!("guest: pairs went out of use or came back {done} times");
             self.use_pairs(flips.pairs);
         }
     }
@@ -319,14 +329,20 @@ impl<M: Mapper> Link for FrontEnd<'_, M> {
             && now >= flips.next
             && let Some(device) = self.device.as_mut().filter(|_| self.up)
         {
-            flips.next = now + flips.every;
             let count = match device.pair(1) {
                 Some(_) => 1,
                 None => flips.pairs,
             };
-            if let Err(why) = device.use_pairs(count) {
-                error(format_args!("{count} queue pairs: {why}"));
-                self.flips = None;
+            match device.use_pairs(count) {
+                // From its end on: the workload gets its time in between.
+                Ok(()) => {
+                    flips.next = arch::now() + flips.every;
+                    flips.done += 1;
+                }
+                Err(why) => {
+                    error(format_args!("{count} queue pairs: {why}"));
+                    self.flips = None;
+                }
             }
         }
         if let Some(churn) = &mut self.churn
