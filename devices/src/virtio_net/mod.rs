@@ -40,6 +40,7 @@
 
 mod control;
 mod iotlb;
+mod pairs;
 mod rings;
 #[cfg(test)]
 mod tests;
