@@ -32,25 +32,45 @@ pub fn vm_args(
     iommus: Iommus,
 ) -> [Vec<OsString>; 2] {
     let socket = directory.join("pair.sock");
-    let device = |prefix: &str, rest: &str| {
-        let mut text = OsString::from(format!("{prefix}socket="));
-        text.push(&socket);
-        text.push(rest);
-        text
-    };
     [0, 1].map(|side| {
-        let mut args: Vec<OsString> = vec![["--memory=", memory].concat().into()];
-        if let Some(cores) = cores {
-            args.push(format!("--cpus=count=1,affinity={}", cores[side]).into());
-        }
+        let mut args = vm_flags(memory, cores.map(|cores| cores[side]));
         args.push(if side == 0 {
-            device("--vhost-pci=", ",listen=on")
+            let mut text = OsString::from("--vhost-pci=socket=");
+            text.push(&socket);
+            text.push(",listen=on");
+            text
         } else {
-            device("--net=", &format!(",listen=off,{}", rings.net_keys()))
+            net_flag(&socket, rings)
         });
         args.extend(iommus.run_flag(side).map(OsString::from));
         args
     })
+}
+
+/// The arguments of `run` for a VM that is a front-end of the relay that listens at `socket`, but for the guest's command line.
+pub fn net_vm_args(
+    socket: &Path,
+    memory: &str,
+    core: Option<usize>,
+    rings: &RingSetup,
+) -> Vec<OsString> {
+    let mut args = vm_flags(memory, core);
+    args.push(net_flag(socket, rings));
+    args
+}
+
+fn vm_flags(memory: &str, core: Option<usize>) -> Vec<OsString> {
+    let mut args: Vec<OsString> = vec![["--memory=", memory].concat().into()];
+    args.extend(core.map(|core| format!("--cpus=count=1,affinity={core}").into()));
+    args
+}
+
+/// A network device that connects to whoever listens at `socket`.
+fn net_flag(socket: &Path, rings: &RingSetup) -> OsString {
+    let mut text = OsString::from("--net=socket=");
+    text.push(socket);
+    text.push(format!(",listen=off,{}", rings.net_keys()));
+    text
 }
 
 /// The rings that the flags ask for; what they say nothing about is left to the devices.

@@ -283,6 +283,7 @@ fn result(outcome: &Outcome) -> WorkResult {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cli::Path;
     use crate::cli::iommu::Iommu;
     use crate::cli::rings::{Layout, Ring};
     use clap::ValueEnum;
@@ -330,6 +331,7 @@ mod tests {
                     let case = Case {
                         ring,
                         iommu: Iommu::Off,
+                        path: Path::Window,
                         direction,
                         size: 200,
                         batch: 8,

@@ -1,6 +1,8 @@
 //! Starting the tool, and not waiting for it for ever.
 #![allow(dead_code)] // each test file uses a part of it
 
+pub mod linux;
+
 use std::fs;
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -54,8 +56,8 @@ impl Drop for Dir {
 /// The tool, running. It is killed when the test is done with it.
 pub struct Running {
     child: Child,
-    stdout: Arc<Mutex<String>>,
-    stderr: Arc<Mutex<String>>,
+    stdout: Collected,
+    stderr: Collected,
 }
 
 /// How it ended.
@@ -94,30 +96,44 @@ impl Ended {
     }
 }
 
-fn collect(mut from: impl Read + Send + 'static) -> Arc<Mutex<String>> {
-    let text = Arc::new(Mutex::new(String::new()));
-    let kept = Arc::clone(&text);
-    thread::spawn(move || {
-        let mut chunk = [0; 4096];
-        while let Ok(got @ 1..) = from.read(&mut chunk) {
-            kept.lock()
-                .unwrap()
-                .push_str(&String::from_utf8_lossy(&chunk[..got]));
-        }
-    });
-    text
+/// What has come out of something so far.
+pub struct Collected(Arc<Mutex<String>>);
+
+impl Collected {
+    /// Reads it to its end, in a thread.
+    pub fn new(mut from: impl Read + Send + 'static) -> Self {
+        let text = Arc::new(Mutex::new(String::new()));
+        let kept = Arc::clone(&text);
+        thread::spawn(move || {
+            let mut chunk = [0; 4096];
+            while let Ok(got @ 1..) = from.read(&mut chunk) {
+                kept.lock()
+                    .unwrap()
+                    .push_str(&String::from_utf8_lossy(&chunk[..got]));
+            }
+        });
+        Self(text)
+    }
+
+    pub fn text(&self) -> String {
+        self.0.lock().unwrap().clone()
+    }
 }
 
 impl Running {
-    pub fn start(mut command: Command) -> Self {
+    pub fn start(command: Command) -> Self {
+        Self::with_stdin(command, Stdio::null())
+    }
+
+    pub fn with_stdin(mut command: Command, stdin: Stdio) -> Self {
         let mut child = command
-            .stdin(Stdio::null())
+            .stdin(stdin)
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
-            .unwrap();
-        let stdout = collect(child.stdout.take().unwrap());
-        let stderr = collect(child.stderr.take().unwrap());
+            .unwrap_or_else(|error| panic!("{command:?}: {error}"));
+        let stdout = Collected::new(child.stdout.take().unwrap());
+        let stderr = Collected::new(child.stderr.take().unwrap());
         Self {
             child,
             stdout,
@@ -126,11 +142,11 @@ impl Running {
     }
 
     pub fn stdout(&self) -> String {
-        self.stdout.lock().unwrap().clone()
+        self.stdout.text()
     }
 
     pub fn stderr(&self) -> String {
-        self.stderr.lock().unwrap().clone()
+        self.stderr.text()
     }
 
     pub fn is_running(&mut self) -> bool {

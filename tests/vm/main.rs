@@ -4,6 +4,7 @@ mod bench;
 #[path = "../common/mod.rs"]
 mod common;
 mod isolation;
+mod kill;
 mod link;
 mod pair;
 mod process;

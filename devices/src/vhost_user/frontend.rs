@@ -31,7 +31,7 @@ use super::wire::{
     DecodeError, Iotlb, IotlbKind, MemoryRegion, MemoryTable, Message, Payload, SingleMemoryRegion,
     U64, VringAddr, VringFd, VringState, protocol_features, requests,
 };
-use super::{VHOST_USER_F_PROTOCOL_FEATURES, sys};
+use super::{Inflight, InflightArea, VHOST_USER_F_PROTOCOL_FEATURES, sys};
 use crate::host;
 use crate::virtio::{F_ACCESS_PLATFORM, F_RING_PACKED};
 use crate::virtio_iommu::Change;
@@ -45,6 +45,7 @@ pub const PACKED_BASE: u32 = 0x8000_8000;
 const PROTOCOL_FEATURES: u64 = protocol_features::MQ
     | protocol_features::REPLY_ACK
     | protocol_features::BACKEND_REQ
+    | protocol_features::INFLIGHT_SHMFD
     | protocol_features::CONFIGURE_MEM_SLOTS;
 
 /// How many regions SET_MEM_TABLE may have ("Multiple memory regions description").
@@ -213,6 +214,8 @@ enum Owed {
     Base(u8),
     /// The base of this vring, by itself.
     SingleBase(u8),
+    /// The area for what is in flight.
+    Inflight,
     /// A change of translations: this request answers for it and all before.
     Iotlb {
         request: u32,
@@ -230,6 +233,7 @@ impl Owed {
             Self::MaxMemSlots => requests::GET_MAX_MEM_SLOTS,
             Self::Ack(request) | Self::Enabled(request) | Self::Iotlb { request, .. } => request,
             Self::Base(_) | Self::SingleBase(_) => requests::GET_VRING_BASE,
+            Self::Inflight => requests::GET_INFLIGHT_FD,
         }
     }
 }
@@ -274,6 +278,10 @@ pub struct Frontend {
     stopped: Option<(u8, u32)>,
     /// The vrings have just been enabled and disabled as the caller wanted.
     enabled: bool,
+    /// Where the back-end keeps what is in flight.
+    inflight: Option<InflightArea>,
+    /// Vrings that are to be started when that has come.
+    waiting: Vec<Vring>,
 }
 
 impl AsRawFd for Frontend {
@@ -307,6 +315,8 @@ impl Frontend {
             bases: Vec::new(),
             stopped: None,
             enabled: false,
+            inflight: None,
+            waiting: Vec::new(),
         };
         frontend.ask(&Message::bare(requests::GET_FEATURES), Owed::Features)?;
         Ok(frontend)
@@ -327,7 +337,24 @@ impl Frontend {
     /// Whether this vring is started, or about to be.
     #[must_use]
     pub fn has_vring(&self, index: u8) -> bool {
-        self.vrings.contains(&index)
+        self.vrings.contains(&index) || self.waiting.iter().any(|vring| vring.index == index)
+    }
+
+    /// Whether the back-end keeps what is in flight where the next one finds it (INFLIGHT_SHMFD). Known after [`Event::Ready`].
+    #[must_use]
+    pub fn keeps_inflight(&self) -> bool {
+        self.uses(protocol_features::INFLIGHT_SHMFD)
+    }
+
+    /// Hands over what the last back-end left, before [`Frontend::start`]. Where there is nothing the back-end is asked for a new area.
+    pub fn resume(&mut self, inflight: InflightArea) {
+        self.inflight = Some(inflight);
+    }
+
+    /// What the next back-end may be given, once this one is of no more use; `None` where it kept nothing, or where a vring was stopped by itself since: the
+    /// area is about all of them.
+    pub fn take_inflight(&mut self) -> Option<InflightArea> {
+        self.inflight.take()
     }
 
     /// Whether the back-end owes a reply.
@@ -394,6 +421,28 @@ impl Frontend {
         }
         self.set_up(features, memory)?;
         self.state = State::Starting;
+        if !self.keeps_inflight() {
+            return self.start_all(vrings);
+        }
+        let description = Inflight {
+            num_queues: vrings
+                .iter()
+                .map(|v| u16::from(v.index) + 1)
+                .max()
+                .unwrap_or(0),
+            queue_size: vrings.iter().map(|v| v.size).max().unwrap_or(0),
+            ..Inflight::default()
+        };
+        if self.inflight.is_some() {
+            self.give_inflight()?;
+            return self.start_all(vrings);
+        }
+        self.waiting = vrings.to_vec();
+        let message = Message::request(requests::GET_INFLIGHT_FD, &description);
+        self.ask(&message, Owed::Inflight)
+    }
+
+    fn start_all(&mut self, vrings: &[Vring]) -> Result<(), Error> {
         for vring in vrings {
             self.start_vring(vring)?;
         }
@@ -403,6 +452,37 @@ impl Frontend {
         Ok(())
     }
 
+    /// Tells the back-end where to keep what is in flight.
+    fn give_inflight(&mut self) -> Result<(), Error> {
+        let Some(area) = &self.inflight else {
+            return Ok(());
+        };
+        let fds = vec![duplicate(&*area.file)?];
+        let message = Message::request(requests::SET_INFLIGHT_FD, &area.description);
+        self.step(message.with_fds(fds))
+    }
+
+    /// The answer to GET_INFLIGHT_FD. An area without a length is none.
+    fn got_inflight(&mut self, message: &mut Message) -> Result<(), Error> {
+        let description: Inflight = decode(message)?;
+        let mut fds = std::mem::take(&mut message.fds);
+        let file = fds.pop();
+        if !fds.is_empty() || file.is_some() != (description.mmap_size > 0) {
+            return Err(Violation::Fds(message.request).into());
+        }
+        let waiting = std::mem::take(&mut self.waiting);
+        // The vrings may have been stopped again meanwhile.
+        if self.state != State::Starting {
+            return Ok(());
+        }
+        self.inflight = file.map(|file| InflightArea {
+            description,
+            file: Arc::new(file),
+        });
+        self.give_inflight()?;
+        self.start_all(&waiting)
+    }
+
     /// Stops the vrings; [`Event::Stopped`] follows when the back-end has answered.
     pub fn stop(&mut self) -> Result<(), Error> {
         if !self.is_started() {
@@ -410,6 +490,8 @@ impl Frontend {
         }
         self.state = State::Stopping;
         self.told = None;
+        self.inflight = None;
+        self.waiting.clear();
         let vrings = std::mem::take(&mut self.vrings);
         if self.has_protocol_features {
             for &index in &vrings {
@@ -425,10 +507,16 @@ impl Frontend {
     /// Stops one of the vrings while the others go on; [`Event::VringStopped`] follows when the back-end has answered. Then
     /// [`Frontend::start_vring`] may start it again.
     pub fn stop_vring(&mut self, index: u8) -> Result<(), Error> {
+        if let Some(at) = self.waiting.iter().position(|vring| vring.index == index) {
+            let vring = self.waiting.swap_remove(at);
+            self.stopped = Some((index, vring.base));
+            return Ok(());
+        }
         let at = self.vrings.iter().position(|&vring| vring == index);
         let Some(at) = at.filter(|_| self.is_started()) else {
             return Err(Error::State("stopping a vring"));
         };
+        self.inflight = None;
         self.vrings.swap_remove(at);
         if self.has_protocol_features {
             self.connection.send(&enable(index, false))?;
@@ -444,7 +532,10 @@ impl Frontend {
             return Err(Error::State("enabling vrings"));
         }
         for &(index, enabled) in changes {
-            self.step(enable(index, enabled))?;
+            match self.waiting.iter_mut().find(|vring| vring.index == index) {
+                Some(vring) => vring.enabled = enabled,
+                None => self.step(enable(index, enabled))?,
+            }
         }
         match self.owed.back_mut() {
             Some(last @ Owed::Ack(requests::SET_VRING_ENABLE)) if !changes.is_empty() => {
@@ -546,7 +637,7 @@ impl Frontend {
                 return Ok(Some(event));
             }
             match self.connection.receive()? {
-                Some(message) => self.reply(&message)?,
+                Some(message) => self.reply(message)?,
                 // Together, for all that have come.
                 None => return Ok(self.iotlb_done.take().map(Event::Iotlb)),
             }
@@ -582,7 +673,7 @@ impl Frontend {
     }
 
     /// Takes a message of the back-end, which must be the reply that is owed.
-    fn reply(&mut self, message: &Message) -> Result<(), Error> {
+    fn reply(&mut self, mut message: Message) -> Result<(), Error> {
         let request = message.request;
         let owed = self.owed.pop_front().ok_or(Violation::Unasked(request))?;
         if matches!(owed, Owed::Iotlb { .. }) {
@@ -596,9 +687,10 @@ impl Frontend {
             }
             .into());
         }
-        if !message.fds.is_empty() {
+        if !message.fds.is_empty() && owed != Owed::Inflight {
             return Err(Violation::Fds(request).into());
         }
+        let message = &mut message;
         match owed {
             Owed::Features => self.got_features(decode::<U64>(message)?.0)?,
             Owed::ProtocolFeatures => self.got_protocol_features(decode::<U64>(message)?.0)?,
@@ -621,6 +713,7 @@ impl Frontend {
                 }
                 self.enabled = true;
             }
+            Owed::Inflight => self.got_inflight(message)?,
             Owed::Base(index) => {
                 let base = self.base(index, message)?;
                 self.bases.push((index, base));
@@ -711,6 +804,10 @@ impl Frontend {
     pub fn start_vring(&mut self, vring: &Vring) -> Result<(), Error> {
         if !self.is_started() || self.has_vring(vring.index) {
             return Err(Error::State("starting a vring"));
+        }
+        if self.owed.contains(&Owed::Inflight) {
+            self.waiting.push(vring.clone());
+            return Ok(());
         }
         self.vrings.push(vring.index);
         let index = u32::from(vring.index);

@@ -40,8 +40,10 @@
 
 mod control;
 mod iotlb;
+mod names;
 mod pairs;
 mod rings;
+pub mod tap;
 #[cfg(test)]
 mod tests;
 mod worker;

@@ -1,6 +1,9 @@
 //! The device with a fake machine, a fake transport, and back-ends that the tests play.
 
+mod inflight;
 mod iommu;
+mod lacking;
+mod noise;
 mod pairs;
 mod queues;
 

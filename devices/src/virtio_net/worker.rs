@@ -14,11 +14,12 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use super::control::Control;
 use super::iotlb::{Follower, Watched};
+use super::names::Names;
 use super::rings::{self, RingError, Space};
 use super::{F_CTRL_VQ, F_MQ, OWN_FEATURES_MQ, QueueOrder, Shared};
 use crate::host::Host;
 use crate::vhost_user::frontend::{self, Event, Frontend, Offer, PACKED_BASE, Vring};
-use crate::vhost_user::{Connection, RateLimit, Socket};
+use crate::vhost_user::{Connection, InflightArea, RateLimit, Socket};
 use crate::virtio::{Activation, F_RING_PACKED, F_VERSION_1, QueueSetup, event};
 
 /// How often a back-end that is not there is looked for.
@@ -56,6 +57,8 @@ pub(super) struct Active {
     vrings: u16,
     /// How many pairs of these are in use.
     pub(super) pairs: u16,
+    /// What the last back-end left for the next; while one is at work, its [`Frontend`] knows better.
+    inflight: Option<InflightArea>,
 }
 
 impl Active {
@@ -71,6 +74,7 @@ impl Active {
             queues: queues.collect(),
             vrings: if features & F_MQ != 0 { 2 * pairs } else { 2 },
             pairs: 1,
+            inflight: None,
         }
     }
 
@@ -127,6 +131,7 @@ pub(super) struct Worker {
     /// The vrings of the queues for which the transport waits for `queue_reset_done`, and that for the back-end.
     queue_resets: Vec<u8>,
     limit: RateLimit,
+    lacking: RateLimit,
 }
 
 impl Worker {
@@ -154,6 +159,7 @@ impl Worker {
             resetting: false,
             queue_resets: Vec::new(),
             limit: RateLimit::new(LOG_INTERVAL),
+            lacking: RateLimit::new(LOG_INTERVAL),
         })
     }
 
@@ -260,10 +266,7 @@ impl Worker {
 
     /// Drops the connection, with one line that says why and what comes of it.
     pub(super) fn drop_peer(&mut self, level: Level, why: fmt::Arguments, ops: &mut EventOps) {
-        let stranded = self.strand();
-        if stranded {
-            self.close_control(ops);
-        }
+        let stranded = self.strand(ops);
         if self.may_log() {
             let then = if stranded {
                 "where it stood in the packed rings is not known, the driver has to reset the device"
@@ -278,20 +281,30 @@ impl Worker {
         }
     }
 
-    /// Gives up packed rings that no other back-end could go on with; returns whether there are any. A ring that the driver has
-    /// not put anything into can be started anew.
-    fn strand(&mut self) -> bool {
+    /// Gives up packed rings that no other back-end could go on with; returns whether there are any. One goes on where the last one has left word of what
+    /// was in flight, and a ring that the driver has not put anything into can be started anew.
+    fn strand(&mut self, ops: &mut EventOps) -> bool {
+        let frontend = self.peer.as_mut().map(|peer| &mut peer.frontend);
+        let started = frontend.filter(|frontend| frontend.is_started());
+        let (Some(frontend), Some(active)) = (started, &mut self.active) else {
+            return false;
+        };
+        active.inflight = frontend.take_inflight();
+        active.packed() && active.inflight.is_none() && self.forfeit(ops)
+    }
+
+    /// Gives up rings of which nobody knows where they stand; returns whether there are any.
+    fn forfeit(&mut self, ops: &mut EventOps) -> bool {
         let memory = self.host.memory();
         let space = space(&*self.host, self.follower.as_ref());
-        let started = self.peer.as_ref().is_some_and(|p| p.frontend.is_started());
-        let active = self.active.as_mut().filter(|active| active.packed());
-        let Some(active) = active.filter(|_| started) else {
+        let Some(active) = &mut self.active else {
             return false;
         };
         let stranded = active
             .enabled()
             .any(|(_, queue)| !rings::is_blank(&queue.setup, space, memory));
         if stranded {
+            self.close_control(ops);
             self.active = None;
             self.broken = true;
         }
@@ -414,11 +427,25 @@ impl Worker {
         }
         let missing = self.missing(offer);
         if missing != 0 {
-            if self.may_log() {
-                let path = self.path();
-                warn!("{path}: the back-end lacks features {missing:#x}: the link stays down");
+            // By a limit of its own: the line about the end of the last back-end has just been written.
+            if self.lacking.allow(Instant::now()).is_some() {
+                let (path, names) = (self.path(), Names(missing));
+                warn!(
+                    "{path}: the back-end lacks {names}, which the driver uses: the link stays down"
+                );
             }
             return;
+        }
+        let keeps = peer.frontend.keeps_inflight();
+        let lost = |active: &Active| active.packed() && active.inflight.is_some() && !keeps;
+        if self.active.as_ref().is_some_and(lost) && self.forfeit(ops) {
+            if self.may_log() {
+                let path = self.path();
+                warn!(
+                    "{path}: the back-end cannot go on where the last one stood in the packed rings (INFLIGHT_SHMFD): the driver has to reset the device"
+                );
+            }
+            return self.ask_for_reset();
         }
         let Some(active) = &mut self.active else {
             return;
@@ -448,7 +475,11 @@ impl Worker {
         for (_, queue) in active.enabled() {
             queue.served = true;
         }
+        let inflight = active.inflight.clone().filter(|_| keeps);
         let Some(peer) = &mut self.peer else { return };
+        if let Some(inflight) = inflight {
+            peer.frontend.resume(inflight);
+        }
         let result = peer
             .frontend
             .start(features, self.host.memory_regions(), &vrings);
@@ -527,6 +558,7 @@ impl Worker {
         }
         let running = self.peer.as_mut().filter(|p| p.frontend.has_vring(index));
         let Some(peer) = running else {
+            self.spoil_inflight(ops);
             return self.queue_reset_done(index);
         };
         let result = peer.frontend.stop_vring(index);
@@ -536,6 +568,18 @@ impl Worker {
         }
         if self.arm_deadline(ops) {
             self.drive(ops);
+        }
+    }
+
+    /// A queue was reset: what the last back-end left is about all of them, and right no more. While one is at work that is its front-end's matter.
+    fn spoil_inflight(&mut self, ops: &mut EventOps) {
+        let started = self.peer.as_ref().is_some_and(|p| p.frontend.is_started());
+        let Some(active) = self.active.as_mut().filter(|_| !started) else {
+            return;
+        };
+        let had = active.inflight.take().is_some();
+        if had && active.packed() && self.forfeit(ops) {
+            self.ask_for_reset();
         }
     }
 
@@ -615,6 +659,11 @@ impl Worker {
         self.active = None;
         self.broken = true;
         self.start_waits = false;
+        self.ask_for_reset();
+    }
+
+    /// Nothing works before the driver has reset the device.
+    fn ask_for_reset(&self) {
         self.update_link();
         if let Some(transport) = self.shared.transport() {
             transport.set_needs_reset();

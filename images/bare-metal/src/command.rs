@@ -1,5 +1,7 @@
 //! Commands: the kernel command line, and lines on the control channel (docs/bare-metal.md).
 
+use core::net::Ipv4Addr;
+
 use guest_driver::net_port::{Shape, TxShape};
 use guest_driver::vhost_pci::Junk;
 use guest_driver::virtio_iommu::access;
@@ -29,6 +31,8 @@ pub enum Work {
     Echo,
     /// Send one frame at a time to an echo and time it.
     RoundTrip,
+    /// Be a host that answers.
+    Respond,
 }
 
 impl Work {
@@ -41,6 +45,7 @@ impl Work {
             Self::Both => "both",
             Self::Echo => "echo",
             Self::RoundTrip => "round-trip",
+            Self::Respond => "respond",
         }
     }
 
@@ -51,6 +56,7 @@ impl Work {
             Self::Both,
             Self::Echo,
             Self::RoundTrip,
+            Self::Respond,
         ]
         .into_iter()
         .find(|work| work.name() == name)
@@ -86,6 +92,8 @@ pub struct Run {
     pub flips: u64,
     /// Which end to be, where it is not the device that says so: two front-ends that a switch joins are one of each.
     pub end: Option<End>,
+    /// Who a responder is.
+    pub address: Address,
 }
 
 impl Default for Run {
@@ -104,8 +112,51 @@ impl Default for Run {
             queues: 1,
             flips: 0,
             end: None,
+            address: Address::default(),
         }
     }
+}
+
+/// Who a responder is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Address {
+    /// Ethernet address: of one station.
+    pub mac: [u8; 6],
+    /// IPv4 address: of one host.
+    pub ip: [u8; 4],
+    /// Bits of the network.
+    pub prefix: u8,
+}
+
+impl Default for Address {
+    fn default() -> Self {
+        Self {
+            mac: [0x02, 0, 0, 0, 0, 0x01],
+            ip: [10, 0, 0, 1],
+            prefix: 24,
+        }
+    }
+}
+
+/// An Ethernet address that one station can have, `02:00:00:00:00:01`.
+fn mac(text: &str) -> Option<[u8; 6]> {
+    let mut parts = text.split(':');
+    let mut mac = [0; 6];
+    for byte in &mut mac {
+        let part = parts.next().filter(|part| part.len() == 2)?;
+        let digits = part.bytes().all(|digit| digit.is_ascii_hexdigit());
+        *byte = u8::from_str_radix(part, 16).ok().filter(|_| digits)?;
+    }
+    (parts.next().is_none() && mac[0] & 1 == 0 && mac != [0; 6]).then_some(mac)
+}
+
+/// An IPv4 address that one host can have, and the bits of its network, `10.0.0.1/24`.
+fn network(text: &str) -> Option<([u8; 4], u8)> {
+    let (ip, prefix) = text.split_once('/')?;
+    let ip: Ipv4Addr = ip.parse().ok()?;
+    let prefix = prefix.parse().ok().filter(|bits| (1..=32).contains(bits))?;
+    let host = !ip.is_unspecified() && !ip.is_multicast() && !ip.is_broadcast();
+    host.then_some((ip.octets(), prefix))
 }
 
 /// A word that cannot be understood.
@@ -531,6 +582,8 @@ impl Run {
                     _ => return Err(bad),
                 }
             }
+            "mac" => self.address.mac = mac(value).ok_or(bad)?,
+            "addr" => (self.address.ip, self.address.prefix) = network(value).ok_or(bad)?,
             "mode" => {
                 self.interrupts = match value {
                     "poll" => false,
@@ -678,7 +731,7 @@ mod tests {
 
     #[test]
     fn a_run_command_takes_every_key() {
-        let line = "run id=7 work=round-trip size=1518 batch=8 ms=20 warmup_ms=1 count=9 mode=irq timeout_ms=30 churn=1000 end=back-end queues=16 flips=50";
+        let line = "run id=7 work=round-trip size=1518 batch=8 ms=20 warmup_ms=1 count=9 mode=irq timeout_ms=30 churn=1000 end=back-end queues=16 flips=50 mac=02:00:00:00:0a:ff addr=192.168.7.9/16";
         let want = Run {
             id: 7,
             work: Work::RoundTrip,
@@ -693,6 +746,11 @@ mod tests {
             queues: 16,
             flips: 50,
             end: Some(End::BackEnd),
+            address: Address {
+                mac: [2, 0, 0, 0, 0x0a, 0xff],
+                ip: [192, 168, 7, 9],
+                prefix: 16,
+            },
         };
         assert_eq!(Command::parse(line), Ok(Some(Command::Run(want))));
         assert_eq!(Command::parse("exit code=9"), Ok(Some(Command::Exit(9))));
@@ -873,6 +931,24 @@ mod tests {
             ("messages what=reply", "messages what=reply"),
             ("run work=source churn=100001", "churn=100001"),
             ("run work=source end=middle", "end=middle"),
+            ("run work=respond addr=10.0.0.1", "addr=10.0.0.1"),
+            ("run work=respond addr=10.0.0.1/33", "addr=10.0.0.1/33"),
+            ("run work=respond addr=10.0.0/24", "addr=10.0.0/24"),
+            ("run work=respond addr=0.0.0.0/8", "addr=0.0.0.0/8"),
+            ("run work=respond addr=224.0.0.1/8", "addr=224.0.0.1/8"),
+            (
+                "run work=respond mac=01:00:00:00:00:01",
+                "mac=01:00:00:00:00:01",
+            ),
+            (
+                "run work=respond mac=00:00:00:00:00:00",
+                "mac=00:00:00:00:00:00",
+            ),
+            ("run work=respond mac=02:00:00:00:01", "mac=02:00:00:00:01"),
+            (
+                "run work=respond mac=02:00:00:00:00:+1",
+                "mac=02:00:00:00:00:+1",
+            ),
             ("run work=source queues=0", "queues=0"),
             ("run work=source queues=17", "queues=17"),
             ("run work=source flips=1001", "flips=1001"),

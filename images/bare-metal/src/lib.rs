@@ -11,12 +11,13 @@ pub mod frame;
 pub mod histogram;
 mod pairs;
 pub mod record;
+pub mod respond;
 pub mod study;
 pub mod workload;
 
-pub use command::{Command, Run, Study, Work};
+pub use command::{Address, Command, Run, Study, Work};
 pub use record::Outcome;
-pub use workload::{Link, execute};
+pub use workload::{Link, attempt, execute};
 
 #[cfg(test)]
 mod tests;

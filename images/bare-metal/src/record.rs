@@ -36,6 +36,23 @@ pub struct Received {
     pub corrupted: u64,
 }
 
+/// What a responder saw and did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Responded {
+    /// Frames that came, dropped ones too.
+    pub rx_frames: u64,
+    /// Frames that were sent.
+    pub tx_frames: u64,
+    /// Frames that are too short or too long for Ethernet and IP.
+    pub dropped: u64,
+    /// TCP connections.
+    pub connections: u64,
+    /// Bytes that came on them.
+    pub rx_bytes: u64,
+    /// Bytes that were sent on them.
+    pub tx_bytes: u64,
+}
+
 /// How a run went.
 #[derive(Clone, Debug, Default)]
 pub struct Outcome {
@@ -47,8 +64,12 @@ pub struct Outcome {
     pub round_trips: Option<alloc::boxed::Box<Histogram>>,
     /// Windows that came and went beside it, where that was asked for.
     pub churn: Option<Churned>,
+    /// The responder's account, where there was one.
+    pub responded: Option<Responded>,
     /// Nothing came for too long.
     pub timeout: bool,
+    /// It was cut short: the peer was gone, or broke a rule.
+    pub stopped: bool,
 }
 
 impl Outcome {
@@ -58,7 +79,7 @@ impl Outcome {
         let whole = self
             .received
             .is_none_or(|r| r.lost + r.duplicated + r.reordered + r.corrupted == 0);
-        whole && !self.timeout
+        whole && !self.timeout && !self.stopped
     }
 }
 
@@ -116,7 +137,7 @@ impl fmt::Display for Done<'_> {
     }
 }
 
-/// The record of a run, as it goes out.
+/// The record of a run, as it goes out: `result`, or `stopped` where it was cut short.
 #[derive(Debug)]
 pub struct ResultRecord<'a>(pub &'a Run, pub &'a Outcome);
 
@@ -124,9 +145,10 @@ impl fmt::Display for ResultRecord<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self(run, outcome) = self;
         let size = run.size as u64;
+        let name = if outcome.stopped { "stopped" } else { "result" };
         write!(
             f,
-            "{{\"record\":\"result\",\"id\":{},\"work\":\"{}\"",
+            "{{\"record\":\"{name}\",\"id\":{},\"work\":\"{}\"",
             run.id,
             run.work.name()
         )?;
@@ -171,6 +193,24 @@ impl fmt::Display for ResultRecord<'_> {
                 times.quantile(500),
                 times.quantile(990),
                 times.max()
+            )?;
+        }
+        if let Some(responded) = outcome.responded {
+            let Responded {
+                rx_frames,
+                tx_frames,
+                dropped,
+                connections,
+                rx_bytes,
+                tx_bytes,
+            } = responded;
+            write!(
+                f,
+                ",\"responded\":{{\"rx_frames\":{rx_frames},\"tx_frames\":{tx_frames},\"dropped\":{dropped}"
+            )?;
+            write!(
+                f,
+                ",\"connections\":{connections},\"rx_bytes\":{rx_bytes},\"tx_bytes\":{tx_bytes}}}"
             )?;
         }
         write!(f, ",\"timeout\":{}}}", u8::from(outcome.timeout))

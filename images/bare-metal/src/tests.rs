@@ -16,8 +16,8 @@ use virtqueue::linear::Linear;
 use crate::frame::{End, Format, Kind};
 use crate::record::ResultRecord;
 use crate::study::windows::Churned;
-use crate::workload::Stopped;
-use crate::{Link, Outcome, Run, Work, execute};
+use crate::workload::{Receiver, Stopped};
+use crate::{Link, Outcome, Run, Work, attempt, execute};
 
 struct Thread<P> {
     end: End,
@@ -60,29 +60,31 @@ fn join_config() -> JoinConfig {
     }
 }
 
-struct Bed {
+/// Memory for a joined pair.
+pub struct Bed {
     _words: Vec<[u64; 512]>,
-    memory: Linear,
+    pub memory: Linear,
+}
+
+impl Bed {
+    pub fn new(config: &JoinConfig) -> Self {
+        let len = joined::memory_needed(config).unwrap();
+        let pages = usize::try_from(len).unwrap() / 4096 + 1;
+        let mut words = vec![[0u64; 512]; pages];
+        let base = words.as_mut_ptr().cast::<u8>();
+        let skip = base.align_offset(4096);
+        #[allow(unsafe_code)]
+        // SAFETY: the vector outlives the test's threads and is not touched otherwise.
+        let memory = unsafe { Linear::new(base.add(skip), 0, len) };
+        Self {
+            _words: words,
+            memory,
+        }
+    }
 }
 
 fn bed() -> Bed {
-    let pages = usize::try_from(joined::memory_needed(&join_config()).unwrap()).unwrap() / 4096 + 1;
-    let mut words = vec![[0u64; 512]; pages];
-    let base = words.as_mut_ptr().cast::<u8>();
-    let skip = base.align_offset(4096);
-    #[allow(unsafe_code)]
-    // SAFETY: the vector outlives the test's threads and is not touched otherwise.
-    let memory = unsafe {
-        Linear::new(
-            base.add(skip),
-            0,
-            joined::memory_needed(&join_config()).unwrap(),
-        )
-    };
-    Bed {
-        _words: words,
-        memory,
-    }
+    Bed::new(&join_config())
 }
 
 /// Runs one workload at each end; `meddle` gets the front-end's port in its place.
@@ -120,6 +122,41 @@ fn run(work: Work) -> Run {
         timeout_ms: 5000,
         ..Run::default()
     }
+}
+
+#[test]
+fn what_begins_behind_the_end_is_not_timed() {
+    let bed = bed();
+    let (port, mut back): (JoinedFrontEnd<Silent>, JoinedBackEnd<Silent>) =
+        joined::join(bed.memory, 0, &join_config(), Silent, Silent, false).unwrap();
+    let mut link = Thread {
+        end: End::FrontEnd,
+        port,
+        start: Instant::now(),
+    };
+    let run = Run {
+        count: 0,
+        warmup_ms: 5,
+        ..run(Work::Sink)
+    };
+    let mut receiver = Receiver::new(&link, &run);
+    let format = Format::new(End::BackEnd, run.size, run.id);
+    let sent = back.tx_burst(2, run.size, |i, slot| {
+        let kind = if i == 0 { Kind::Data } else { Kind::End };
+        format.build(slot, kind, i as u64);
+    });
+    assert_eq!(sent, Ok(2));
+    let mut frames = Vec::new();
+    link.port
+        .rx_burst(2, |frame| frames.push(receiver.take(frame)))
+        .unwrap();
+    assert_eq!(frames.len(), 2);
+    // The other half of a run goes on for longer than this one had to warm up.
+    receiver.tick(2_000);
+    receiver.tick(8_000);
+    let received = receiver.finish(1_000);
+    assert_eq!((received.ticks, received.frames), (0, 0));
+    assert_eq!((received.verified, received.lost), (1, 0));
 }
 
 #[test]
@@ -409,14 +446,17 @@ fn what_a_peer_did_before_it_left_counts_and_what_it_did_not_is_missed() {
                     interrupts,
                     ..run(work)
                 };
-                let outcome = execute(&mut link, &few);
-                if !leaves_at_once {
-                    let outcome = outcome.unwrap();
-                    assert!(outcome.is_clean(), "{outcome:?}");
-                    let received = outcome.received.map(|received| received.verified);
-                    assert_eq!(received, (work != Work::Source).then_some(2));
+                let mut outcome = Outcome::default();
+                let result = attempt(&mut link, &few, &mut outcome);
+                let received = outcome.received.map(|received| received.verified);
+                assert_eq!(outcome.stopped, result.is_err());
+                if leaves_at_once {
+                    assert_eq!(result, Err(Stopped::Down));
+                    assert_eq!(received, (work != Work::Source).then_some(0));
                 } else {
-                    assert_eq!(outcome.unwrap_err(), Stopped::Down);
+                    assert_eq!(result, Ok(()));
+                    assert!(outcome.is_clean(), "{outcome:?}");
+                    assert_eq!(received, (work != Work::Source).then_some(2));
                 }
             }
         }

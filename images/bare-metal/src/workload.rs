@@ -1,4 +1,4 @@
-//! The workloads: source, sink, both, echo, round trip.
+//! The workloads: source, sink, both, echo, round trip. (The responder has a module of its own.)
 
 use alloc::boxed::Box;
 use alloc::vec;
@@ -11,6 +11,7 @@ use guest_driver::{Frame, Port};
 use crate::frame::{End, Format, Kind, MAX_FRAME, Seen};
 use crate::histogram::Histogram;
 use crate::record::{Outcome, Received, Sent};
+use crate::respond::respond;
 use crate::study::windows::Churned;
 use crate::{Run, Work, pairs};
 
@@ -56,6 +57,11 @@ pub trait Link {
     #[inline(always)]
     fn gone(&mut self) -> bool {
         self.port().is_none()
+    }
+
+    /// Whether a command waits, for a workload that has no end of its own.
+    fn called(&mut self) -> bool {
+        false
     }
 
     /// Sleeps until an interrupt, or until the clock shows `until`.
@@ -119,6 +125,14 @@ pub(crate) const SERVICE_EVERY: u32 = 256;
 
 /// Runs a workload to its end.
 pub fn execute<L: Link>(link: &mut L, run: &Run) -> Result<Outcome, Stopped> {
+    let mut outcome = Outcome::default();
+    attempt(link, run, &mut outcome)?;
+    Ok(outcome)
+}
+
+/// Runs a workload to its end, or as far as it gets: the counts of a `source`, `sink` or `both` that had to stop are in `outcome` all the same.
+pub fn attempt<L: Link>(link: &mut L, run: &Run, outcome: &mut Outcome) -> Result<(), Stopped> {
+    outcome.stopped = true;
     if run.churn > 0 && !link.start_churn(run.churn) {
         return Err(Stopped::NoChurn);
     }
@@ -131,27 +145,30 @@ pub fn execute<L: Link>(link: &mut L, run: &Run) -> Result<Outcome, Stopped> {
     if run.flips > 0 && (one || !link.start_flips(queues, run.flips)) {
         return Err(Stopped::NoPairs);
     }
-    let outcome = match run.work {
-        work if !one => pairs::traffic(link, run, work != Work::Sink, work != Work::Source),
-        Work::Source => traffic(link, run, true, false),
-        Work::Sink => traffic(link, run, false, true),
-        Work::Both => traffic(link, run, true, true),
-        Work::Echo => echo(link, run),
-        Work::RoundTrip => round_trip(link, run),
+    let mut whole = |result: Result<Outcome, Stopped>| result.map(|whole| *outcome = whole);
+    let result = match run.work {
+        work if !one => {
+            let (send, receive) = (work != Work::Sink, work != Work::Source);
+            whole(pairs::traffic(link, run, send, receive))
+        }
+        Work::Echo => whole(echo(link, run)),
+        Work::RoundTrip => whole(round_trip(link, run)),
+        Work::Respond => whole(respond(link, run)),
+        Work::Source => traffic(link, run, (true, false), outcome),
+        Work::Sink => traffic(link, run, (false, true), outcome),
+        Work::Both => traffic(link, run, (true, true), outcome),
     };
     if run.flips > 0 {
         link.end_flips();
     }
-    let churn = if run.churn > 0 {
-        link.end_churn()
-    } else {
-        None
-    };
-    let mut outcome = Outcome { churn, ..outcome? };
+    if run.churn > 0 {
+        outcome.churn = link.end_churn();
+    }
     if let Some(received) = &mut outcome.received {
         received.ticks = received.ticks.max(1);
     }
-    Ok(outcome)
+    outcome.stopped = result.is_err();
+    result
 }
 
 /// Runs `burst` on the port of a link.
@@ -343,9 +360,9 @@ impl Receiver {
         }
     }
 
-    /// Looks at the clock: when to begin timing.
+    /// Looks at the clock: when to begin timing. What begins behind the end is not timed.
     pub(crate) fn tick(&mut self, now: u64) {
-        if self.stats.verified > 0 {
+        if self.stats.verified > 0 && self.ended.is_none() {
             let first = *self.first.get_or_insert(now);
             if self.timed_from.is_none() && now - first >= self.warmup {
                 self.timed_from = Some((now, self.stats.verified));
@@ -356,7 +373,7 @@ impl Receiver {
     pub(crate) fn finish(&mut self, now: u64) -> Received {
         let (from, before) = self.timed_from.unwrap_or((now, self.stats.verified));
         self.stats.frames = self.stats.verified - before;
-        self.stats.ticks = now - from;
+        self.stats.ticks = now.saturating_sub(from);
         // Without an end frame nobody knows how many there were: what is missing in between is lost at least.
         let distinct = self.stats.verified - self.stats.duplicated;
         self.stats.lost = self.ended.unwrap_or(self.next).saturating_sub(distinct);
@@ -369,15 +386,49 @@ impl Receiver {
 fn traffic<L: Link>(
     link: &mut L,
     run: &Run,
-    send: bool,
-    receive: bool,
-) -> Result<Outcome, Stopped> {
+    (send, receive): (bool, bool),
+    outcome: &mut Outcome,
+) -> Result<(), Stopped> {
     let mut sender = send.then(|| Sender::new(link, run));
     let mut receiver = receive.then(|| Receiver::new(link, run));
+    let result = exchange(link, run, &mut sender, &mut receiver);
+    let stopped_at = match &result {
+        Ok(Ended::Whole(at)) => *at,
+        Ok(Ended::Timeout) | Err(_) => link.now(),
+    };
+    outcome.timeout = matches!(result, Ok(Ended::Timeout));
+    outcome.sent = sender.map(|sender| Sent {
+        // One that was cut short sent what it sent.
+        frames: if result.is_ok() {
+            sender.stats.frames
+        } else {
+            sender.next
+        },
+        ..sender.stats
+    });
+    outcome.received = receiver.map(|mut receiver| receiver.finish(stopped_at));
+    result.map(|_| ())
+}
+
+/// How an exchange that was not cut short ended.
+enum Ended {
+    /// Everything was sent, and everything came; the last of it then.
+    Whole(u64),
+    /// Nothing came for too long.
+    Timeout,
+}
+
+/// Sends and receives until both are done.
+#[inline(always)]
+fn exchange<L: Link>(
+    link: &mut L,
+    run: &Run,
+    sender: &mut Option<Sender>,
+    receiver: &mut Option<Receiver>,
+) -> Result<Ended, Stopped> {
     let timeout = run.timeout_ms * link.ticks_per_ms();
     let mut deadline = link.now() + timeout;
     let mut stopped_at = deadline;
-    let mut outcome = Outcome::default();
     let mut turn = 0u32;
     let mut idle_turns = 0u32;
     loop {
@@ -407,7 +458,7 @@ fn traffic<L: Link>(
             .as_ref()
             .is_none_or(|receiver| receiver.ended.is_some());
         if sent && received {
-            break;
+            return Ok(Ended::Whole(stopped_at));
         }
         if idle && link.gone() {
             return Err(Stopped::Down);
@@ -416,17 +467,16 @@ fn traffic<L: Link>(
         if turn.is_multiple_of(L::CLOCK_EVERY) || idle && run.interrupts {
             let now = link.now();
             link.beside(now);
-            if let Some(sender) = &mut sender {
+            if let Some(sender) = sender {
                 sender.tick(now, run);
             }
-            if let Some(receiver) = &mut receiver {
+            if let Some(receiver) = receiver {
                 receiver.tick(now);
             }
             if !idle {
                 deadline = now + timeout;
             } else if now >= deadline {
-                outcome.timeout = true;
-                break;
+                return Ok(Ended::Timeout);
             }
         }
         if turn.is_multiple_of(SERVICE_EVERY) {
@@ -441,12 +491,6 @@ fn traffic<L: Link>(
             idle_turns = idle_turns.saturating_add(1);
         }
     }
-    if outcome.timeout {
-        stopped_at = link.now();
-    }
-    outcome.sent = sender.map(|sender| sender.stats);
-    outcome.received = receiver.map(|mut receiver| receiver.finish(stopped_at));
-    Ok(outcome)
 }
 
 /// Lets the peer get on with its batch: a poll takes the line away that it is about to write. Longer when the last turns were idle, too.
@@ -458,7 +502,7 @@ pub(crate) fn pause(idle_turns: u32) {
 }
 
 /// Sleeps until frames arrive (`rx`) or there is room to send (`tx`). Where there is no port any more, the next burst says so.
-fn wait<L: Link>(link: &mut L, rx: bool, tx: bool, deadline: u64) {
+pub(crate) fn wait<L: Link>(link: &mut L, rx: bool, tx: bool, deadline: u64) {
     if link.port().is_some_and(|port| !port.arm(rx, tx)) {
         link.sleep(deadline);
         link.service();

@@ -122,7 +122,10 @@ impl Play {
             play.reply(requests::GET_PROTOCOL_FEATURES, protocol);
             let mut event = play.process().unwrap();
             let (accepted, _) = play.expect_payload::<U64>(requests::SET_PROTOCOL_FEATURES);
-            assert_eq!(accepted.0, protocol & ALL);
+            assert_eq!(
+                accepted.0,
+                protocol & (ALL | protocol_features::INFLIGHT_SHMFD)
+            );
             if protocol & protocol_features::MQ != 0 {
                 assert_eq!(event, None);
                 play.expect(requests::GET_QUEUE_NUM);

@@ -2,7 +2,7 @@
 
 use core::fmt::{self, Write};
 
-use crate::arch;
+use crate::arch::{self, event};
 
 const COM1: u16 = 0x3f8;
 const COM2: u16 = 0x2f8;
@@ -65,6 +65,17 @@ pub fn record(args: fmt::Arguments) {
     write_line(COM2, args);
 }
 
+fn data_ready() -> bool {
+    let mut status = [0];
+    arch::read_port(COM2 + LINE_STATUS, &mut status);
+    status[0] & DATA_READY != 0
+}
+
+/// Whether input interrupted since the last time, and is still to be read.
+pub fn command_waits() -> bool {
+    arch::take_events(event::CONTROL) != 0 && data_ready()
+}
+
 /// The input of the control channel.
 pub struct Input {
     bytes: [u8; LINE],
@@ -83,12 +94,7 @@ impl Input {
 
     /// Reads what is there and hands every complete line to `take`. What is no text, or longer than a line can be, is dropped.
     pub fn lines(&mut self, mut take: impl FnMut(&str)) {
-        let mut status = [0];
-        loop {
-            arch::read_port(COM2 + LINE_STATUS, &mut status);
-            if status[0] & DATA_READY == 0 {
-                return;
-            }
+        while data_ready() {
             // A string instruction takes the whole FIFO at once; an empty one reads as zero.
             let mut fifo = [0; 64];
             arch::read_port(COM2, &mut fifo);

@@ -14,6 +14,7 @@ use guest_driver::virtio_iommu::{self, status_of};
 use guest_driver::{Platform, virtio_pci};
 
 use crate::arch::{self, event};
+use crate::console;
 use crate::error;
 use crate::machine::Machine;
 use crate::print;
@@ -303,6 +304,10 @@ impl<M: Mapper> Link for FrontEnd<'_, M> {
         !self.up
     }
 
+    fn called(&mut self) -> bool {
+        console::command_waits()
+    }
+
     fn sleep(&mut self, until: u64) {
         let flip = self.flips.as_ref().map_or(until, |flips| flips.next);
         sleep(until.min(flip));
@@ -449,6 +454,10 @@ impl Link for BackEnd<'_> {
                 self.up = false;
             }
         }
+    }
+
+    fn called(&mut self) -> bool {
+        console::command_waits()
     }
 
     fn sleep(&mut self, until: u64) {

@@ -16,7 +16,7 @@ use core::fmt;
 
 use bare_metal::command::{BadWord, Boot, IommuMode};
 use bare_metal::record::ResultRecord;
-use bare_metal::{Command, Outcome, Run};
+use bare_metal::{Command, Outcome, Run, Work};
 use guest_driver::mapper::{Fixed, Mapper, Pages};
 use guest_driver::net;
 use guest_driver::pci::{self, Function};
@@ -201,6 +201,8 @@ fn serve<C: Connection>(machine: &Machine, mut link: C, boot: &Boot) -> ! {
         }
         if let Some(run) = boot.run.filter(|_| up) {
             match run_workload(&mut link, &run) {
+                // The next connection is served like the first.
+                Some(_) if run.work == Work::Respond => continue,
                 Some(outcome) => exit(if outcome.is_clean() {
                     0
                 } else {
@@ -258,14 +260,13 @@ fn announce<C: Connection>(link: &C, up: bool, tsc_khz: u64) {
 
 /// Runs a workload and reports it; `None` where it could not be finished.
 fn run_workload<C: Connection>(link: &mut C, run: &Run) -> Option<Outcome> {
-    match bare_metal::execute(link, run) {
-        Ok(outcome) => {
-            console::record(format_args!("{}", ResultRecord(run, &outcome)));
-            summary(run, &outcome);
-            Some(outcome)
-        }
+    let mut outcome = Outcome::default();
+    let result = bare_metal::attempt(link, run, &mut outcome).map_err(|why| link.explain(why));
+    console::record(format_args!("{}", ResultRecord(run, &outcome)));
+    summary(run, &outcome);
+    match result {
+        Ok(()) => Some(outcome),
         Err(stopped) => {
-            let stopped = link.explain(stopped);
             error(format_args!(
                 "run {} ({}): {stopped}",
                 run.id,
@@ -299,6 +300,17 @@ fn summary(run: &Run, outcome: &Outcome) {
             received.duplicated,
             received.reordered,
             received.corrupted
+        );
+    }
+    if let Some(responded) = outcome.responded {
+        print!(
+            "guest: {name}: {} frames came, {} of them too short or too long; {} were sent; {} TCP connections, {} bytes in, {} bytes out",
+            responded.rx_frames,
+            responded.dropped,
+            responded.tx_frames,
+            responded.connections,
+            responded.rx_bytes,
+            responded.tx_bytes
         );
     }
     if outcome.timeout {
