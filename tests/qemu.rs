@@ -19,6 +19,8 @@ use common::{Collected, Dir, Running, tool};
 const SENT: u64 = 1 << 20;
 /// Bytes that come from the source port.
 const PATTERN: u64 = 1_500_000;
+/// Memory as the window wants it.
+const SEALED: &str = "memory-backend-memfd";
 /// Frames each way, at least.
 const FRAMES: u64 = 1000;
 
@@ -27,8 +29,16 @@ const MRG_RXBUF: usize = 15;
 const ACCESS_PLATFORM: usize = 33;
 const RING_PACKED: usize = 34;
 
-/// What the Linux guest does. It says each figure in a line of its own, and waits for a line before it goes.
-fn script() -> String {
+/// What the Linux guest does. It says each figure in a line of its own, and waits for a line before it goes. `again`: its driver leaves the device
+/// between the pings and the rest, and sets it up anew.
+fn script(again: bool) -> String {
+    let up = "ip addr add 10.0.0.2/24 dev eth0
+        ip link set eth0 up";
+    let again = if again {
+        format!("rmmod virtio_net\ninsmod /modules/virtio_net.ko\n{up}")
+    } else {
+        String::new()
+    };
     let services = format!(
         "dd if=/dev/urandom of=/sent bs=1024 count={} 2>/dev/null
         nc 10.0.0.1 7 </sent >/back
@@ -40,11 +50,11 @@ fn script() -> String {
     format!(
         "echo result features $(cat /sys/class/net/eth0/device/features)
         ip link set lo up
-        ip addr add 10.0.0.2/24 dev eth0
-        ip link set eth0 up
+        {up}
         echo stage up
         ping -c 20 -i 0.2 10.0.0.1 | sed 's/^/ping: /'
         echo stage pinged
+        {again}
         {services}
         for file in sent back pattern; do echo result $file $(sha256sum </$file) $(wc -c </$file); done
         cd /sys/class/net/eth0/statistics
@@ -88,11 +98,11 @@ struct Place {
 }
 
 impl Place {
-    fn new() -> Self {
+    fn new(again: bool) -> Self {
         let _machine = machine();
         let kernel = linux::kernel();
         let dir = Dir::new();
-        kernel.initrd(dir.path(), &script());
+        kernel.initrd(dir.path(), &script(again));
         Self {
             _machine,
             kernel,
@@ -115,8 +125,8 @@ impl Place {
         (vm, control)
     }
 
-    /// QEMU. Without `vectors=0` the one in Debian 12 ends with a signal (docs/interop.md).
-    fn qemu(&self, pairing: Pairing) -> Qemu {
+    /// QEMU, with memory of this kind. Without `vectors=0` the one in Debian 12 ends with a signal (docs/interop.md).
+    fn qemu(&self, pairing: Pairing, memory: &str) -> Qemu {
         let Pairing {
             packed,
             mergeable,
@@ -137,7 +147,7 @@ impl Place {
             .args(["-serial", "stdio", "-no-reboot", "-accel", "tcg"])
             .args(["-machine", "q35,memory-backend=m", "-cpu", "max"])
             .args(["-m", "256", "-object"])
-            .arg("memory-backend-memfd,id=m,size=256M,share=on");
+            .arg(format!("{memory},id=m,size=256M,share=on"));
         if iommu {
             command.args(["-device", "intel-iommu,intremap=off,device-iotlb=on"]);
             net += ",iommu_platform=on,ats=on,disable-legacy=on";
@@ -270,10 +280,10 @@ impl Qemu {
     }
 }
 
-/// Our guest answers one QEMU after the other, over the same device.
+/// Our guest answers one QEMU after the other, over the same device, which each guest's driver sets up twice.
 #[track_caller]
 fn served(words: &str, pairings: &[Pairing]) {
-    let place = Place::new();
+    let place = Place::new(true);
     let pattern = place.pattern_sum();
     let words = format!("work=respond addr=10.0.0.1/24 count={PATTERN} {words}");
     let listens = pairings[0].qemu_listens;
@@ -281,12 +291,12 @@ fn served(words: &str, pairings: &[Pairing]) {
     if !listens {
         vm.wait_for("its socket", |_| Path::new(&place.dir.file("s")).exists());
     }
-    for (number, &pairing) in (1..).zip(pairings) {
-        let mut qemu = place.qemu(pairing);
+    for (nth, &pairing) in (1..).zip(pairings) {
+        let mut qemu = place.qemu(pairing, SEALED);
         qemu.traffic();
         qemu.end(&pattern);
         vm.wait_for("the peer's leave", |vm| {
-            vm.stdout().matches("guest: the peer is gone").count() == number
+            vm.stdout().matches("guest: the peer is gone").count() == 2 * nth
         });
     }
     let records = control.records.text();
@@ -294,21 +304,14 @@ fn served(words: &str, pairings: &[Pairing]) {
         .lines()
         .filter(|line| line.contains("\"work\":\"respond\""))
         .collect();
-    assert_eq!(results.len(), pairings.len(), "{records}");
-    for record in results {
-        assert_eq!(
-            (
-                self::number(record, "connections"),
-                self::number(record, "dropped")
-            ),
-            (3, 0)
-        );
-        assert_eq!(self::number(record, "rx_bytes"), 2 * SENT);
-        assert_eq!(self::number(record, "tx_bytes"), SENT + PATTERN);
-        assert!(
-            self::number(record, "rx_frames") >= FRAMES
-                && self::number(record, "tx_frames") >= FRAMES
-        );
+    assert_eq!(results.len(), 2 * pairings.len(), "{records}");
+    let sum = |field| -> u64 { results.iter().map(|record| number(record, field)).sum() };
+    let each = u64::try_from(pairings.len()).unwrap();
+    assert_eq!((sum("connections"), sum("dropped")), (3 * each, 0));
+    assert_eq!(sum("rx_bytes"), 2 * SENT * each);
+    assert_eq!(sum("tx_bytes"), (SENT + PATTERN) * each);
+    for frames in ["rx_frames", "tx_frames"] {
+        assert!(sum(frames) >= FRAMES * each, "{records}");
     }
 }
 
@@ -348,11 +351,11 @@ fn our_back_end_connects_to_a_qemu_that_listens() {
 /// how many reads there were, and how many found nothing there.
 #[track_caller]
 fn looked_around(pairing: Pairing) -> (u64, u64) {
-    let place = Place::new();
+    let place = Place::new(false);
     let pattern = place.pattern_sum();
     let (mut vm, mut control) = place.back_end(false, "work=control");
     vm.wait_for("its socket", |_| Path::new(&place.dir.file("s")).exists());
-    let mut qemu = place.qemu(pairing);
+    let mut qemu = place.qemu(pairing, SEALED);
     control.record(&mut vm, "\"record\":\"ready\"");
     control.send(&format!("run work=respond count={PATTERN}"));
     qemu.traffic();
@@ -384,4 +387,28 @@ fn without_an_iommu_the_same_look_finds_the_guests_memory() {
     });
     assert_eq!(reads, 256);
     assert!(ones < 32, "{ones}: most of 256 MiB of RAM is not all-ones");
+}
+
+#[test]
+fn a_qemu_whose_memory_could_shrink_is_refused_with_a_reason_and_the_next_is_served() {
+    let place = Place::new(false);
+    let pattern = place.pattern_sum();
+    let words = format!("work=respond count={PATTERN}");
+    let (mut vm, _control) = place.back_end(false, &words);
+    vm.wait_for("its socket", |_| Path::new(&place.dir.file("s")).exists());
+    let file = format!("memory-backend-file,mem-path={}", place.dir.file("ram"));
+    let pairing = Pairing {
+        mergeable: true,
+        ..Pairing::default()
+    };
+    let refused = place.qemu(pairing, &file);
+    vm.wait_for("the refusal", |vm| {
+        let stderr = vm.stderr();
+        stderr.contains("refused ADD_MEM_REG") && stderr.contains("not sealed against shrinking")
+    });
+    drop(refused);
+    assert!(!vm.stdout().contains("guest: connected"));
+    let mut qemu = place.qemu(pairing, SEALED);
+    qemu.traffic();
+    qemu.end(&pattern);
 }

@@ -34,7 +34,7 @@ pub mod virtio_iommu;
 pub mod virtio_pci;
 pub mod wide;
 
-pub use platform::{Dma, Event, MsiMessage, Platform};
+pub use platform::{Dma, Event, MsiMessage, Platform, Vectors};
 pub use port::{Frame, Port, Slot};
 
 #[cfg(test)]

@@ -28,6 +28,8 @@ const HEADER: [u8; HEADER_LEN] = {
     header[NUM_BUFFERS] = 1;
     header
 };
+/// What reads where nothing may be read. (No device writes such a header.)
+const ONES: [u8; HEADER_LEN] = [0xFF; HEADER_LEN];
 
 /// One of the front-end's rings and its call.
 #[derive(Debug)]
@@ -56,6 +58,8 @@ pub struct PeerPort<V, N> {
     mergeable: bool,
     /// Frames were spread in the last burst: it takes more chains than frames.
     spreading: bool,
+    /// The front-end has its receive buffers mapped for writing only: looking at them is in vain, slow, and told to its guest as a fault.
+    unreadable: bool,
     dropped: u64,
 }
 
@@ -76,6 +80,7 @@ impl<V: DeviceRing, N: Notify> PeerPort<V, N> {
             scratch: vec![0; MAX_PACKET].into_boxed_slice(),
             mergeable,
             spreading: false,
+            unreadable: false,
             dropped: 0,
         };
         port.disarm();
@@ -242,7 +247,9 @@ impl<V: DeviceRing, N: Notify> Port for PeerPort<V, N> {
                     // A header that is there already is left alone: its line need not travel.
                     // SAFETY: `place` checked that header and frame fit where `to` points.
                     let mut slot = unsafe {
-                        if !bulk::equal(to, HEADER.as_ptr(), HEADER_LEN) {
+                        if self.unreadable || !bulk::equal(to, HEADER.as_ptr(), HEADER_LEN) {
+                            self.unreadable =
+                                self.unreadable || bulk::equal(to, ONES.as_ptr(), HEADER_LEN);
                             bulk::copy(to, HEADER.as_ptr(), HEADER_LEN);
                         }
                         Slot::new(to.add(HEADER_LEN), len)

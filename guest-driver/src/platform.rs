@@ -31,6 +31,17 @@ pub struct MsiMessage {
     pub data: u32,
 }
 
+/// Who connects a device's MSI-X vectors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Vectors {
+    /// The driver, with the messages that [`Platform::message`] gives.
+    Driver,
+    /// The platform has done it: vector 0 stands for [`Event::Config`], vector 1 for [`Event::Queue`].
+    Platform,
+    /// Nobody: no interrupts arrive, and the device is polled.
+    Nobody,
+}
+
 /// Where a driver runs: bare metal, or a process that was given the device.
 pub trait Platform {
     /// Reads an aligned dword of a function's configuration space (`function` is its number on bus 0: device * 8 + function).
@@ -45,6 +56,10 @@ pub trait Platform {
     fn pool(&self, len: usize, align: usize) -> Option<Dma> {
         self.dma(len, align)
     }
-    /// The message by which a device reports `event`.
+    /// Who connects the device's vectors.
+    fn vectors(&self) -> Vectors {
+        Vectors::Driver
+    }
+    /// The message by which a device reports `event`; asked for only where the driver connects the vectors.
     fn message(&self, event: Event) -> MsiMessage;
 }

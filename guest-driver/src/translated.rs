@@ -5,7 +5,7 @@ use core::ptr::NonNull;
 
 use crate::mapper::refuse;
 use crate::virtio_iommu::{Error, Request, Shared, access};
-use crate::{Dma, Event, MsiMessage, Platform};
+use crate::{Dma, Event, MsiMessage, Platform, Vectors};
 
 /// A platform as one device behind an IOMMU sees it: memory for the device is mapped for it before a driver gets it, at a fixed distance from its
 /// guest physical address. Without an IOMMU it is the inner platform.
@@ -146,6 +146,10 @@ impl<P: Platform> Platform for Translated<'_, P> {
             Some(behind) => self.pages(behind, len, align, behind.map_pools),
             None => self.inner.pool(len, align),
         }
+    }
+
+    fn vectors(&self) -> Vectors {
+        self.inner.vectors()
     }
 
     fn message(&self, event: Event) -> MsiMessage {

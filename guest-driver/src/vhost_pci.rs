@@ -351,6 +351,11 @@ impl VhostPci {
         }
     }
 
+    /// Ends the connection and resets the device: it touches no memory of the driver's any more, and shows nothing.
+    pub fn shut_down(self) -> Result<(), Error> {
+        self.transport.reset()
+    }
+
     /// Whether the first pair can be used: without it there is no connection to speak of.
     fn is_up(&self) -> bool {
         self.ports.first().is_some_and(Option::is_some)

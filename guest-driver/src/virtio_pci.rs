@@ -6,7 +6,7 @@ use virtqueue::{Layout, RingConfig};
 
 use crate::mmio::Registers;
 use crate::pci::{self, Bar, Function, Msix};
-use crate::{Event, Platform, virtio_iommu};
+use crate::{Event, Platform, Vectors, virtio_iommu};
 
 /// Vendor ID of virtio devices.
 pub const VENDOR: u16 = 0x1af4;
@@ -139,6 +139,8 @@ pub struct Transport {
     notify_multiplier: u32,
     device: Registers,
     shared_memory: Option<Bar>,
+    /// Nothing interrupts.
+    polled: bool,
 }
 
 impl Transport {
@@ -194,8 +196,18 @@ impl Transport {
             notify_multiplier,
             device: device.ok_or(Error::Structure("device configuration"))?,
             shared_memory,
+            polled: platform.vectors() == Vectors::Nobody,
         };
         transport.reset()?;
+        if platform.vectors() == Vectors::Driver {
+            Self::connect(platform, function)?;
+        }
+        transport.connect_config_vector()?;
+        Ok(transport)
+    }
+
+    /// Gives the MSI-X vectors their messages.
+    fn connect<P: Platform>(platform: &P, function: Function) -> Result<(), Error> {
         let msix: Msix = function
             .msix(platform)
             .ok_or(Error::Structure("MSI-X table"))?;
@@ -204,12 +216,14 @@ impl Transport {
         }
         msix.set(VECTOR_CONFIG, platform.message(Event::Config));
         msix.set(VECTOR_QUEUES, platform.message(Event::Queue));
-        transport.connect_config_vector()?;
-        Ok(transport)
+        Ok(())
     }
 
     /// Lets configuration changes interrupt; a reset takes that away.
     pub fn connect_config_vector(&self) -> Result<(), Error> {
+        if self.polled {
+            return Ok(());
+        }
         self.common.write_u16(common::CONFIG_VECTOR, VECTOR_CONFIG);
         if self.common.read_u16(common::CONFIG_VECTOR) == VECTOR_CONFIG {
             Ok(())
@@ -322,6 +336,9 @@ impl Transport {
 
     /// Lets queue `index` (or a special index of the device) interrupt.
     pub fn connect_vector(&self, index: u16) -> Result<(), Error> {
+        if self.polled {
+            return Ok(()); // no vector is what a reset leaves
+        }
         self.common.write_u16(common::QUEUE_SELECT, index);
         self.common.write_u16(common::QUEUE_VECTOR, VECTOR_QUEUES);
         if self.common.read_u16(common::QUEUE_VECTOR) == VECTOR_QUEUES {

@@ -9,6 +9,7 @@ use devices::vhost_pci::{MAX_QUEUES, VhostPciConfig};
 use devices::vhost_user::SocketRole;
 use devices::virtio::MAX_QUEUE_SIZE;
 use devices::virtio_iommu::IommuConfig;
+use devices::virtio_net::tap::{Server, TapConfig, is_interface_name};
 use devices::virtio_net::{MAX_QUEUE_PAIRS, NetConfig, RingFeatures};
 use vmm::{Console, HugePages, Kernel, MemoryConfig, VmConfig};
 
@@ -71,8 +72,20 @@ static NET: KeyList = KeyList {
         Key {
             name: "socket",
             form: "PATH",
-            missing: Missing::Required,
+            missing: Missing::Unset("tap= has to be there"),
             help: "Unix socket to the vhost-user back-end",
+        },
+        Key {
+            name: "tap",
+            form: "NAME",
+            missing: Missing::Unset("socket= has to be there"),
+            help: "in place of a back-end: a tap of this host, which is made if it is not there; not with --iommu",
+        },
+        Key {
+            name: "vhost",
+            form: "off|kernel",
+            missing: Missing::Default("off"),
+            help: "with tap=: its rings are served by the host's kernel (/dev/vhost-net), or by a thread of the VMM",
         },
         Key {
             name: "listen",
@@ -239,7 +252,7 @@ pub struct RunArgs {
     )]
     pub cmdline: String,
     #[arg(long, value_name = "KEY=VALUE,…",
-        help = NET.help("A virtio-net device whose rings another process serves (the front-end); can be given again"))]
+        help = NET.help("A virtio-net device whose rings another process serves (the front-end), or this host; can be given again"))]
     pub net: Vec<String>,
     #[arg(long, value_name = "KEY=VALUE,…",
         help = VHOST_PCI.help("A vhost-pci device, which lets the guest serve another VM's rings (the back-end); can be given again"))]
@@ -386,8 +399,21 @@ fn uuid(text: &str) -> Result<[u8; 16], String> {
     Ok(value.to_be_bytes())
 }
 
+/// What serves the rings of a network device.
+enum Net {
+    User(NetConfig),
+    Tap(TapConfig),
+}
+
+fn interface(text: &str) -> Result<String, String> {
+    if !is_interface_name(text) {
+        return Err("it is 1 to 15 bytes without spaces, '/', ':' and '%'".to_owned());
+    }
+    Ok(text.to_owned())
+}
+
 /// Reads one `--net`; `index` counts them.
-fn net(text: &str, index: usize) -> Result<NetConfig, Failure> {
+fn net(text: &str, index: usize) -> Result<Net, Failure> {
     let values = NET.parse(text)?;
     let queue_pairs = values.need("queues", number(1..=MAX_QUEUE_PAIRS))?;
     let number = u8::try_from(index + 1).map_err(|_| usage("--net: more than 255 devices"))?;
@@ -398,17 +424,40 @@ fn net(text: &str, index: usize) -> Result<NetConfig, Failure> {
         mrg_rxbuf: values.need("mrg-rxbuf", switch)?,
         indirect: values.need("indirect", switch)?,
     };
-    Ok(NetConfig {
-        socket: values.need("socket", path)?,
-        role: role(values.need("listen", switch)?),
-        queue_pairs,
-        queue_size: values.need("size", ring_size(rings.packed))?,
-        rings,
-        mac: values
-            .get("mac", mac)?
-            .unwrap_or([0x02, 0x76, 0x70, 0, 0, number]),
-        iotlb_timeout: values.need("iotlb-timeout", milliseconds(1))?,
-    })
+    let queue_size = values.need("size", ring_size(rings.packed))?;
+    let mac = values
+        .get("mac", mac)?
+        .unwrap_or([0x02, 0x76, 0x70, 0, 0, number]);
+    let server = values.need("vhost", |text| match text {
+        "off" => Ok(Server::Thread),
+        "kernel" => Ok(Server::Kernel),
+        _ => Err("it is off or kernel".to_owned()),
+    })?;
+    let tap = values.get("tap", interface)?;
+    let socket = values.get("socket", path)?;
+    match (socket, tap) {
+        (None, Some(_)) if queue_pairs > 1 => Err(usage("--net: a tap has one queue pair")),
+        (None, Some(name)) => Ok(Net::Tap(TapConfig {
+            name,
+            server,
+            queue_size,
+            rings,
+            mac,
+        })),
+        (Some(_), None) if server == Server::Kernel => Err(usage("--net: vhost=kernel needs tap=")),
+        (Some(socket), None) => Ok(Net::User(NetConfig {
+            socket,
+            role: role(values.need("listen", switch)?),
+            queue_pairs,
+            queue_size,
+            rings,
+            mac,
+            iotlb_timeout: values.need("iotlb-timeout", milliseconds(1))?,
+        })),
+        _ => Err(usage(
+            "--net: one of socket=PATH and tap=NAME has to be there",
+        )),
+    }
 }
 
 /// Reads one `--vhost-pci`.
@@ -476,12 +525,20 @@ impl RunArgs {
     /// The VM that the flags describe, without its control channel. `allowed`: the cores that it may use.
     pub fn config(&self, allowed: &[usize]) -> Result<VmConfig, Failure> {
         let (vcpus, affinity) = cpus(&self.cpus, allowed)?;
-        let net = self
-            .net
-            .iter()
-            .enumerate()
-            .map(|(index, text)| net(text, index))
-            .collect::<Result<Vec<_>, _>>()?;
+        let (mut nets, mut taps) = (Vec::new(), Vec::new());
+        for (index, text) in self.net.iter().enumerate() {
+            match net(text, index)? {
+                Net::User(config) => nets.push(config),
+                Net::Tap(config) => taps.push(config),
+            }
+        }
+        let net = nets;
+        if let (Some(_), Some(tap)) = (&self.iommu, taps.first()) {
+            return Err(usage(format!(
+                "--net tap={}: a tap cannot be used with --iommu",
+                tap.name
+            )));
+        }
         let vhost_pci = self
             .vhost_pci
             .iter()
@@ -499,7 +556,7 @@ impl RunArgs {
                 pair[0].display()
             )));
         }
-        let has_device = !(net.is_empty() && vhost_pci.is_empty());
+        let has_device = !(net.is_empty() && taps.is_empty() && vhost_pci.is_empty());
         let (kernel, cmdline) = if self.kernel.as_os_str() == "builtin" {
             (
                 Kernel::Image(crate::image::builtin()),
@@ -516,6 +573,7 @@ impl RunArgs {
             affinity,
             vcpus,
             net,
+            taps,
             vhost_pci,
             console: match self.console {
                 ConsoleArg::Stdio => Console::Stdio,
@@ -704,6 +762,13 @@ mod tests {
                 &["--net", "socket=a,queue-size=256"],
                 "--net: unknown key 'queue-size'",
             ),
+            (&["--net", "size=256"], "--net: one of socket=PATH and tap="),
+            (&["--net", "socket=a,tap=b"], "--net: one of socket=PATH"),
+            (&["--net", "tap=a/b"], "--net: tap=a/b: "),
+            (&["--net", "tap=sixteen-letters-"], "--net: tap=sixteen"),
+            (&["--net", "tap=a,vhost=on"], "--net: vhost=on: "),
+            (&["--net", "socket=a,vhost=kernel"], "--net: vhost=kernel"),
+            (&["--net", "tap=a", "--iommu"], "--net tap=a: a tap cannot"),
             (
                 &["--vhost-pci", "listen=on"],
                 "--vhost-pci: the key 'socket'",

@@ -201,7 +201,7 @@ struct Kind {
 
 /// Guests poll in some runs and sleep in others, so that notifications count, too.
 fn mode(id: u64) -> &'static str {
-    if id % 3 == 0 { "irq" } else { "poll" }
+    if id.is_multiple_of(3) { "irq" } else { "poll" }
 }
 
 /// One VM that lives on, and its peers, which do not.

@@ -1,7 +1,8 @@
 //! Loading a kernel: ELF or bzImage, entered in 64-bit mode as the Linux x86 boot protocol says (64-bit entry).
 //!
 //! What the kernel finds in low memory: boot_params ("zero page") at 0x7000, also in RSI; the command line at 0x2_0000; a GDT with
-//! code at selector 0x10 and data at 0x18; page tables that map the first 4 GiB identically, for the supervisor; interrupts off.
+//! code at selector 0x10 and data at 0x18; page tables that map the first 4 GiB identically, for the supervisor; interrupts off. All there
+//! is of firmware is a reset vector: Linux reboots through it where ACPI has reduced hardware and there is no EFI.
 
 use std::fs::File;
 use std::io::{self, Cursor, Read, Seek, SeekFrom};
@@ -13,6 +14,7 @@ use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header
 use linux_loader::loader::{BzImage, Elf, KernelLoader};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap, ReadVolatile};
 
+use crate::bus::{KEYBOARD_CONTROL, KEYBOARD_RESET};
 use crate::layout::{self, HIMEM_START, LOW_RAM_END, PAGE_SIZE};
 use crate::sys::{kvm, size_text};
 
@@ -136,6 +138,7 @@ pub fn load(
 
     let mut params = boot_params {
         hdr: loaded.header,
+        acpi_rsdp_addr: layout::RSDP,
         ..Default::default()
     };
     let max = match usize::try_from(loaded.header.cmdline_size) {
@@ -171,6 +174,7 @@ pub fn load(
         params.e820_entries += 1;
     }
     memory.write_obj(params, GuestAddress(ZERO_PAGE))?;
+    memory.write_slice(&RESET, GuestAddress(layout::RESET_VECTOR))?;
     write_tables(memory)?;
     Ok(Entry { rip: loaded.entry })
 }
@@ -409,6 +413,12 @@ fn load_initrd(
         .map_err(|e| fail(io::Error::other(e.to_string())))?;
     Ok((start, len))
 }
+
+/// The code at the reset vector: mov al, 0xfe; out 0x64, al; hlt; jmp to the hlt.
+const RESET: [u8; 7] = {
+    let (port, value) = (KEYBOARD_CONTROL.to_le_bytes()[0], KEYBOARD_RESET);
+    [0xB0, value, 0xE6, port, 0xF4, 0xEB, 0xFD]
+};
 
 const CODE_SELECTOR: u16 = 0x10;
 const DATA_SELECTOR: u16 = 0x18;

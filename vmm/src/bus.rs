@@ -14,8 +14,15 @@ use crate::vcpu::refused::Mmio;
 /// A one-byte write ends the VM with that exit code.
 pub const POWER_OFF_PORT: u16 = 0xF4;
 const KEYBOARD_DATA: u16 = 0x60;
-const KEYBOARD_CONTROL: u16 = 0x64;
-const KEYBOARD_RESET: u8 = 0xFE;
+pub(crate) const KEYBOARD_CONTROL: u16 = 0x64;
+pub(crate) const KEYBOARD_RESET: u8 = 0xFE;
+/// ACPI's sleep control register (ACPI 6.5, section 4.8.3.7): the sleep type in bits 2 to 4, and bit 5 to enter it.
+pub(crate) const SLEEP_CONTROL: u16 = 0x600;
+/// ACPI's sleep status register: nothing ever wakes.
+pub(crate) const SLEEP_STATUS: u16 = 0x601;
+/// The sleep type of S5, soft off.
+pub(crate) const SLEEP_TYPE_S5: u8 = 5;
+const SLEEP_ENABLE: u8 = 1 << 5;
 
 /// I/O ports and memory-mapped registers of a VM.
 pub(crate) struct Bus {
@@ -40,6 +47,9 @@ impl Bus {
             data.iter().for_each(|byte| self.com2.write(offset, *byte));
         } else if port == POWER_OFF_PORT {
             return data.first().map(|code| Outcome::PowerOff { code: *code });
+        } else if port == SLEEP_CONTROL {
+            let off = SLEEP_TYPE_S5 << 2 | SLEEP_ENABLE;
+            return (data.first() == Some(&off)).then_some(Outcome::PowerOff { code: 0 });
         } else if port == KEYBOARD_CONTROL {
             return (data.first() == Some(&KEYBOARD_RESET)).then_some(Outcome::Reset);
         } else {
@@ -57,8 +67,11 @@ impl Bus {
         } else if let Some(offset) = register(port, COM2) {
             data.iter_mut()
                 .for_each(|byte| *byte = self.com2.read(offset));
-        } else if port == KEYBOARD_CONTROL || port == KEYBOARD_DATA {
-            // A keyboard controller with empty buffers.
+        } else if matches!(
+            port,
+            KEYBOARD_CONTROL | KEYBOARD_DATA | SLEEP_CONTROL | SLEEP_STATUS
+        ) {
+            // A keyboard controller with empty buffers; and no wake event.
             data.fill(0);
         } else {
             self.pci.io_read(port, data);

@@ -2,7 +2,7 @@
 //!
 //! | range | what |
 //! |---|---|
-//! | 0 .. 3 GiB | RAM (less where the VM has less) |
+//! | 0 .. 3 GiB | RAM (less where the VM has less); 0xE_0000 .. 0x10_0000 in it: ACPI tables |
 //! | 0xC000_0000 .. 0xE000_0000 | 32-bit PCI BARs |
 //! | 0xE000_0000 .. 0xE010_0000 | PCI configuration space (ECAM) of bus 0 |
 //! | 0xFEC0_0000, 0xFEE0_0000 | I/O APIC, local APIC (in the kernel) |
@@ -25,12 +25,20 @@ pub const PCI_WINDOW32: Range<u64> = 0xC000_0000..0xE000_0000;
 pub const ECAM_BASE: u64 = 0xE000_0000;
 /// Length of [`ECAM_BASE`]: one bus.
 pub const ECAM_SIZE: u64 = 1 << 20;
+/// KVM's I/O APIC.
+pub const IO_APIC: u32 = 0xFEC0_0000;
+/// KVM's local APICs.
+pub const LOCAL_APIC: u32 = 0xFEE0_0000;
 /// Three pages that KVM wants for itself on some processors.
 pub const KVM_TSS: u64 = 0xFFFB_D000;
 /// One page that KVM wants for itself on some processors.
 pub const KVM_IDENTITY_MAP: u64 = 0xFFFB_C000;
 /// The low memory that a PC keeps for firmware starts here.
 pub const FIRMWARE_START: u64 = 0x9_FC00;
+/// The root of the ACPI tables, and the tables from here to [`RESET_VECTOR`] at most.
+pub const RSDP: u64 = 0xE_0000;
+/// Where an operating system jumps to, in real mode, that wants the firmware to reset the machine: the last 16 bytes below 1 MiB.
+pub const RESET_VECTOR: u64 = 0xF_FFF0;
 /// RAM is ordinary again from here on.
 pub const HIMEM_START: u64 = 0x10_0000;
 

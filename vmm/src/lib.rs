@@ -1,8 +1,9 @@
 //! One virtual machine on KVM: memory, processors, interrupts, boot, and the devices of [`devices`] plugged into it.
 //!
 //! [`run()`] boots a VM and returns when it has ended; there is one VM a process. The threads are the caller's (it waits), one for
-//! the devices (blocked in epoll while nothing happens), and one a vCPU.
+//! the devices (blocked in epoll while nothing happens), one a tap (the same), and one a vCPU.
 
+mod acpi;
 mod boot;
 mod bus;
 mod console;
@@ -33,7 +34,9 @@ use std::path::PathBuf;
 use devices::vhost_pci::VhostPciConfig;
 use devices::virtio_iommu::IommuConfig;
 use devices::virtio_net::NetConfig;
+use devices::virtio_net::tap::{self, TapConfig};
 
+pub use acpi::Error as AcpiError;
 pub use boot::{Error as BootError, Kernel};
 pub use bus::POWER_OFF_PORT;
 pub use host::Error as MachineError;
@@ -58,6 +61,8 @@ pub struct VmConfig {
     pub vcpus: u8,
     /// Its network devices.
     pub net: Vec<NetConfig>,
+    /// Its network devices over taps of the host, which cannot be behind a virtio-iommu.
+    pub taps: Vec<TapConfig>,
     /// Its vhost-pci devices.
     pub vhost_pci: Vec<VhostPciConfig>,
     /// Its virtio-iommu, with all other virtio devices behind it; each is known to it by its PCI requester ID. The page size is that of the
@@ -82,9 +87,9 @@ pub enum Console {
 /// How a VM ended, where nothing went wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// The guest powered off with this exit code (port 0xf4).
+    /// The guest powered off: by port 0xf4, with an exit code, or by ACPI.
     PowerOff {
-        /// What it wrote.
+        /// What it wrote; 0 by ACPI.
         code: u8,
     },
     /// The guest reset the machine.
@@ -108,6 +113,9 @@ pub enum Error {
     /// Its kernel cannot be loaded.
     #[error(transparent)]
     Boot(#[from] boot::Error),
+    /// The VM cannot be described to its guest.
+    #[error(transparent)]
+    Acpi(#[from] acpi::Error),
     /// A vCPU cannot be pinned.
     #[error(
         "vCPU {vcpu} cannot be pinned to core {core}: {source} (see Cpus_allowed_list in /proc/self/status for the cores there are)"
@@ -127,6 +135,14 @@ pub enum Error {
         socket: PathBuf,
         /// Why.
         source: devices::virtio_net::Error,
+    },
+    /// A network device over a tap cannot be made.
+    #[error("tap {name}: {source}")]
+    Tap {
+        /// The interface.
+        name: String,
+        /// Why.
+        source: tap::Error,
     },
     /// A vhost-pci device cannot be made.
     #[error("vhost-pci device {}: {source}", .socket.display())]

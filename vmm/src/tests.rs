@@ -27,6 +27,7 @@ fn config(kernel: Kernel) -> VmConfig {
         affinity: Vec::new(),
         vcpus: 1,
         net: Vec::new(),
+        taps: Vec::new(),
         vhost_pci: Vec::new(),
         iommu: None,
         console: Console::Output,

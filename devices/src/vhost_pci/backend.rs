@@ -139,6 +139,8 @@ pub(super) enum Step {
     Pass(Message),
     /// The device has dealt with it; see [`Backend::answer`].
     Done,
+    /// The same: it has refused this request.
+    Refused(u32, Refusal),
     /// The same, and these device addresses have a new translation (or are said to have none).
     Updated(Range<u64>),
     /// The same, and translations are gone.
@@ -314,9 +316,8 @@ impl Backend {
                 Ok(step)
             }
             Err(Error::Refusal(refusal)) if acknowledge => {
-                log::debug!("vhost-pci: refused {}: {refusal}", requests::name(request));
                 self.own_answer(request, U64(1));
-                Ok(Step::Done)
+                Ok(Step::Refused(request, refusal))
             }
             Err(Error::Refusal(refusal)) => Err(Fault::Refused(request, refusal)),
             Err(Error::Fault(fault)) => Err(fault),

@@ -23,7 +23,7 @@ use super::misses::{self, Channel};
 use super::queues::{self, ControlQueues, Sent};
 use super::{BACKEND_UP, FRONTEND_UP, Shared, count};
 use crate::host::{Host, Window};
-use crate::vhost_user::{self, Connection, Message, RateLimit, Socket};
+use crate::vhost_user::{self, Connection, Message, RateLimit, Socket, requests};
 use crate::virtio::{DeviceMemory, event};
 use crate::virtio_iommu::Endpoint;
 
@@ -84,6 +84,7 @@ struct Log {
     connected: RateLimit,
     gone: RateLimit,
     faults: RateLimit,
+    refused: RateLimit,
 }
 
 impl Default for Log {
@@ -93,6 +94,7 @@ impl Default for Log {
             connected: limit(),
             gone: limit(),
             faults: limit(),
+            refused: limit(),
         }
     }
 }
@@ -413,6 +415,11 @@ impl Worker {
             match peer.backend.front_end(message, &mut self.plumbing)? {
                 Step::Pass(message) => peer.waiting.push_back(bytes(&message)),
                 Step::Done => {}
+                Step::Refused(request, why) => {
+                    // The front-end gets a number; what it means can only be said here.
+                    let text = format_args!("refused {}: {why}", requests::name(request));
+                    say(&mut self.log.refused, Level::Warn, &self.socket, text);
+                }
                 Step::Updated(range) => {
                     count(&counters.updates);
                     peer.updated.push(range);

@@ -42,6 +42,7 @@ mod control;
 mod iotlb;
 mod names;
 mod rings;
+pub mod tap;
 #[cfg(test)]
 mod tests;
 mod worker;

@@ -28,6 +28,7 @@ fn config(directory: &TempDir, iommu: IommuConfig) -> VmConfig {
         affinity: Vec::new(),
         vcpus: 1,
         net: Vec::new(),
+        taps: Vec::new(),
         vhost_pci: vec![device("a"), device("b")],
         iommu: Some(iommu),
         console: Console::Output,

@@ -496,6 +496,119 @@ fn a_ring_without_room_holds_the_answers_up_and_loses_none_of_the_waiting_ones()
     assert_eq!(host.frames.counts.tx_frames, 201);
 }
 
+/// A TCP segment to a service, with a right checksum.
+fn tcp(from: u16, to: u16, sequence: u32, ack: u32, flags: u8, rest: &[u8]) -> Vec<u8> {
+    let mut segment = [&from.to_be_bytes()[..], &to.to_be_bytes()].concat();
+    segment.extend(sequence.to_be_bytes());
+    segment.extend(ack.to_be_bytes());
+    segment.extend([0x50, flags, 0x20, 0, 0, 0, 0, 0]);
+    segment.extend(rest);
+    ipv4(6, &tcp_sum(segment))
+}
+
+/// The segment with the checksum that it should have.
+fn tcp_sum(mut segment: Vec<u8>) -> Vec<u8> {
+    segment[16..18].fill(0);
+    let len = u16::try_from(segment.len()).unwrap().to_be_bytes();
+    let pseudo = [10, 0, 0, 2, 10, 0, 0, 1, 0, 6, len[0], len[1]];
+    let sum = checksum(&[&pseudo[..], &segment].concat());
+    segment[16..18].copy_from_slice(&sum);
+    segment
+}
+
+#[test]
+fn no_garbled_conversation_makes_it_panic_grow_or_stop_answering() {
+    let (syn, ack, psh, fin) = (2, 16, 8, 1);
+    let mut host = super::Host::new(run().address, DEFAULT_SOURCE, 1);
+    let mut state = 0;
+    let mut random = move |below: u64| {
+        state += 1;
+        crate::study::mix(state) % below
+    };
+    // What it said last on a connection: both ports, its next number, and ours.
+    let mut talks: Vec<[u32; 4]> = Vec::new();
+    let mut spoken = 0;
+    for turn in 0..40_000u32 {
+        let services = [7, 9, 19, 20];
+        let service = services[usize::try_from(random(4)).unwrap()];
+        let local = u16::try_from(40_000 + random(8)).unwrap();
+        let mut frame = match random(8) {
+            0 => arp_request(),
+            1 => ping(u8::try_from(turn % 256).unwrap(), &[7; 64]),
+            2 => tcp(local, service, turn, 0, syn, &[]),
+            _ if talks.is_empty() => tcp(local, service, turn, turn, ack, &[1; 9]),
+            _ => {
+                let at = usize::try_from(random(talks.len() as u64)).unwrap();
+                let talk = &mut talks[at];
+                let [from, to, theirs, ours] = *talk;
+                let data = vec![9; usize::try_from(random(1400)).unwrap()];
+                let flags = match random(6) {
+                    0 => ack | fin,
+                    1 => u8::try_from(random(256)).unwrap(),
+                    _ => ack | psh,
+                };
+                talk[3] = ours.wrapping_add(u32::try_from(data.len()).unwrap());
+                let near = u32::try_from(random(3)).unwrap();
+                tcp(
+                    u16::try_from(from).unwrap(),
+                    u16::try_from(to).unwrap(),
+                    ours.wrapping_add(near),
+                    theirs.wrapping_sub(near),
+                    flags,
+                    &data,
+                )
+            }
+        };
+        // Half of them are changed somewhere, and most of those get right checksums afterwards.
+        if random(2) == 0 {
+            for _ in 0..=random(3) {
+                let at = usize::try_from(random(frame.len().min(80) as u64)).unwrap();
+                frame[at] = u8::try_from(random(256)).unwrap();
+            }
+            if random(4) != 0 && frame.len() >= 54 && frame[23] == 6 {
+                frame[24..26].fill(0);
+                let sum = checksum(&frame[14..34]);
+                frame[24..26].copy_from_slice(&sum);
+                let segment = tcp_sum(frame[34..].to_vec());
+                frame.splice(34.., segment);
+            }
+            frame.truncate(
+                usize::try_from(random(2 * frame.len() as u64))
+                    .unwrap()
+                    .max(1),
+            );
+        }
+        host.frames.take(&Frame::of(&frame));
+        host.poll(Instant::from_millis(i64::from(turn) * 20));
+        for frame in host.frames.leaving.drain(..) {
+            let word = |at: usize| u32::from_be_bytes(frame[at..at + 4].try_into().unwrap());
+            if frame.len() >= 54 && frame[23] == 6 && frame[47] & 4 == 0 {
+                spoken += 1;
+                let (to, from) = (word(34) >> 16, word(34) & 0xffff);
+                let len = u32::try_from(frame.len()).unwrap() - 34 - u32::from(frame[46] >> 4) * 4;
+                let one = u32::from(frame[47] & (syn | fin) != 0);
+                let theirs = word(38).wrapping_add(len + one);
+                talks.retain(|talk| talk[..2] != [from, to]);
+                talks.push([from, to, theirs, word(42)]);
+                let excess = talks.len().saturating_sub(32);
+                talks.drain(..excess);
+            }
+        }
+        assert!(host.frames.arrived.is_empty());
+    }
+    assert!(spoken > 1000, "{spoken}: nothing was said");
+    let counts = host.frames.counts;
+    assert!(
+        counts.connections > 10 && counts.rx_bytes > 10_000,
+        "{counts:?}"
+    );
+    host.frames.take(&Frame::of(&arp_request()));
+    host.frames.take(&Frame::of(&ping(1, b"still there")));
+    host.poll(Instant::from_millis(1 << 30));
+    let mut answers = host.frames.leaving.iter();
+    assert!(answers.any(|frame| frame.ends_with(b"still there")));
+}
+
 #[test]
 fn the_record_has_what_the_responder_counted() {
     let responded = Responded {

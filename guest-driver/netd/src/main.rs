@@ -1,0 +1,241 @@
+//! vhost-pci-netd: serves a vhost-pci device (docs/netd.md).
+
+use std::io::{self, Write};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{ArgGroup, Parser, ValueEnum};
+use guest_driver::vhost_pci::{DEVICE_TYPE, VhostPci};
+use guest_driver::virtio_pci;
+use vhost_pci_netd::dma::{self, Arena};
+use vhost_pci_netd::machine::Machine;
+use vhost_pci_netd::pci::{self, Address, Function};
+use vhost_pci_netd::serve::{self, Mode, Options, serve};
+use vhost_pci_netd::stats::Stats;
+use vhost_pci_netd::tap::{self, Tap};
+use vhost_pci_netd::wait::{self, Waiter};
+use vhost_pci_netd::work::{Bridge, Drop, MacSwap, Sink, Source, Work};
+use vhost_pci_netd::{sysfs, vfio};
+
+/// Serves a vhost-pci device: the peer's network device ends in a tap interface here, or in a workload.
+#[derive(Debug, Parser)]
+#[command(version, after_help = EXIT_STATUS, group = ArgGroup::new("what").required(true))]
+struct Args {
+    /// PCI address of the device, as lspci -d 1af4:107d shows it
+    #[arg(long, value_name = "ADDRESS")]
+    device: Address,
+    /// How to reach it; if not given, vfio where vfio-pci has the device, sysfs where no driver has it
+    #[arg(long, value_enum)]
+    via: Option<Via>,
+    /// Bridge it to this tap interface, which is made if it is not there
+    #[arg(long, value_name = "NAME", group = "what")]
+    tap: Option<String>,
+    /// Or measure
+    #[arg(long, value_enum, group = "what")]
+    io: Option<Io>,
+    /// How to wait for frames; if not given, adaptive over vfio and poll over sysfs
+    #[arg(long, value_enum)]
+    mode: Option<Mode>,
+    /// Bytes of a frame of --io source and sink, 60 to 1518
+    #[arg(long, value_name = "BYTES", default_value_t = 64, value_parser = clap::value_parser!(u16).range(60..=1518))]
+    size: u16,
+    /// Stop after so many frames
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    count: Option<u64>,
+    /// Stop after so many seconds
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..))]
+    seconds: Option<u32>,
+    /// Print a line of counters (JSON) to stdout so often, and not only at the end
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..))]
+    stats: Option<u32>,
+}
+
+const EXIT_STATUS: &str = "\
+Exit status:
+  0  served until the end: a signal, --seconds, --count
+  1  the device or the tap could not be had, or could not go on
+  2  --io sink: frames were lost, doubled, overtaken or corrupted; or the arguments are wrong";
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Via {
+    /// Through VFIO: behind an IOMMU, with interrupts
+    Vfio,
+    /// Through the device's files in sysfs: without an IOMMU, polled; needs root and a page of 2 MiB
+    Sysfs,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Io {
+    /// Send every frame back, its addresses exchanged
+    MacSwap,
+    /// Take every frame and look at none
+    Drop,
+    /// Send numbered frames
+    Source,
+    /// Take such frames and check every byte
+    Sink,
+}
+
+#[derive(Debug, thiserror::Error)]
+enum Error {
+    #[error(transparent)]
+    Function(#[from] pci::Error),
+    #[error(transparent)]
+    Memory(#[from] dma::Error),
+    #[error(transparent)]
+    Sysfs(#[from] sysfs::Error),
+    #[error(transparent)]
+    Vfio(#[from] vfio::Error),
+    #[error(transparent)]
+    Tap(#[from] tap::Error),
+    #[error(transparent)]
+    Serve(#[from] serve::Error),
+    #[error("{0} is [{1:04x}:{2:04x}], no vhost-pci device [1af4:107d]")]
+    OtherDevice(Address, u16, u16),
+    #[error("vhost-pci at {0}: {1}")]
+    Start(Address, virtio_pci::Error),
+    #[error("vhost-pci at {0}: BAR {1} cannot be mapped: {2}")]
+    Map(Address, usize, io::Error),
+    #[error("vhost-pci at {0} cannot be shut down: {1}")]
+    ShutDown(Address, virtio_pci::Error),
+    #[error("cannot wait for signals: {0}")]
+    Signals(io::Error),
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    match run(&args) {
+        Ok(stats) => {
+            let wrong = stats
+                .checked
+                .is_some_and(|seen| seen.out_of_sequence + seen.corrupted > 0);
+            ExitCode::from(if wrong { 2 } else { 0 })
+        }
+        Err(error) => {
+            note(&error.to_string());
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn note(text: &str) {
+    // Where nobody reads it, it is lost, and serving goes on.
+    let _ = writeln!(io::stderr(), "vhost-pci-netd: {text}");
+}
+
+fn run(args: &Args) -> Result<Stats, Error> {
+    let count = args.count;
+    let size = usize::from(args.size);
+    match (&args.tap, args.io) {
+        // First, so that a wrong name is found before the device is touched.
+        (Some(name), _) => start(args, Bridge::new(Tap::open(name)?, count)),
+        (None, Some(Io::MacSwap)) => start(args, MacSwap::new(count)),
+        (None, Some(Io::Source)) => start(args, Source::new(size, count)),
+        (None, Some(Io::Sink)) => start(args, Sink::new(size, count)),
+        (None, Some(Io::Drop) | None) => start(args, Drop::new(count)),
+    }
+}
+
+fn open(args: &Args) -> Result<Machine, Error> {
+    let function = Function::find(sysfs::root(), args.device)?;
+    let via = args.via.unwrap_or(match function.driver().as_deref() {
+        Some("vfio-pci") => Via::Vfio,
+        _ => Via::Sysfs,
+    });
+    Ok(match via {
+        Via::Vfio => vfio::open(&function)?,
+        Via::Sysfs => {
+            sysfs::check(&function)?;
+            sysfs::open(&function, Arena::physical()?)?
+        }
+    })
+}
+
+fn start(args: &Args, mut work: impl Work) -> Result<Stats, Error> {
+    let mut machine = open(args)?;
+    let function = machine.function();
+    let wanted = (virtio_pci::VENDOR, virtio_pci::DEVICE_BASE + DEVICE_TYPE);
+    if (function.vendor, function.device) != wanted {
+        return Err(Error::OtherDevice(
+            args.device,
+            function.vendor,
+            function.device,
+        ));
+    }
+    guest_driver::bulk::detect();
+    // From here on a signal must not end the process before the device is shut down.
+    let stop = wait::stop_signals().map_err(Error::Signals)?;
+    let mut device = VhostPci::new(&machine, function, machine.memory()).map_err(|error| {
+        match machine.take_failure() {
+            Some((bar, why)) => Error::Map(args.device, bar, why),
+            None => Error::Start(args.device, error),
+        }
+    })?;
+    let waiter = Waiter::new(stop, machine.take_interrupts());
+    let options = Options {
+        mode: args.mode.unwrap_or(if waiter.has_interrupts() {
+            Mode::Adaptive
+        } else {
+            Mode::Poll
+        }),
+        time: args.seconds.map(|n| Duration::from_secs(n.into())),
+        report: args.stats.map(|n| Duration::from_secs(n.into())),
+    };
+    let print = |report: &_| {
+        if let Ok(line) = serde_json::to_string(report) {
+            let _ = writeln!(io::stdout(), "{line}");
+        }
+    };
+    note(&format!("serving {}", args.device));
+    let served = serve(&mut device, &mut work, &waiter, &options, print, note);
+    // In any case: the device must not write to memory that is about to be somebody else's.
+    let down = device.shut_down();
+    let stats = served?;
+    down.map_err(|error| Error::ShutDown(args.device, error))?;
+    Ok(stats)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    fn parse(arguments: &str) -> Result<Args, clap::Error> {
+        Args::try_parse_from(arguments.split(' '))
+    }
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn a_device_and_exactly_one_thing_to_do_are_needed() {
+        for good in [
+            "netd --device 0000:00:01.0 --tap tap0",
+            "netd --device 00:01.0 --io mac-swap --via vfio --mode irq --count 5 --seconds 1 --stats 1",
+            "netd --device 00:01.0 --io source --size 1518",
+        ] {
+            assert!(parse(good).is_ok(), "{good}");
+        }
+        for bad in [
+            "netd --tap tap0",
+            "netd --device 00:01.0",
+            "netd --device 00:01.0 --tap tap0 --io drop",
+            "netd --device 1 --io drop",
+            "netd --device 00:01.0 --io drop --count 0",
+            "netd --device 00:01.0 --io source --size 59",
+            "netd --device 00:01.0 --io source --size 1519",
+        ] {
+            assert!(parse(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_device_that_is_not_there_is_an_error_that_names_it() {
+        let args = parse("netd --device ffff:fe:1f.7 --io drop").unwrap();
+        let error = run(&args).unwrap_err().to_string();
+        assert!(error.contains("no PCI device ffff:fe:1f.7"), "{error}");
+    }
+}

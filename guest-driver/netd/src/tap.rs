@@ -1,0 +1,126 @@
+//! The tap interface that the peer's frames end in.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+
+use virtqueue::net::HEADER_LEN;
+
+use crate::sys;
+
+/// Something that carries packets: each a virtio-net header ([`HEADER_LEN`] bytes) and a frame.
+pub trait Nic {
+    /// Takes one packet; `None` where there is none now. Of a packet that is longer than `packet`, the end is cut off.
+    fn read(&mut self, packet: &mut [u8]) -> io::Result<Option<usize>>;
+    /// Hands one packet over.
+    fn write(&mut self, packet: &[u8]) -> io::Result<()>;
+    /// The longest payload behind the Ethernet header that it takes now; `None` where it does not say.
+    fn mtu(&self) -> Option<usize>;
+    /// Says whether there is somebody at the other end of the cable.
+    fn set_carrier(&mut self, up: bool);
+    /// What can be read when there is a packet.
+    fn fd(&self) -> BorrowedFd<'_>;
+}
+
+/// Why there is no tap.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// No driver.
+    #[error("/dev/net/tun: {0}; 'modprobe tun' (as root) makes it where it is missing")]
+    Open(#[source] io::Error),
+    /// The interface cannot be had.
+    #[error("tap {name}: {error}{}", hint(error))]
+    Interface {
+        /// Its name.
+        name: String,
+        /// Why.
+        error: io::Error,
+    },
+}
+
+fn hint(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::EPERM) => {
+            " (needs CAP_NET_ADMIN, or an interface that 'ip tuntap add mode tap user …' made for you)"
+        }
+        Some(libc::EBUSY) => " (another program has it)",
+        Some(libc::EINVAL) => {
+            " (an interface of that name is there that is no tap with one queue and packet headers: 'ip tuntap add NAME mode tap vnet_hdr' makes one)"
+        }
+        None if error.kind() == io::ErrorKind::InvalidInput => {
+            " (a name has 1 to 15 characters, no blank, slash, colon or percent sign)"
+        }
+        _ => "",
+    }
+}
+
+/// A tap interface. One that was not there before goes away with this.
+#[derive(Debug)]
+pub struct Tap {
+    file: File,
+    name: String,
+    questions: OwnedFd,
+}
+
+impl Tap {
+    /// Attaches to the interface `name`, or makes it.
+    pub fn open(name: &str) -> Result<Self, Error> {
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open("/dev/net/tun")
+            .map_err(Error::Open)?;
+        let interface = |error| Error::Interface {
+            name: name.into(),
+            error,
+        };
+        sys::make_tap(&file, name, HEADER_LEN).map_err(interface)?;
+        let mut tap = Self {
+            file,
+            name: name.into(),
+            questions: sys::question_socket().map_err(interface)?,
+        };
+        tap.set_carrier(false);
+        Ok(tap)
+    }
+}
+
+impl Nic for Tap {
+    fn read(&mut self, packet: &mut [u8]) -> io::Result<Option<usize>> {
+        read(&mut self.file, packet)
+    }
+
+    fn write(&mut self, packet: &[u8]) -> io::Result<()> {
+        self.file.write(packet).map(|_| ())
+    }
+
+    fn mtu(&self) -> Option<usize> {
+        sys::mtu(&self.questions, &self.name).ok()
+    }
+
+    fn set_carrier(&mut self, up: bool) {
+        // Kernels before 5.0 have no such call; the interface then looks as if the cable were always in.
+        let _ = sys::set_carrier(&self.file, up);
+    }
+
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+/// Reads from what does not block.
+pub(crate) fn read(from: &mut impl Read, packet: &mut [u8]) -> io::Result<Option<usize>> {
+    match from.read(packet) {
+        Ok(len) => Ok(Some(len.min(packet.len()))),
+        Err(error) => match error.kind() {
+            io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted => Ok(None),
+            _ => Err(error),
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests;

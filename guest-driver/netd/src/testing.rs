@@ -1,0 +1,143 @@
+//! What tests need: memory for rings, frames, and a pair of sockets that stands for a tap.
+#![allow(unsafe_code)] // memory that two ends share
+
+use std::io::{self, Read};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixDatagram;
+use std::sync::{Arc, Mutex};
+
+use guest_driver::Port;
+use guest_driver::joined::{self, JoinConfig, JoinedBackEnd, JoinedFrontEnd};
+use guest_driver::net_port::Shape;
+use guest_driver::virtio_pci::Notify;
+use virtqueue::linear::Linear;
+
+use crate::tap::{self, Nic};
+
+const START: u64 = 0x10000;
+
+/// Both ends of a connection, in memory that is never freed.
+pub(crate) fn join<C: Notify + Clone, K: Notify + Clone>(
+    config: &JoinConfig,
+    kicks: K,
+    calls: C,
+) -> (JoinedFrontEnd<K>, JoinedBackEnd<C>) {
+    let len = joined::memory_needed(config).unwrap();
+    let base = crate::sys::map_locked(usize::try_from(len).unwrap(), false).unwrap();
+    // SAFETY: mapped for ever, and reached through this only.
+    let memory = unsafe { Linear::new(base.as_ptr(), START, len) };
+    joined::join(memory, START, config, kicks, calls, true).unwrap()
+}
+
+/// Every way in which rings and buffers differ for a back-end.
+pub(crate) fn configs() -> impl Iterator<Item = JoinConfig> {
+    [false, true].into_iter().flat_map(|packed| {
+        [(false, 1530), (true, 1530), (true, 300)].map(|(mergeable, rx_buffer)| JoinConfig {
+            packed,
+            size: 64,
+            in_order: packed,
+            shape: Shape {
+                mergeable,
+                rx_buffer,
+                ..Shape::default()
+            },
+            ..JoinConfig::default()
+        })
+    })
+}
+
+/// Frames whose every byte says where it belongs.
+pub(crate) fn frame(number: usize, len: usize) -> Vec<u8> {
+    (0..len)
+        .map(|at| (number * 31 + at * 7 + at / 256).to_le_bytes()[0])
+        .collect()
+}
+
+/// Sends frames of any lengths; returns how many there was room for.
+pub(crate) fn send(port: &mut impl Port, frames: &[Vec<u8>]) -> usize {
+    frames
+        .iter()
+        .take_while(|frame| {
+            let build = |_, slot: &mut guest_driver::Slot| assert!(slot.write(0, frame));
+            port.tx_burst(1, frame.len(), build).unwrap() == 1
+        })
+        .count()
+}
+
+/// All frames that are there.
+pub(crate) fn receive(port: &mut impl Port) -> Vec<Vec<u8>> {
+    let mut got = Vec::new();
+    port.rx_burst(256, |frame| {
+        let mut bytes = vec![0; frame.len()];
+        assert!(frame.read(0, &mut bytes));
+        got.push(bytes);
+    })
+    .unwrap();
+    got
+}
+
+/// A socket that stands for a tap, and what it was told.
+pub(crate) struct Socket {
+    socket: UnixDatagram,
+    pub(crate) mtu: usize,
+    pub(crate) carrier: Arc<Mutex<Vec<bool>>>,
+}
+
+/// The socket, and the end at which the test is the kernel.
+pub(crate) fn socket() -> (Socket, UnixDatagram) {
+    let (ours, theirs) = UnixDatagram::pair().unwrap();
+    for end in [&ours, &theirs] {
+        end.set_nonblocking(true).unwrap();
+    }
+    let nic = Socket {
+        socket: ours,
+        mtu: 1500,
+        carrier: Arc::default(),
+    };
+    (nic, theirs)
+}
+
+struct Receive<'a>(&'a UnixDatagram);
+
+impl Read for Receive<'_> {
+    fn read(&mut self, to: &mut [u8]) -> io::Result<usize> {
+        self.0.recv(to)
+    }
+}
+
+impl Nic for Socket {
+    fn read(&mut self, packet: &mut [u8]) -> io::Result<Option<usize>> {
+        tap::read(&mut Receive(&self.socket), packet)
+    }
+
+    fn write(&mut self, packet: &[u8]) -> io::Result<()> {
+        self.socket.send(packet).map(|_| ())
+    }
+
+    fn mtu(&self) -> Option<usize> {
+        Some(self.mtu)
+    }
+
+    fn set_carrier(&mut self, up: bool) {
+        self.carrier.lock().unwrap().push(up);
+    }
+
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+/// A packet without offload.
+pub(crate) fn packet(frame: &[u8]) -> Vec<u8> {
+    [&[0; 12][..], frame].concat()
+}
+
+/// All packets that are there.
+pub(crate) fn packets(kernel: &UnixDatagram) -> Vec<Vec<u8>> {
+    let mut got = Vec::new();
+    let mut buffer = [0; 4096];
+    while let Ok(len) = kernel.recv(&mut buffer) {
+        got.push(buffer[..len].to_vec());
+    }
+    got
+}
