@@ -132,15 +132,18 @@ pub fn run(args: &BenchArgs) -> Result<u8> {
     if let (Some(flags), Some(setup)) = (&args.vs, &second_setup) {
         report = report.with_vs(flags, setup, &measured, &second);
     }
-    let measured = [measured, second].concat();
     let mut out = io::stdout().lock();
     writeln!(out, "{}\n{}", table::render(&report), table::LEGEND)?;
-    writeln!(out, "\n{}", totals(&measured))?;
+    writeln!(out, "\n{}", totals(&[&measured[..], &second].concat()))?;
     if let Some(json) = json {
         json.write(&report)?;
     }
-    let code = judge(&measured, &requests, samples)?;
-    Ok(exit::worse(code, judge_peers(&peers, samples)))
+    let codes = [
+        judge("", &measured, &requests, samples)?,
+        judge("--vs: ", &second, &[], samples)?,
+        judge_peers(&peers, samples),
+    ];
+    Ok(codes.into_iter().fold(exit::OK, exit::worse))
 }
 
 /// When samples are no longer taken again.
@@ -278,12 +281,12 @@ fn totals(measured: &[Measured]) -> String {
     line
 }
 
-/// Says what is not as it should be, and chooses the exit code.
-fn judge(measured: &[Measured], requests: &[Requests], samples: usize) -> Result<u8> {
+/// Says what is not as it should be of whose figures, and chooses the exit code.
+fn judge(who: &str, measured: &[Measured], requests: &[Requests], samples: usize) -> Result<u8> {
     let mut code = exit::OK;
     let mut few = Vec::new();
     for case in measured {
-        let name = describe(&case.case);
+        let name = format!("{who}{}", describe(&case.case));
         let (found, dropped) = (case.pairs.len(), case.moved + case.disturbed);
         if found < samples {
             few.push(format!(
@@ -400,6 +403,7 @@ mod tests {
             let mut faults = Faults::default();
             set(&mut faults);
             judge(
+                "",
                 &[measured(5, Faults::default()), measured(5, faults)],
                 &[],
                 5,
@@ -417,11 +421,11 @@ mod tests {
     #[test]
     fn few_samples_are_reported_and_none_is_a_failure() {
         assert_eq!(
-            judge(&[measured(2, Faults::default())], &[], 5).unwrap(),
+            judge("", &[measured(2, Faults::default())], &[], 5).unwrap(),
             exit::OK
         );
         assert_eq!(
-            judge(&[measured(0, Faults::default())], &[], 5).unwrap(),
+            judge("", &[measured(0, Faults::default())], &[], 5).unwrap(),
             exit::HOST
         );
     }
@@ -451,14 +455,14 @@ mod tests {
             samples: Vec::new(),
             dropped: 15,
         };
-        assert_eq!(judge(&[], &[none], 5).unwrap(), exit::HOST);
+        assert_eq!(judge("", &[], &[none], 5).unwrap(), exit::HOST);
     }
 
     #[test]
     fn a_bound_that_loses_frames_is_no_bound() {
         let mut bad = measured(5, Faults::default());
         bad.bound_faults.lost = 1;
-        assert!(judge(&[bad], &[], 5).is_err());
+        assert!(judge("", &[bad], &[], 5).is_err());
     }
 
     #[test]
