@@ -195,6 +195,20 @@ fn each_wrong_argument_is_one_line_that_names_it_and_exit_code_3() {
             ],
             &["--peers", "be-to-fe"],
         ),
+        (
+            &["bench", "--vs", "--mode irq"],
+            &["--vs '--mode irq'", "--mode cannot differ"],
+        ),
+        (
+            &[
+                "bench",
+                "--ring",
+                "split,packed",
+                "--vs",
+                "--queue-size 512",
+            ],
+            &["--vs", "one of --ring"],
+        ),
         (&["plot", "x.json"], &["--out"]),
         (&["bench", "--memory", "sise=1"], &["--memory", "'sise'"]),
         (&["launch"], &["launch"]),
@@ -310,6 +324,7 @@ fn every_command_explains_its_flags_and_exit_codes() {
                 "--iommu-back",
                 "--peers",
                 "--peer-ring",
+                "--vs",
             ],
         ),
         (

@@ -12,6 +12,7 @@ mod session;
 mod stats;
 pub mod table;
 mod testpmd;
+mod vs;
 mod windows;
 
 use std::io::{self, Write};
@@ -37,6 +38,7 @@ use record::Faults;
 use report::Report;
 use requests::Requests;
 use session::Sessions;
+use vs::{Vs, WithVs};
 
 /// How long the guests send before they count.
 const WARM_UP_MS: u64 = 5;
@@ -71,7 +73,8 @@ pub struct Setup {
 pub fn run(args: &BenchArgs) -> Result<u8> {
     let started = Instant::now();
     let allowed = sys::allowed_cores().context("cannot read the affinity mask")?;
-    let setup = || -> Result<Setup> {
+    let other = args.other(std::env::args_os())?;
+    let setup = |args: &BenchArgs| -> Result<Setup> {
         Ok(Setup {
             ms: args.sample_ms(),
             warmup_ms: WARM_UP_MS,
@@ -82,7 +85,14 @@ pub fn run(args: &BenchArgs) -> Result<u8> {
             memory: machine::memory(&args.both.memory)?,
         })
     };
-    let (for_session, setup) = (setup()?, setup()?);
+    let second = match &other {
+        Some(other) => {
+            args.one_kind()?;
+            Some((other, other.one_kind()?, setup(other)?, setup(other)?))
+        }
+        None => None,
+    };
+    let (for_session, setup) = (setup(args)?, setup(args)?);
     let json = args.json.as_deref().map(JsonFile::create).transpose()?;
     let signals = Rc::new(Signals::install().context("cannot handle signals")?);
 
@@ -93,10 +103,19 @@ pub fn run(args: &BenchArgs) -> Result<u8> {
     let kinds = args.kinds()?;
     let mut peers = Peers::start(args.peer_list()?, args.peer_ring, &setup, &signals)?;
     let mut sessions = Sessions::start(for_session, &kinds, &args.both.memory, &signals)?;
+    let (mut vs, mut second_setup) = (None, None);
+    if let Some((other, kind, setup, again)) = second {
+        vs = Some(Vs::start(other, setup, kind, &signals)?);
+        second_setup = Some(again);
+    }
+    let mut beside = WithPeers {
+        lab: &mut sessions,
+        peers: &mut peers,
+    };
     let measured = sample(
-        &mut WithPeers {
-            lab: &mut sessions,
-            peers: &mut peers,
+        &mut WithVs {
+            lab: &mut beside,
+            vs: vs.as_mut(),
         },
         &plan::plan(args, &kinds),
         samples,
@@ -105,17 +124,26 @@ pub fn run(args: &BenchArgs) -> Result<u8> {
     let tsc_khz = sessions.tsc_khz();
     sessions.finish()?;
     let peers = peers.finish();
+    let second = vs.map(Vs::finish).transpose()?.unwrap_or_default();
     let requests = requests(args, &setup, &signals)?;
 
-    let report = Report::new(&setup, tsc_khz, &measured, &requests).with_peers(&measured, &peers);
+    let mut report =
+        Report::new(&setup, tsc_khz, &measured, &requests).with_peers(&measured, &peers);
+    if let (Some(flags), Some(setup)) = (&args.vs, &second_setup) {
+        report = report.with_vs(flags, setup, &measured, &second);
+    }
     let mut out = io::stdout().lock();
     writeln!(out, "{}\n{}", table::render(&report), table::LEGEND)?;
-    writeln!(out, "\n{}", totals(&measured))?;
+    writeln!(out, "\n{}", totals(&[&measured[..], &second].concat()))?;
     if let Some(json) = json {
         json.write(&report)?;
     }
-    let code = judge(&measured, &requests, samples)?;
-    Ok(exit::worse(code, judge_peers(&peers, samples)))
+    let codes = [
+        judge("", &measured, &requests, samples)?,
+        judge("--vs: ", &second, &[], samples)?,
+        judge_peers(&peers, samples),
+    ];
+    Ok(codes.into_iter().fold(exit::OK, exit::worse))
 }
 
 /// When samples are no longer taken again.
@@ -253,12 +281,12 @@ fn totals(measured: &[Measured]) -> String {
     line
 }
 
-/// Says what is not as it should be, and chooses the exit code.
-fn judge(measured: &[Measured], requests: &[Requests], samples: usize) -> Result<u8> {
+/// Says what is not as it should be of whose figures, and chooses the exit code.
+fn judge(who: &str, measured: &[Measured], requests: &[Requests], samples: usize) -> Result<u8> {
     let mut code = exit::OK;
     let mut few = Vec::new();
     for case in measured {
-        let name = describe(&case.case);
+        let name = format!("{who}{}", describe(&case.case));
         let (found, dropped) = (case.pairs.len(), case.moved + case.disturbed);
         if found < samples {
             few.push(format!(
@@ -375,6 +403,7 @@ mod tests {
             let mut faults = Faults::default();
             set(&mut faults);
             judge(
+                "",
                 &[measured(5, Faults::default()), measured(5, faults)],
                 &[],
                 5,
@@ -392,11 +421,11 @@ mod tests {
     #[test]
     fn few_samples_are_reported_and_none_is_a_failure() {
         assert_eq!(
-            judge(&[measured(2, Faults::default())], &[], 5).unwrap(),
+            judge("", &[measured(2, Faults::default())], &[], 5).unwrap(),
             exit::OK
         );
         assert_eq!(
-            judge(&[measured(0, Faults::default())], &[], 5).unwrap(),
+            judge("", &[measured(0, Faults::default())], &[], 5).unwrap(),
             exit::HOST
         );
     }
@@ -426,14 +455,14 @@ mod tests {
             samples: Vec::new(),
             dropped: 15,
         };
-        assert_eq!(judge(&[], &[none], 5).unwrap(), exit::HOST);
+        assert_eq!(judge("", &[], &[none], 5).unwrap(), exit::HOST);
     }
 
     #[test]
     fn a_bound_that_loses_frames_is_no_bound() {
         let mut bad = measured(5, Faults::default());
         bad.bound_faults.lost = 1;
-        assert!(judge(&[bad], &[], 5).is_err());
+        assert!(judge("", &[bad], &[], 5).is_err());
     }
 
     #[test]

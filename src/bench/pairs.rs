@@ -135,7 +135,7 @@ impl Measured {
     }
 
     /// Takes one pair of samples.
-    fn attempt(&mut self, lab: &mut dyn Lab, round: usize) -> Result<()> {
+    pub fn attempt(&mut self, lab: &mut dyn Lab, round: usize) -> Result<()> {
         let case = self.case;
         let first = lab.probe()?;
         let vm = lab.guests(&case)?;

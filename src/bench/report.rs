@@ -7,9 +7,11 @@ use serde::Serialize;
 use vmm::HugePages;
 
 mod peers;
+mod vs;
 
 use super::Setup;
 pub use peers::{PeerEntry, ToPeerEntry};
+pub use vs::Vs;
 
 use super::pairs::{LEAST_SHARE, Measured, Pair, gated, moved};
 use super::plan::Case;
@@ -42,6 +44,9 @@ pub struct Report {
     /// The window beside each of them, taken in turn; one entry a case, peer and distance.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub to_peers: Vec<ToPeerEntry>,
+    /// A second pair of VMs with other flags, sampled in turn with the first.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vs: Option<Vs>,
     /// The time of a request through a ring alone, of a sweep; one entry a figure and distance.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub requests: Vec<RequestEntry>,
@@ -266,6 +271,7 @@ impl Report {
             paths: paths(measured),
             peers: Vec::new(),
             to_peers: Vec::new(),
+            vs: None,
             requests: requests.iter().flat_map(request_entries).collect(),
             counters: (!requests.is_empty()).then(|| {
                 requests::counters().unwrap_or_else(|| "cache-misses, user mode".to_owned())

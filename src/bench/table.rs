@@ -2,7 +2,9 @@
 
 use super::probe::Distance;
 use super::record::{Faults, Latency};
-use super::report::{Entry, PathEntry, PeerEntry, RatioEntry, Report, RequestEntry, ToPeerEntry};
+use super::report::{
+    Entry, PathEntry, PeerEntry, RatioEntry, Report, RequestEntry, ToPeerEntry, Vs,
+};
 use super::stats::Spread;
 use crate::cli::iommu::Iommu;
 use crate::cli::rings::Ring;
@@ -15,6 +17,7 @@ Gbit/s: bits of the frames as they lie in the buffers, without FCS, preamble and
 bound: the same ring code between two host threads on the same cores, sampled in turn with the guests.
 ratio: guests to bound, pair of samples by pair, median (round trip: bound to guests, p50).
 to off: with the IOMMU to without, samples taken in turn, pair by pair, median [min .. max] (round trip: p50 without to with).
+to vs: the first pair of VMs to the one with the flags of --vs, taken in turn, pair by pair, median [min .. max].
 peers: no virtual machines; frames that arrived, by the peer's own counters; nobody looked at their bytes.
 CPU ns: time a frame of all processes together; window to relay: taken in turn, pair by pair, median [min .. max].
 ns a request: through the ring alone, no payload touched; xN: N requests at once.
@@ -79,7 +82,24 @@ type Row = Vec<Option<String>>;
 
 /// The report as text: rates, latencies, request times.
 pub fn render(report: &Report) -> String {
-    let entries = &report.results;
+    let mut parts = figures(&report.results, &report.peers);
+    if let Some(vs) = &report.vs {
+        parts.push(format!("with {}:\n", vs.flags));
+        parts.extend(figures(&vs.results, &[]));
+        parts.extend(vs_ratios(vs));
+    }
+    parts.extend(ratios(&report.ratios));
+    parts.extend(paths(&report.paths));
+    parts.extend(to_peers(&report.to_peers));
+    parts.extend(requests(&report.requests));
+    if let Some(counters) = &report.counters {
+        parts.push(format!("cache-miss counters: {counters}\n"));
+    }
+    parts.join("\n")
+}
+
+/// Rates and latencies.
+fn figures(entries: &[Entry], peers: &[PeerEntry]) -> Vec<String> {
     let first = entries.first().map(|entry| entry.ring.name());
     let one_ring = entries.iter().all(|entry| Some(entry.ring.name()) == first);
     // One ring is no column.
@@ -87,7 +107,7 @@ pub fn render(report: &Report) -> String {
     let any_iommu = entries.iter().any(|entry| entry.iommu != Iommu::Off);
     let iommu = |entry: &Entry| any_iommu.then(|| entry.iommu.name().to_owned());
     let any_relay = entries.iter().any(|entry| entry.path == Path::Relay);
-    let any_peer = !report.peers.is_empty();
+    let any_peer = !peers.is_empty();
     let path = |entry: &Entry| (any_relay || any_peer).then(|| entry.path.name().to_owned());
     let (rates, trips): (Vec<&Entry>, Vec<&Entry>) = entries
         .iter()
@@ -123,7 +143,7 @@ pub fn render(report: &Report) -> String {
             let here = |peer: &&PeerEntry| {
                 !more && (peer.direction, peer.frame_size, peer.batch) == case(entry)
             };
-            let peers = report.peers.iter().filter(here);
+            let peers = peers.iter().filter(here);
             let peers = peers.map(|peer| peer_row(peer, !one_ring, any_iommu));
             std::iter::once(row).chain(peers).collect::<Vec<Row>>()
         })
@@ -181,14 +201,7 @@ pub fn render(report: &Report) -> String {
         ];
         parts.push(table(&head, trips));
     }
-    parts.extend(ratios(&report.ratios));
-    parts.extend(paths(&report.paths));
-    parts.extend(to_peers(&report.to_peers));
-    parts.extend(requests(&report.requests));
-    if let Some(counters) = &report.counters {
-        parts.push(format!("cache-miss counters: {counters}\n"));
-    }
-    parts.join("\n")
+    parts
 }
 
 /// What a figure shares with those of the peers beside it.
@@ -275,6 +288,33 @@ fn paths(entries: &[PathEntry]) -> Option<String> {
         "batch",
         "speed, window to relay",
         "CPU a frame, window to relay",
+        "pairs",
+        "distance",
+    ];
+    (!rows.is_empty()).then(|| align(&head, &rows))
+}
+
+/// The first pair of VMs beside the second: a line a case and distance.
+fn vs_ratios(vs: &Vs) -> Option<String> {
+    let rows: Vec<Vec<String>> = vs
+        .ratios
+        .iter()
+        .map(|entry| {
+            vec![
+                entry.direction.name().to_owned(),
+                entry.frame_size.to_string(),
+                entry.batch.to_string(),
+                ratio_spread(&entry.speed),
+                entry.speed.samples.len().to_string(),
+                entry.distance.name().to_owned(),
+            ]
+        })
+        .collect();
+    let head = [
+        "direction",
+        "size",
+        "batch",
+        "speed, to vs",
         "pairs",
         "distance",
     ];

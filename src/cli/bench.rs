@@ -1,14 +1,15 @@
 //! The flags of `bench`.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
-use clap::{Args, ValueEnum};
+use clap::{Args, Parser, ValueEnum};
 use serde::Serialize;
 
 use super::iommu::{BackArgs, Iommu};
 use super::machine::BothArgs;
 use super::rings::{Layout, Ring, RingArgs, RingSetup, Switch, Tx, queue_size};
-use super::{Direction, Mode, Path};
+use super::{Cli, Command, Direction, Mode, Path, one_line};
 use crate::exit::{Failure, usage};
 
 /// A whole experiment behind one flag.
@@ -124,6 +125,10 @@ pub struct BenchArgs {
     /// Entries of the peers' rings: a power of two up to 16384
     #[arg(long, value_name = "N", default_value = "256", value_parser = peer_ring)]
     pub peer_ring: u16,
+    /// Other flags for a second pair of VMs, which is sampled in turn with the first; of --ring, --in-order, --event-idx, --mrg-rxbuf,
+    /// --indirect, --tx, --rx-buffer, --queue-size, --memory and --iommu
+    #[arg(long, value_name = "FLAGS", conflicts_with_all = ["sweep", "path"], allow_hyphen_values = true)]
+    pub vs: Option<String>,
     #[command(flatten)]
     pub back: BackArgs,
     #[command(flatten)]
@@ -133,6 +138,20 @@ pub struct BenchArgs {
     pub json: Option<PathBuf>,
 }
 
+/// What `--vs` may change.
+const VS: [&str; 10] = [
+    "--ring",
+    "--in-order",
+    "--event-idx",
+    "--mrg-rxbuf",
+    "--indirect",
+    "--tx",
+    "--rx-buffer",
+    "--queue-size",
+    "--memory",
+    "--iommu",
+];
+
 fn peer_ring(text: &str) -> Result<u16, String> {
     match text.parse() {
         Ok(ring @ 32..=16384_u16) if ring.is_power_of_two() => Ok(ring),
@@ -141,6 +160,60 @@ fn peer_ring(text: &str) -> Result<u16, String> {
 }
 
 impl BenchArgs {
+    /// What `--vs` makes of the command line `words`: the same with other flags.
+    pub fn other(
+        &self,
+        words: impl IntoIterator<Item = OsString>,
+    ) -> Result<Option<Self>, Failure> {
+        let Some(flags) = &self.vs else {
+            return Ok(None);
+        };
+        let wrong = |why: String| usage(format!("--vs '{flags}': {why}"));
+        let changed: Vec<&str> = flags.split_whitespace().collect();
+        // What is left out of `words`: each has one value, behind it or behind a '='.
+        let mut replaced = vec!["--vs"];
+        for flag in changed.iter().filter(|word| word.starts_with('-')) {
+            let name = flag.split('=').next().unwrap_or(flag);
+            if !VS.contains(&name) {
+                return Err(wrong(format!(
+                    "{name} cannot differ; {} can",
+                    VS.join(", ")
+                )));
+            }
+            replaced.push(name);
+        }
+        let mut all = Vec::new();
+        let mut words = words.into_iter();
+        while let Some(word) = words.next() {
+            let text = word.to_string_lossy();
+            let (name, value) = text
+                .split_once('=')
+                .map_or((&*text, None), |(name, value)| (name, Some(value)));
+            if !replaced.contains(&name) {
+                all.push(word);
+            } else if value.is_none() {
+                words.next();
+            }
+        }
+        all.extend(changed.into_iter().map(OsString::from));
+        let cli = Cli::try_parse_from(all);
+        match cli.map(|cli| cli.command) {
+            Ok(Command::Bench(args)) => Ok(Some(*args)),
+            Ok(_) => Err(wrong("it is for bench".to_owned())),
+            Err(error) => Err(wrong(one_line(&error))),
+        }
+    }
+
+    /// The one configuration of each of two pairs that are compared.
+    pub fn one_kind(&self) -> Result<Kind, Failure> {
+        match self.kinds()?[..] {
+            [kind] => Ok(kind),
+            _ => Err(usage(
+                "--vs compares one pair of VMs with one other: one of --ring, of --in-order and of --iommu each",
+            )),
+        }
+    }
+
     /// The peers. None of them does what is not one way.
     pub fn peer_list(&self) -> Result<&[PeerName], Failure> {
         let peers = self.peers.as_deref().unwrap_or_default();

@@ -9,7 +9,7 @@ use crate::json::JsonFile;
 use crate::tempdir::TempDir;
 use vmm::MemoryConfig;
 
-fn pair(mpps: f64, bound: f64, probe_ns: f64) -> Pair {
+pub fn pair(mpps: f64, bound: f64, probe_ns: f64) -> Pair {
     let result = |mpps| SampleResult {
         mpps,
         frames: 1_000_000,
@@ -34,7 +34,7 @@ fn pair(mpps: f64, bound: f64, probe_ns: f64) -> Pair {
     }
 }
 
-fn measured(direction: Direction, pairs: Vec<Pair>) -> Measured {
+pub fn measured(direction: Direction, pairs: Vec<Pair>) -> Measured {
     Measured {
         case: Case {
             ring: Ring {
