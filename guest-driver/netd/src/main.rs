@@ -2,7 +2,7 @@
 
 use std::io::{self, Write};
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::{ArgGroup, Parser, ValueEnum};
 use guest_driver::vhost_pci::{DEVICE_TYPE, VhostPci};
@@ -132,6 +132,23 @@ fn note(text: &str) {
     let _ = writeln!(io::stderr(), "vhost-pci-netd: {text}");
 }
 
+/// Passes on ten lines a second: a peer decides how often there is something to say of it.
+fn limited() -> impl FnMut(&str) {
+    const MOST: u32 = 10;
+    let (mut second, mut said) = (Instant::now(), 0u32);
+    move |text| {
+        if second.elapsed() >= Duration::from_secs(1) {
+            (second, said) = (Instant::now(), 0);
+        }
+        said = said.saturating_add(1);
+        match said {
+            ..=MOST => note(text),
+            _ if said == MOST + 1 => note("more of this is left out"),
+            _ => {}
+        }
+    }
+}
+
 fn run(args: &Args) -> Result<Stats, Error> {
     let count = args.count;
     let size = usize::from(args.size);
@@ -193,7 +210,7 @@ fn start(args: &Args, mut work: impl Work) -> Result<Stats, Error> {
         }
     };
     note(&format!("serving {}", args.device));
-    let served = serve(&mut device, &mut work, &waiter, &options, print, note);
+    let served = serve(&mut device, &mut work, &waiter, &options, print, limited());
     // In any case: the device must not write to memory that is about to be somebody else's.
     let down = device.shut_down();
     let stats = served?;
