@@ -129,10 +129,12 @@ fn frames_pass_a_real_tap_both_ways_with_empty_headers() {
 #[test]
 fn a_bridge_carries_frames_between_a_peer_and_a_real_tap_whatever_the_rings() {
     own_network();
-    for config in configs() {
-        let tap = open("vpci-t3");
-        ip("link set vpci-t3 up");
-        let mut program = packet_socket("vpci-t3");
+    for (number, config) in configs().enumerate() {
+        // A name of its own: a process that another test is starting may hold the last one's for a moment.
+        let name = format!("vpci-t3-{number}");
+        let tap = open(&name);
+        ip(&format!("link set {name} up"));
+        let mut program = packet_socket(&name);
         let (mut front, mut back) = join(&config, Silent, Silent);
         let mut stats = Stats::default();
         let mut bridge = Bridge::new(tap, None);
@@ -165,7 +167,7 @@ fn a_bridge_carries_frames_between_a_peer_and_a_real_tap_whatever_the_rings() {
         );
 
         // The interface goes down: its frames are lost and counted, and the bridge goes on.
-        ip("link set vpci-t3 down");
+        ip(&format!("link set {name} down"));
         assert_eq!(send(&mut front, &[frame(1, 60)]), 1);
         while !front.drained().unwrap() {
             bridge.turn(&mut back, &mut stats).unwrap();
