@@ -1,4 +1,4 @@
-//! A VM in a process of its own: this program again, with `run`.
+//! A VM in a process of its own: this program again, with `run`; or the relay between two, with `relay`.
 
 use std::collections::VecDeque;
 use std::ffi::OsString;
@@ -30,7 +30,7 @@ pub enum Output {
     Keep,
 }
 
-/// A running VM. Dropping it ends it.
+/// A running VM or relay. Dropping it ends it.
 #[derive(Debug)]
 pub struct VmProcess {
     name: &'static str,
@@ -49,12 +49,27 @@ impl VmProcess {
         stdin: Stdio,
         output: Output,
     ) -> Result<Self> {
+        let console = ["--console", "output"].map(OsString::from);
+        Self::spawn(name, "run", &[&console, args].concat(), stdin, output)
+    }
+
+    /// Starts `relay` with `args`, which ends as a VM does.
+    pub fn relay(args: &[OsString]) -> Result<Self> {
+        Self::spawn("relay", "relay", args, Stdio::null(), Output::Keep)
+    }
+
+    fn spawn(
+        name: &'static str,
+        command: &str,
+        args: &[OsString],
+        stdin: Stdio,
+        output: Output,
+    ) -> Result<Self> {
         let program = std::env::current_exe().context("cannot find this program's file")?;
         let mut child = Command::new(&program)
-            .arg("run")
+            .arg(command)
             .arg("--parent")
             .arg(std::process::id().to_string())
-            .args(["--console", "output"])
             .args(args)
             .stdin(stdin)
             .stdout(Stdio::piped())

@@ -13,7 +13,7 @@ use crate::cli::iommu::Iommus;
 use crate::cli::machine;
 use crate::cli::rings::{Layout, RingSetup, Switch, queue_size};
 use crate::cli::{Direction, Mode, PairArgs};
-use crate::exit::{self, Failure};
+use crate::exit::{self, Failure, usage};
 use crate::sys::{self, Signals};
 use crate::tempdir::TempDir;
 
@@ -32,31 +32,57 @@ pub fn vm_args(
     iommus: Iommus,
 ) -> [Vec<OsString>; 2] {
     let socket = directory.join("pair.sock");
-    let device = |prefix: &str, rest: &str| {
-        let mut text = OsString::from(format!("{prefix}socket="));
-        text.push(&socket);
-        text.push(rest);
-        text
-    };
     [0, 1].map(|side| {
-        let mut args: Vec<OsString> = vec![["--memory=", memory].concat().into()];
-        if let Some(cores) = cores {
-            args.push(format!("--cpus=count=1,affinity={}", cores[side]).into());
-        }
+        let mut args = vm_flags(memory, cores.map(|cores| cores[side]));
         args.push(if side == 0 {
-            device("--vhost-pci=", ",listen=on")
+            let mut text = OsString::from("--vhost-pci=socket=");
+            text.push(&socket);
+            text.push(",listen=on");
+            text
         } else {
-            device("--net=", &format!(",listen=off,{}", rings.net_keys()))
+            net_flag(&socket, rings)
         });
         args.extend(iommus.run_flag(side).map(OsString::from));
         args
     })
 }
 
+/// The arguments of `run` for a VM that is a front-end of the relay that listens at `socket`, but for the guest's command line.
+pub fn net_vm_args(
+    socket: &Path,
+    memory: &str,
+    core: Option<usize>,
+    rings: &RingSetup,
+) -> Vec<OsString> {
+    let mut args = vm_flags(memory, core);
+    args.push(net_flag(socket, rings));
+    args
+}
+
+fn vm_flags(memory: &str, core: Option<usize>) -> Vec<OsString> {
+    let mut args: Vec<OsString> = vec![["--memory=", memory].concat().into()];
+    args.extend(core.map(|core| format!("--cpus=count=1,affinity={core}").into()));
+    args
+}
+
+/// A network device that connects to whoever listens at `socket`.
+fn net_flag(socket: &Path, rings: &RingSetup) -> OsString {
+    let mut text = OsString::from("--net=socket=");
+    text.push(socket);
+    text.push(format!(",listen=off,{}", rings.net_keys()));
+    text
+}
+
 /// The rings that the flags ask for; what they say nothing about is left to the devices.
 fn rings(args: &PairArgs) -> Result<RingSetup, Failure> {
     let layout = args.ring.unwrap_or(Layout::Split);
     let size = queue_size(&args.both.queue_size, &[layout])?;
+    if args.rings.queues > 1 && args.direction == Direction::RoundTrip {
+        return Err(usage(format!(
+            "--queues {}: a round trip goes over one pair",
+            args.rings.queues
+        )));
+    }
     Ok(RingSetup {
         packed: args.ring.map(|layout| layout == Layout::Packed),
         in_order: args.in_order.map(Switch::is_on),
@@ -89,6 +115,9 @@ fn cmdlines(args: &PairArgs, rings: &RingSetup) -> [String; 2] {
             args.mode.name(),
         )
     });
+    if let Some(queues) = rings.queues {
+        lines[1 - FRONT_END] += &format!(" queues={queues}");
+    }
     let words = [rings.guest_words(), iommus(args).guest_words(FRONT_END)];
     for words in words.iter().filter(|words| !words.is_empty()) {
         lines[FRONT_END] += &format!(" {words}");
@@ -200,6 +229,8 @@ mod tests {
         let [back, front] = lines(&["--tx", "chain", "--rx-buffer", "512", "--count", "5"]);
         assert!(back.ends_with(" count=5"));
         assert!(front.ends_with(" count=5 tx=chain rx_buffer=512"));
+        let [back, front] = lines(&["--queues", "4", "--count", "5"]);
+        assert!(back.ends_with(" count=5 queues=4") && front.ends_with(" count=5 queues=4"));
         let [back, front] = lines(&["--iommu", "batch", "--count", "5"]);
         assert!(back.ends_with(" count=5"));
         assert!(front.ends_with(" count=5 iommu=batch"));
@@ -228,6 +259,7 @@ mod tests {
             "size=768,packed=on,in-order=off,event-idx=on,mrg-rxbuf=off,indirect=on"
         );
         assert!(rings(&["--queue-size", "768"]).is_err());
+        assert!(rings(&["--queues", "2", "--direction", "round-trip"]).is_err());
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Dir, run};
+use common::{Dir, Running, run, tool};
 
 #[test]
 fn each_wrong_argument_is_one_line_that_names_it_and_exit_code_3() {
@@ -167,6 +167,24 @@ fn each_wrong_argument_is_one_line_that_names_it_and_exit_code_3() {
             &["--only tickle", "no such attack", "read-after-unmap"],
         ),
         (&["isolation", "--cores", "0:0"], &["--cores", "0:0"]),
+        (
+            &["bench", "--peers", "ovs"],
+            &["--peers", "ovs", "dpdk-vhost, memif"],
+        ),
+        (
+            &["bench", "--peer-ring", "100"],
+            &["--peer-ring", "100", "power of two"],
+        ),
+        (
+            &[
+                "bench",
+                "--peers",
+                "memif",
+                "--directions",
+                "both,round-trip",
+            ],
+            &["--peers", "be-to-fe"],
+        ),
         (&["plot", "x.json"], &["--out"]),
         (&["bench", "--memory", "sise=1"], &["--memory", "'sise'"]),
         (&["launch"], &["launch"]),
@@ -280,13 +298,15 @@ fn every_command_explains_its_flags_and_exit_codes() {
                 "--sweep",
                 "--iommu",
                 "--iommu-back",
+                "--peers",
+                "--peer-ring",
             ],
         ),
         (
             "isolation",
             &["--mode", "--rounds", "--only", "--cores", "--json"],
         ),
-        ("plot", &["REPORT.json", "--out"]),
+        ("plot", &["REPORT.json", "--out", "--html"]),
         ("doctor", &["--json"]),
     ];
     for (command, flags) in cases {
@@ -308,6 +328,19 @@ fn a_json_file_that_cannot_be_written_is_said_before_anything_is_measured() {
     let path = dir.path().to_str().unwrap();
     let ended = run(&["bench", "--json", path]);
     ended.expect_code(1).expect_one_line(&["--json", path]);
+}
+
+#[test]
+fn a_peer_that_is_not_installed_is_said_before_anything_is_measured() {
+    let dir = Dir::new();
+    let json = dir.file("out.json");
+    let mut command = tool(&["bench", "--peers", "dpdk-vhost", "--json", &json]);
+    command.env("PATH", dir.path());
+    let ended = Running::start(command).end();
+    ended
+        .expect_code(1)
+        .expect_one_line(&["--peers", "dpdk-testpmd", "apt install dpdk"]);
+    assert!(ended.stdout.is_empty() && dir.is_empty(), "{ended:?}");
 }
 
 #[test]

@@ -13,7 +13,7 @@ use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::tempfile::TempFile;
 
 use crate::host::{
-    Access, Host, Interrupt, MemoryRegion, MsiMessage, Permission, SharedRegion, Window,
+    Access, Files, Host, Interrupt, MemoryRegion, MsiMessage, Permission, SharedRegion, Window,
 };
 use crate::virtio::event;
 
@@ -336,7 +336,7 @@ impl Host for FakeHost {
             _ => Err(io::ErrorKind::NotFound.into()),
         }
     }
-    fn window(&self, size: u64) -> io::Result<Arc<dyn Window>> {
+    fn window(&self, size: u64, _: Files) -> io::Result<Arc<dyn Window>> {
         let window = Arc::new(FakeWindow {
             size,
             placed: Mutex::default(),

@@ -91,6 +91,16 @@ impl Permission {
     }
 }
 
+/// Which files a window shows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Files {
+    /// Those that their owner cannot shrink: memfds with F_SEAL_SHRINK.
+    #[default]
+    Sealed,
+    /// All that are memory (memfds, and files of tmpfs and hugetlbfs). What its owner cuts off is taken out of the window when the guest touches it.
+    Unsealed,
+}
+
 /// What a BAR shows of somebody else's memory. An access that the window does not let through reaches the function's `bar_read` or
 /// `bar_write`, which ask [`Window::read`] and [`Window::write`] first: what is mapped can always be reached, by memory where the host
 /// manages it and through these two where not.
@@ -98,7 +108,7 @@ pub trait Window: Send + Sync {
     /// Puts the BAR at a guest physical address, or takes it off the bus.
     fn place(&self, gpa: Option<u64>) -> io::Result<()>;
     /// Shows `region` at `offset`, for the accesses that `permission` allows. Fails on an overlap with what is mapped, on a range beyond the
-    /// window or the file, and on a file that its owner could still shrink (it must be sealed).
+    /// window or the file, and on a file that is not among the window's [`Files`].
     fn map(&self, offset: u64, region: &SharedRegion, permission: Permission) -> io::Result<()>;
     /// Takes away whatever is shown in `len` bytes from `offset` on, parts of mappings too (whole pages). When it returns, the guest cannot
     /// reach any of it; it is no error where nothing was shown.
@@ -128,8 +138,8 @@ pub trait Host: Send + Sync {
     fn add_doorbell(&self, gpa: u64, event: &Arc<EventFd>) -> io::Result<()>;
     /// Takes back [`Host::add_doorbell`] (same address, same eventfd).
     fn remove_doorbell(&self, gpa: u64, event: &Arc<EventFd>) -> io::Result<()>;
-    /// A window of `size` bytes (a power of two), not placed, showing nothing.
-    fn window(&self, size: u64) -> io::Result<Arc<dyn Window>>;
+    /// A window of `size` bytes (a power of two) for `files`, not placed, showing nothing.
+    fn window(&self, size: u64, files: Files) -> io::Result<Arc<dyn Window>>;
     /// The guest's memory, as the VMM reaches it.
     fn memory(&self) -> &GuestMemoryMmap;
     /// The guest's memory, as another process can map it.

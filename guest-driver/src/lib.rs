@@ -21,6 +21,7 @@ pub mod joined;
 pub mod mapper;
 pub mod mmio;
 pub mod net;
+mod net_control;
 pub mod net_port;
 pub mod pci;
 pub mod peer;

@@ -1,11 +1,12 @@
 //! The vhost-pci driver: plays the vhost-user back-end of a virtio-net front-end (docs/device.md, and the vhost-user
 //! specification).
 
+use alloc::boxed::Box;
 use alloc::vec;
 use alloc::vec::Vec;
 
 use virtqueue::linear::Linear;
-use virtqueue::net::{F_MRG_RXBUF, F_STATUS, features};
+use virtqueue::net::{F_CTRL_VQ, F_MQ, F_MRG_RXBUF, F_STATUS, features};
 use virtqueue::packed::Packed;
 use virtqueue::split::{self, Split};
 use virtqueue::{Buffer, DriverRing, Layout, RingConfig, Used};
@@ -32,9 +33,10 @@ const REPLY_LEN: usize = proto::HEADER + 8;
 /// From one transmit buffer to the next: a reply needs less, [`Junk`] takes it all.
 const TX_STRIDE: usize = 64;
 
-/// Vrings that this driver serves: rx and tx of one queue pair.
-const VRINGS: usize = 2;
-const VRINGS_32: u32 = 2;
+/// The most queue pairs that this driver serves.
+pub const MAX_PAIRS: usize = 16;
+/// Vrings of these: rx and tx of each.
+const VRINGS: usize = 2 * MAX_PAIRS;
 /// Most regions of a front-end's memory table.
 const MAX_REGIONS: usize = 32;
 
@@ -47,6 +49,8 @@ const FEATURES: u64 = features::VERSION_1
     | features::ACCESS_PLATFORM
     | F_MRG_RXBUF
     | F_STATUS
+    | F_CTRL_VQ
+    | F_MQ
     | proto::F_PROTOCOL_FEATURES;
 const PROTOCOL_FEATURES: u64 =
     proto::PROTOCOL_F_MQ | proto::PROTOCOL_F_REPLY_ACK | proto::PROTOCOL_F_CONFIGURE_MEM_SLOTS;
@@ -130,10 +134,11 @@ pub struct VhostPci {
     window: Linear,
     rxq: Control,
     txq: Control,
-    /// For each vring, where its doorbells are: call and error.
-    doorbells: [[u16; 2]; VRINGS],
+    /// For each vring that the device has, where its doorbells are: call and error.
+    doorbells: Vec<[u16; 2]>,
     connection: Connection,
-    port: Option<VhostPciPort>,
+    /// The data path of each pair, while its rings are started and enabled.
+    ports: Box<[Option<VhostPciPort>]>,
     message: Vec<u8>,
 }
 
@@ -246,13 +251,15 @@ impl VhostPci {
         let window = unsafe { Linear::new(base.as_ptr(), 0, bar.size) };
         let mut rxq = Control::new(platform, &transport, memory, RXQ, MAX_MESSAGE)?;
         let txq = Control::new(platform, &transport, memory, TXQ, TX_STRIDE)?;
-        if transport.device().read_u32(CONFIG_MAX_QUEUES) < VRINGS_32 {
+        let vrings = transport.device().read_u32(CONFIG_MAX_QUEUES);
+        let pairs = usize::try_from(vrings).map_or(MAX_PAIRS, |n| (n / 2).min(MAX_PAIRS));
+        if pairs == 0 {
             return Err(Error::Structure("second vhost queue"));
         }
-        let mut doorbells = [[0; 2]; VRINGS];
-        for (index, doorbell) in (0u16..).zip(&mut doorbells) {
-            *doorbell = [2 + 2 * index, 3 + 2 * index];
-            transport.connect_vector(2 + 2 * index)?;
+        let doorbells = (0u16..).take(2 * pairs).map(|i| [2 + 2 * i, 3 + 2 * i]);
+        let doorbells: Vec<_> = doorbells.collect();
+        for &[call, _] in &doorbells {
+            transport.connect_vector(call)?;
         }
         transport.start();
         rxq.fill();
@@ -263,16 +270,27 @@ impl VhostPci {
             txq,
             doorbells,
             connection: Connection::default(),
-            port: None,
+            ports: (0..pairs).map(|_| None).collect(),
             message: vec![0; MAX_MESSAGE],
         };
         device.invite();
         Ok(device)
     }
 
-    /// The data path, while the front-end's rings can be used.
+    /// The data path of the first pair, while the front-end's rings can be used.
     pub fn port(&mut self) -> Option<&mut VhostPciPort> {
-        self.port.as_mut()
+        self.pair(0)
+    }
+
+    /// The data path of a pair, while its rings can be used: the front-end may take a pair out of use and put it back.
+    pub fn pair(&mut self, index: usize) -> Option<&mut VhostPciPort> {
+        self.ports.get_mut(index)?.as_mut()
+    }
+
+    /// How many pairs this driver serves on this device.
+    #[must_use]
+    pub fn pairs(&self) -> usize {
+        self.ports.len()
     }
 
     /// What the front-end's driver negotiated.
@@ -284,7 +302,7 @@ impl VhostPci {
     /// Deals with what has come. `config_changed`: a configuration interrupt came since the last call; without one, this costs
     /// one look at a line of our own memory.
     pub fn service(&mut self, config_changed: bool) -> Result<Link, Error> {
-        let before = self.port.is_some();
+        let before = self.is_up();
         let mut dropped = false;
         if config_changed {
             if self.transport.needs_reset() {
@@ -299,6 +317,10 @@ impl VhostPci {
         let mut handled = false;
         // Not more than a ringful at a time, however fast the front-end talks.
         for _ in 0..CONTROL_QUEUE_SIZE {
+            // A message stays where it is until there is a buffer for its reply.
+            if !self.can_reply()? {
+                break;
+            }
             let Some((buffer, len)) = self.rxq.take()? else {
                 break;
             };
@@ -309,7 +331,7 @@ impl VhostPci {
         if handled {
             self.rxq.publish();
         }
-        Ok(match (before, self.port.is_some()) {
+        Ok(match (before, self.is_up()) {
             (false, true) => Link::Up,
             (true, false) => Link::Down,
             (true, true) if dropped => Link::Up,
@@ -320,14 +342,21 @@ impl VhostPci {
     /// Takes the rings out of use because the front-end broke a rule, and tells it (VHOST_USER_SET_VRING_ERR).
     pub fn give_up(&mut self) {
         self.stop();
-        for [_, error] in self.doorbells {
-            if let Ok(doorbell) = self.transport.doorbell(error) {
+        for ([_, error], vring) in self.doorbells.iter().zip(&self.connection.vrings) {
+            if vring.started.is_some()
+                && let Ok(doorbell) = self.transport.doorbell(*error)
+            {
                 doorbell.notify();
             }
         }
     }
 
-    /// Where the front-end's rings lie in the window: receive, transmit. `None` where it has not said.
+    /// Whether the first pair can be used: without it there is no connection to speak of.
+    fn is_up(&self) -> bool {
+        self.ports.first().is_some_and(Option::is_some)
+    }
+
+    /// Where the rings of the front-end's first pair lie in the window: receive, transmit. `None` where it has not said.
     #[must_use]
     pub fn rings(&self) -> Option<[RingConfig; 2]> {
         if self.packed() {
@@ -349,7 +378,7 @@ impl VhostPci {
         self.window
     }
 
-    /// The register that interrupts the front-end for a ring (0 or 1).
+    /// The register that interrupts the front-end for a ring: 2p for the receive ring of pair p, 2p + 1 for its transmit ring.
     pub fn call(&self, ring: usize) -> Result<Doorbell, Error> {
         let [call, _] = self.doorbells.get(ring).ok_or(Error::Queue(u16::MAX))?;
         self.transport.doorbell(*call)
@@ -400,16 +429,31 @@ impl VhostPci {
         Ok(())
     }
 
-    /// Takes the rings out of use, remembering where they were.
+    /// Takes all rings out of use, remembering where they were.
     fn stop(&mut self) {
-        if let Some(port) = self.port.take() {
-            let bases = match &port {
-                Either::Split(port) => port.bases(),
-                Either::Packed(port) => port.bases(),
-            };
-            for (vring, base) in self.connection.vrings.iter_mut().zip(bases) {
-                vring.base = Some(base);
-            }
+        for pair in 0..self.ports.len() {
+            self.stop_pair(pair);
+        }
+    }
+
+    /// Takes the rings of the pair of a vring out of use.
+    fn stop_vring(&mut self, index: u32) {
+        if let Ok(index) = usize::try_from(index) {
+            self.stop_pair(index / 2);
+        }
+    }
+
+    fn stop_pair(&mut self, pair: usize) {
+        let Some(port) = self.ports.get_mut(pair).and_then(Option::take) else {
+            return;
+        };
+        let bases = match &port {
+            Either::Split(port) => port.bases(),
+            Either::Packed(port) => port.bases(),
+        };
+        let vrings = self.connection.vrings.iter_mut().skip(2 * pair);
+        for (vring, base) in vrings.zip(bases) {
+            vring.base = Some(base);
         }
     }
 
@@ -426,8 +470,6 @@ impl VhostPci {
         };
         self.message = bytes;
         match reply {
-            // No more replies are under way than the front-end has asked for: without a free buffer it has not read
-            // them, and the device will have closed the connection.
             Some(reply) => self.send(&reply).map(|_| ()),
             None => Ok(()),
         }
@@ -439,10 +481,11 @@ impl VhostPci {
         match message.request {
             request::GET_FEATURES => value(FEATURES),
             request::GET_PROTOCOL_FEATURES => value(PROTOCOL_FEATURES),
-            request::GET_QUEUE_NUM => value(u64::from(VRINGS_32)),
+            // Of a network device's queues, pairs are counted.
+            request::GET_QUEUE_NUM => value(self.ports.len() as u64),
             request::GET_VRING_BASE => {
-                self.stop();
                 let index = message.u32(0)?;
+                self.stop_vring(index);
                 let base = self.vring(index).map_or(0, |vring| {
                     vring.started = None;
                     vring.base.unwrap_or(0)
@@ -498,11 +541,11 @@ impl VhostPci {
             }
             request::SET_VRING_NUM => self.vring(message.u32(0)?)?.size = message.u32(4)?,
             request::SET_VRING_BASE => {
-                self.stop();
+                self.stop_vring(message.u32(0)?);
                 self.vring(message.u32(0)?)?.base = Some(message.u32(4)?);
             }
             request::SET_VRING_ADDR => {
-                self.stop();
+                self.stop_vring(message.u32(0)?);
                 let addr = [message.u64(8)?, message.u64(16)?, message.u64(24)?];
                 self.vring(message.u32(0)?)?.addr = Some(addr);
             }
@@ -514,7 +557,7 @@ impl VhostPci {
             request::SET_VRING_ENABLE => {
                 let enabled = message.u32(4)? != 0;
                 if !enabled {
-                    self.stop();
+                    self.stop_vring(message.u32(0)?);
                 }
                 self.vring(message.u32(0)?)?.enabled = enabled;
             }
@@ -524,27 +567,37 @@ impl VhostPci {
     }
 
     fn vring(&mut self, index: u32) -> Option<&mut VringState> {
-        self.connection.vrings.get_mut(usize::try_from(index).ok()?)
+        let index = usize::try_from(index).ok()?;
+        let known = self.doorbells.len();
+        let vring = self.connection.vrings.get_mut(index);
+        vring.filter(|_| index < known)
     }
 
-    /// Makes the data path once both rings are complete.
+    /// Makes the data path of each pair whose rings are both complete.
     fn try_start(&mut self) {
-        if self.port.is_none() {
-            self.port = self.make_port();
+        for pair in 0..self.ports.len() {
+            let made = match self.ports.get(pair) {
+                Some(None) => self.make_port(pair),
+                _ => None,
+            };
+            if let (Some(port), Some(made)) = (self.ports.get_mut(pair), made) {
+                *port = Some(made);
+            }
         }
     }
 
-    fn make_port(&self) -> Option<VhostPciPort> {
+    fn make_port(&self, pair: usize) -> Option<VhostPciPort> {
         if self.connection.features & features::RING_PACKED != 0 {
-            self.make_ports::<Packed>().map(Either::Packed)
+            self.make_ports::<Packed>(pair).map(Either::Packed)
         } else {
-            self.make_ports::<Split>().map(Either::Split)
+            self.make_ports::<Split>(pair).map(Either::Split)
         }
     }
 
-    fn make_ports<L: Layout>(&self) -> Option<Ports<L>> {
+    fn make_ports<L: Layout>(&self, pair: usize) -> Option<Ports<L>> {
         let mergeable = self.connection.features & F_MRG_RXBUF != 0;
-        let (to_peer, from_peer) = (self.make_vring::<L>(0)?, self.make_vring::<L>(1)?);
+        let to_peer = self.make_vring::<L>(2 * pair)?;
+        let from_peer = self.make_vring::<L>(2 * pair + 1)?;
         Some(PeerPort::new(self.window, mergeable, to_peer, from_peer))
     }
 
@@ -602,11 +655,19 @@ impl VhostPci {
         })
     }
 
+    /// Whether a buffer is free for a message to send.
+    fn can_reply(&mut self) -> Result<bool, Error> {
+        if self.txq.free.is_empty() {
+            while let Some((buffer, _)) = self.txq.take()? {
+                self.txq.free.push(buffer);
+            }
+        }
+        Ok(!self.txq.free.is_empty())
+    }
+
     /// Sends a message; `false` where no buffer is free.
     fn send(&mut self, message: &[u8]) -> Result<bool, Error> {
-        while let Some((buffer, _)) = self.txq.take()? {
-            self.txq.free.push(buffer);
-        }
+        self.can_reply()?;
         let Some(buffer) = self.txq.free.pop() else {
             return Ok(false);
         };

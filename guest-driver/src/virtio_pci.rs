@@ -76,6 +76,10 @@ pub enum Error {
     Ring(virtqueue::Error),
     /// Buffers could not be mapped for the device.
     Iommu(virtio_iommu::Error),
+    /// The device answers a command of its control queue with this status.
+    Command(u8),
+    /// The device does not answer a command of its control queue.
+    Silent,
 }
 
 impl fmt::Display for Error {
@@ -88,6 +92,8 @@ impl fmt::Display for Error {
             Self::Memory => f.write_str("no memory left for rings and buffers"),
             Self::Ring(error) => write!(f, "ring: {error}"),
             Self::Iommu(error) => error.fmt(f),
+            Self::Command(status) => write!(f, "the device refuses a command: status {status}"),
+            Self::Silent => f.write_str("the device does not answer a command"),
         }
     }
 }

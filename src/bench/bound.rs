@@ -28,6 +28,9 @@ use crate::sys;
 pub struct Bound {
     memory: Linear,
     config: JoinConfig,
+    /// How many pairs of ends there are, and bytes from one to the next.
+    pairs: u16,
+    stride: u64,
     tsc_khz: u64,
 }
 
@@ -58,6 +61,8 @@ impl Bell {
 struct HostLink<P> {
     end: End,
     port: P,
+    /// Those of the other queue pairs.
+    more: Vec<P>,
     bell: Bell,
     tsc_khz: u64,
 }
@@ -72,6 +77,18 @@ impl<P: Port> Link for HostLink<P> {
     #[inline(always)]
     fn port(&mut self) -> Option<&mut P> {
         Some(&mut self.port)
+    }
+
+    #[inline(always)]
+    fn pair(&mut self, index: usize) -> Option<&mut P> {
+        match index.checked_sub(1) {
+            None => Some(&mut self.port),
+            Some(other) => self.more.get_mut(other),
+        }
+    }
+
+    fn use_pairs(&mut self, count: usize) -> bool {
+        count <= 1 + self.more.len()
     }
 
     fn service(&mut self) {}
@@ -96,13 +113,17 @@ impl Bound {
     /// Memory of the kind that the guests have, and rings of the same length and with the same features.
     pub fn new(setup: &Setup, rings: &RingSetup, tsc_khz: u64) -> Result<Self> {
         let config = join_config(rings);
-        let len = joined::memory_needed(&config).context("the layout has no rings of that size")?;
+        let stride =
+            joined::memory_needed(&config).context("the layout has no rings of that size")?;
+        let pairs = rings.queues.unwrap_or(1);
         // Executed here as by the guest's start code: without it, copies are narrower.
         guest_driver::bulk::detect();
         Ok(Self {
-            memory: sys::shared_memory(len, setup.memory.hugepages)
+            memory: sys::shared_memory(stride * u64::from(pairs), setup.memory.hugepages)
                 .context("no memory for the upper bound")?,
             config,
+            pairs,
+            stride,
             tsc_khz,
         })
     }
@@ -110,13 +131,16 @@ impl Bound {
     /// One sample.
     pub fn sample(&mut self, setup: &Setup, case: &Case) -> Result<BoundSample> {
         let (to_back, to_front) = (Bell::default(), Bell::default());
-        let [back_run, front_run] = runs(setup, case);
+        let [back_run, front_run] = runs(setup, case, self.pairs);
         let Self {
             memory,
             config,
+            pairs,
+            stride,
             tsc_khz,
         } = self;
         let (memory, config, tsc_khz) = (*memory, &*config, *tsc_khz);
+        let (pairs, stride) = (u64::from(*pairs), *stride);
         let (made, start) = (&Barrier::new(2), &Barrier::new(2));
         let rings = |error| anyhow!("the upper bound's rings: {error}");
         // Each thread makes its own end: what the ends allocate must not share cache lines.
@@ -125,13 +149,19 @@ impl Bound {
             let back = scope.spawn(move || {
                 let pinned = sys::pin_to(setup.cores[0]);
                 made.wait();
-                let port = joined::back_end(memory, 0, config, calls, true).map_err(rings);
+                let make = |pair| {
+                    joined::back_end(memory, pair * stride, config, calls.clone(), true)
+                        .map_err(rings)
+                };
+                let port = make(0);
+                let more: Result<Vec<_>> = (1..pairs).map(make).collect();
                 start.wait();
                 pinned
                     .with_context(|| format!("cannot pin a thread to core {}", setup.cores[0]))?;
                 let mut link = HostLink {
                     end: End::BackEnd,
                     port: port?,
+                    more: more?,
                     bell,
                     tsc_khz,
                 };
@@ -139,7 +169,11 @@ impl Bound {
             });
             let front = scope.spawn(move || {
                 let pinned = sys::pin_to(setup.cores[1]);
-                let port = joined::front_end(memory, 0, config, to_back).map_err(rings);
+                let make = |pair| {
+                    joined::front_end(memory, pair * stride, config, to_back.clone()).map_err(rings)
+                };
+                let port = make(0);
+                let more: Result<Vec<_>> = (1..pairs).map(make).collect();
                 // Before an error can return: the other end waits here.
                 made.wait();
                 start.wait();
@@ -148,6 +182,7 @@ impl Bound {
                 let mut link = HostLink {
                     end: End::FrontEnd,
                     port: port?,
+                    more: more?,
                     bell: to_front,
                     tsc_khz,
                 };
@@ -190,7 +225,7 @@ fn join_config(rings: &RingSetup) -> JoinConfig {
 }
 
 /// The two ends' workloads, as a guest's would be, back-end first.
-fn runs(setup: &Setup, case: &Case) -> [Run; 2] {
+fn runs(setup: &Setup, case: &Case, pairs: u16) -> [Run; 2] {
     let works = match case.direction {
         Direction::BeToFe => [Work::Source, Work::Sink],
         Direction::FeToBe => [Work::Sink, Work::Source],
@@ -205,6 +240,10 @@ fn runs(setup: &Setup, case: &Case) -> [Run; 2] {
         warmup_ms: setup.warmup_ms,
         interrupts: setup.mode == Mode::Irq,
         timeout_ms: RECEIVER_MS,
+        queues: match case.direction {
+            Direction::RoundTrip => 1,
+            _ => pairs,
+        },
         ..Run::default()
     })
 }
@@ -244,6 +283,7 @@ fn result(outcome: &Outcome) -> WorkResult {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cli::Path;
     use crate::cli::iommu::Iommu;
     use crate::cli::rings::{Layout, Ring};
     use clap::ValueEnum;
@@ -291,6 +331,7 @@ mod tests {
                     let case = Case {
                         ring,
                         iommu: Iommu::Off,
+                        path: Path::Window,
                         direction,
                         size: 200,
                         batch: 8,
@@ -313,6 +354,12 @@ mod tests {
     #[test]
     fn the_upper_bound_moves_frames_every_way_over_every_ring_and_loses_none() {
         every_way(Mode::Poll, |_| ());
+    }
+
+    #[test]
+    fn the_upper_bound_spreads_flows_over_as_many_pairs_as_the_guests_do() {
+        every_way(Mode::Poll, |rings| rings.queues = Some(3));
+        every_way(Mode::Irq, |rings| rings.queues = Some(2));
     }
 
     #[test]

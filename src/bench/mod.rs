@@ -2,6 +2,7 @@
 
 mod bound;
 mod pairs;
+mod peers;
 mod plan;
 mod probe;
 pub mod record;
@@ -10,6 +11,7 @@ mod requests;
 mod session;
 mod stats;
 pub mod table;
+mod testpmd;
 mod windows;
 
 use std::io::{self, Write};
@@ -23,12 +25,13 @@ use vmm::MemoryConfig;
 use crate::cli::bench::{BenchArgs, Sweep};
 use crate::cli::iommu::Iommu;
 use crate::cli::rings::{Layout, RingSetup};
-use crate::cli::{Mode, machine};
+use crate::cli::{Mode, Path, machine};
 use crate::exit;
 use crate::json::JsonFile;
 use crate::sys::{self, Signals};
 
-use pairs::{Measured, measure};
+use pairs::{Lab, Measured, measure};
+use peers::{PeerMeasured, Peers, WithPeers};
 use plan::Case;
 use record::Faults;
 use report::Report;
@@ -87,26 +90,32 @@ pub fn run(args: &BenchArgs) -> Result<u8> {
     if args.sweep == Some(Sweep::Windows) {
         return windows::run(args, for_session, samples, &signals, json);
     }
-    let kinds = args.kinds();
+    let kinds = args.kinds()?;
+    let mut peers = Peers::start(args.peer_list()?, args.peer_ring, &setup, &signals)?;
     let mut sessions = Sessions::start(for_session, &kinds, &args.both.memory, &signals)?;
     let measured = sample(
-        &mut sessions,
-        &plan::plan(args),
+        &mut WithPeers {
+            lab: &mut sessions,
+            peers: &mut peers,
+        },
+        &plan::plan(args, &kinds),
         samples,
         limit(args, started),
     )?;
     let tsc_khz = sessions.tsc_khz();
     sessions.finish()?;
+    let peers = peers.finish();
     let requests = requests(args, &setup, &signals)?;
 
-    let report = Report::new(&setup, tsc_khz, &measured, &requests);
+    let report = Report::new(&setup, tsc_khz, &measured, &requests).with_peers(&measured, &peers);
     let mut out = io::stdout().lock();
     writeln!(out, "{}\n{}", table::render(&report), table::LEGEND)?;
     writeln!(out, "\n{}", totals(&measured))?;
     if let Some(json) = json {
         json.write(&report)?;
     }
-    judge(&measured, &requests, samples)
+    let code = judge(&measured, &requests, samples)?;
+    Ok(exit::worse(code, judge_peers(&peers, samples)))
 }
 
 /// When samples are no longer taken again.
@@ -144,7 +153,7 @@ fn requests(args: &BenchArgs, setup: &Setup, signals: &Signals) -> Result<Vec<Re
 }
 
 fn sample(
-    sessions: &mut Sessions,
+    lab: &mut dyn Lab,
     groups: &[Vec<Case>],
     samples: usize,
     limit: Option<Instant>,
@@ -162,7 +171,7 @@ fn sample(
         left -= group.len();
         let tries = std::cell::Cell::new(tried);
         let measured = measure(
-            sessions,
+            lab,
             group,
             samples,
             &mut || {
@@ -199,6 +208,7 @@ fn describe(case: &Case) -> String {
     let Case {
         ring,
         iommu,
+        path,
         direction,
         size,
         batch,
@@ -211,7 +221,12 @@ fn describe(case: &Case) -> String {
         Iommu::Off => String::new(),
         iommu => format!(", iommu {}", iommu.name()),
     };
-    format!("{} {size} B, batch {batch}{ring}{iommu}", direction.name())
+    let path = match path {
+        Path::Window => "",
+        Path::Relay => ", relay",
+    };
+    let direction = direction.name();
+    format!("{direction} {size} B, batch {batch}{ring}{iommu}{path}")
 }
 
 /// One line about all frames.
@@ -296,6 +311,29 @@ fn judge(measured: &[Measured], requests: &[Requests], samples: usize) -> Result
     Ok(code)
 }
 
+/// The same for the peers.
+fn judge_peers(peers: &[PeerMeasured], samples: usize) -> u8 {
+    let few = |it: &&PeerMeasured| it.rounds.len() < samples;
+    for it in peers.iter().filter(few).take(MOST_WARNINGS) {
+        log::warn!(
+            "{} {:?} {} B, batch {}: {} of {samples} samples; {} were dropped because the cores moved, {} because an end did not get \
+             its core",
+            it.name.name(),
+            it.case.way,
+            it.case.size,
+            it.case.batch,
+            it.rounds.len(),
+            it.moved,
+            it.disturbed
+        );
+    }
+    if peers.iter().any(|it| it.rounds.is_empty()) {
+        exit::HOST
+    } else {
+        exit::OK
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -317,6 +355,7 @@ mod tests {
                     in_order: true,
                 },
                 iommu: Iommu::Off,
+                path: Path::Window,
                 direction: Direction::Both,
                 size: 64,
                 batch: 32,

@@ -8,6 +8,7 @@ use super::plan::Case;
 use super::probe::Distance;
 use super::record::{Faults, SampleResult};
 use super::stats::median;
+use crate::cli::Path;
 
 /// A thread that had less than this of its core was disturbed.
 pub const LEAST_SHARE: f64 = 0.92;
@@ -24,6 +25,18 @@ pub trait Lab {
     fn guests(&mut self, case: &Case) -> Result<VmSample>;
     /// One sample of the same ring between two threads of this process.
     fn bound(&mut self, case: &Case) -> Result<BoundSample>;
+    /// Whether anything else is sampled in each round of the case.
+    fn has_others(&self, _case: &Case) -> bool {
+        false
+    }
+    /// Samples that.
+    fn others(&mut self, _case: &Case, _round: usize) -> Result<()> {
+        Ok(())
+    }
+    /// Whether all of that was good in a round.
+    fn others_good(&self, _case: &Case, _round: usize) -> bool {
+        true
+    }
 }
 
 /// One sample of the guests.
@@ -39,6 +52,8 @@ pub struct VmSample {
     pub exits: BTreeMap<String, u64>,
     /// The kernel's exit counters, both VMs together.
     pub kvm_exits: BTreeMap<String, u64>,
+    /// How many cores all processes together kept busy.
+    pub busy_cores: f64,
 }
 
 /// One sample of the upper bound.
@@ -67,6 +82,12 @@ impl Pair {
     /// How far apart the cores were.
     pub fn distance(&self) -> Distance {
         Distance::of(self.probe_ns)
+    }
+
+    /// CPU time a frame, of all processes together, in ns. (Of a round trip nothing is known: both ends work all the time.)
+    pub fn cpu_ns_per_frame(&self) -> Option<f64> {
+        let rate = self.vm.result.mpps;
+        (rate > 0.0 && self.vm.busy_cores > 0.0).then(|| self.vm.busy_cores * 1000.0 / rate)
     }
 
     /// How near the guests came to the bound: 1 is as good. Rate by rate, or median round trip by median round trip.
@@ -125,7 +146,7 @@ impl Measured {
         self.bound_faults += bound.result.faults;
         self.verified += vm.result.verified;
         let probes = [first, second, third];
-        // Where windows come and go with every frame, the devices' threads have work to do on the same cores: that is part of the figure.
+        // Where windows come and go with every frame, or a relay takes part, other threads have work to do on the same cores: that is part of the figure.
         let judged = vm.shares.filter(|_| gated(&case));
         let shares = [judged, bound.shares];
         let mut each = shares.into_iter().flatten().flatten();
@@ -149,11 +170,11 @@ impl Measured {
 
 /// Whether a sample of the case counts only where each virtual CPU had its core.
 pub fn gated(case: &Case) -> bool {
-    !case.iommu.per_frame()
+    !case.iommu.per_frame() && case.path == Path::Window
 }
 
-/// How many rounds have a good pair of each case.
-fn whole_rounds(all: &[Measured]) -> usize {
+/// How many rounds have a good pair of each case, and good samples of what is sampled beside them.
+fn whole_rounds(lab: &dyn Lab, all: &[Measured]) -> usize {
     let Some((first, others)) = all.split_first() else {
         return 0;
     };
@@ -161,11 +182,12 @@ fn whole_rounds(all: &[Measured]) -> usize {
     let rounds = first.pairs.iter().map(|pair| pair.round);
     rounds
         .filter(|&round| others.iter().all(|other| has(other, round)))
+        .filter(|&round| lab.others_good(&first.case, round))
         .count()
 }
 
 /// Samples cases in turn, one pair each, until each has `samples` good pairs, or three times as many were tried, or `may_retry` says no.
-/// Where the cases differ in the IOMMU they are compared with each other round by round: then each is sampled until there are `samples`
+/// Where the cases differ in the IOMMU or in the path, or others are sampled beside them, they are compared with each other round by round: then each is sampled until there are `samples`
 /// rounds in which all were good. `progress` is called after each pair.
 pub fn measure(
     lab: &mut dyn Lab,
@@ -175,9 +197,13 @@ pub fn measure(
     progress: &mut dyn FnMut(&[Measured]),
 ) -> Result<Vec<Measured>> {
     let mut all: Vec<Measured> = cases.iter().copied().map(Measured::new).collect();
-    let compared = cases.windows(2).any(|pair| pair[0].iommu != pair[1].iommu);
+    let beside = cases.first().filter(|case| lab.has_others(case));
+    let compared = beside.is_some()
+        || cases
+            .windows(2)
+            .any(|pair| (pair[0].iommu, pair[0].path) != (pair[1].iommu, pair[1].path));
     for round in 0..TRIES * samples {
-        if compared && (whole_rounds(&all) == samples || (round >= samples && !may_retry())) {
+        if compared && (whole_rounds(lab, &all) == samples || (round >= samples && !may_retry())) {
             break;
         }
         for index in 0..all.len() {
@@ -188,6 +214,9 @@ pub fn measure(
             }
             measured.attempt(lab, round)?;
             progress(&all);
+        }
+        if let Some(case) = beside {
+            lab.others(case, round)?;
         }
     }
     Ok(all)
@@ -219,6 +248,7 @@ mod tests {
             in_order: false,
         },
         iommu: Iommu::Off,
+        path: Path::Window,
         direction: Direction::BeToFe,
         size: 64,
         batch: 32,
@@ -343,7 +373,8 @@ mod tests {
     }
 
     #[test]
-    fn what_the_device_threads_take_disqualifies_no_sample_that_maps_every_frame() {
+    fn what_other_threads_take_disqualifies_no_sample_that_maps_every_frame_or_goes_through_a_relay()
+     {
         for (iommu, kept) in [(Iommu::Static, 0), (Iommu::Dynamic, 1), (Iommu::Batch, 1)] {
             let mut fake = Fake {
                 vm_shares: vec![0.4],
@@ -352,6 +383,12 @@ mod tests {
             let case = Case { iommu, ..CASE };
             let all = measure(&mut fake, &[case], 1, &mut || false, &mut |_| ()).unwrap();
             assert_eq!(all[0].pairs.len(), kept, "{iommu:?}");
+            let case = Case {
+                path: Path::Relay,
+                ..case
+            };
+            let all = measure(&mut fake, &[case], 1, &mut || false, &mut |_| ()).unwrap();
+            assert_eq!(all[0].pairs.len(), 1, "through a relay, {iommu:?}");
         }
     }
 

@@ -1,9 +1,9 @@
 //! What is measured, and in which order.
 
-use crate::cli::Direction;
-use crate::cli::bench::{BenchArgs, Sweep};
+use crate::cli::bench::{BenchArgs, Kind, Sweep};
 use crate::cli::iommu::Iommu;
 use crate::cli::rings::Ring;
+use crate::cli::{Direction, Path};
 
 /// One figure to measure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -12,12 +12,53 @@ pub struct Case {
     pub ring: Ring,
     /// What stands between the front-end's memory and the window.
     pub iommu: Iommu,
+    /// How they get from VM to VM.
+    pub path: Path,
     /// Which way frames go.
     pub direction: Direction,
     /// Bytes of a frame, without FCS.
     pub size: u16,
     /// Frames a burst; 1 for a round trip.
     pub batch: u16,
+}
+
+impl Case {
+    /// Which VMs it is measured with.
+    pub fn kind(&self) -> Kind {
+        Kind {
+            ring: self.ring,
+            iommu: self.iommu,
+            path: self.path,
+        }
+    }
+}
+
+/// Which way frames go, where they go one way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// Back-end to front-end.
+    BeToFe,
+    /// Front-end to back-end.
+    FeToBe,
+}
+
+impl Way {
+    /// `None` where they go both ways.
+    pub fn of(direction: Direction) -> Option<Self> {
+        match direction {
+            Direction::BeToFe => Some(Self::BeToFe),
+            Direction::FeToBe => Some(Self::FeToBe),
+            Direction::Both | Direction::RoundTrip => None,
+        }
+    }
+
+    /// As it is in the JSON.
+    pub fn direction(self) -> Direction {
+        match self {
+            Self::BeToFe => Direction::BeToFe,
+            Self::FeToBe => Direction::FeToBe,
+        }
+    }
 }
 
 /// RFC 2544, section 9.1, for Ethernet.
@@ -36,9 +77,9 @@ const DIRECTIONS: [Direction; 4] = [
 ];
 const SWEEP_DIRECTIONS: [Direction; 2] = [Direction::BeToFe, Direction::FeToBe];
 
-/// The cases that the flags ask for, none twice. Those of a group differ in their rings and in the IOMMU only: they are sampled in turn,
+/// The cases that the flags ask for, none twice. Those of a group differ in the VMs only: they are sampled in turn,
 /// so that each sees the same minutes of the machine.
-pub fn plan(args: &BenchArgs) -> Vec<Vec<Case>> {
+pub fn plan(args: &BenchArgs, kinds: &[Kind]) -> Vec<Vec<Case>> {
     let sweep = args.sweep == Some(Sweep::Rings);
     let sizes = match &args.sizes {
         Some(sizes) => sizes.as_slice(),
@@ -51,7 +92,6 @@ pub fn plan(args: &BenchArgs) -> Vec<Vec<Case>> {
         None if sweep => &SWEEP_DIRECTIONS,
         None => &DIRECTIONS,
     };
-    let kinds = args.kinds();
     let mut groups: Vec<Vec<Case>> = Vec::new();
     for &size in sizes {
         for batch in batches(args, size) {
@@ -64,9 +104,10 @@ pub fn plan(args: &BenchArgs) -> Vec<Vec<Case>> {
                 };
                 let group: Vec<Case> = kinds
                     .iter()
-                    .map(|&(ring, iommu)| Case {
+                    .map(|&Kind { ring, iommu, path }| Case {
                         ring,
                         iommu,
+                        path,
                         direction,
                         size,
                         batch,
@@ -127,9 +168,13 @@ mod tests {
         }
     }
 
+    fn grouped(args: &BenchArgs) -> Vec<Vec<Case>> {
+        plan(args, &args.kinds().unwrap())
+    }
+
     fn planned(args: &[&str]) -> (Vec<Case>, usize) {
         let args = bench(args);
-        (plan(&args).concat(), samples(&args))
+        (grouped(&args).concat(), samples(&args))
     }
 
     #[test]
@@ -185,7 +230,7 @@ mod tests {
             "on,off,on",
             "--quick",
         ];
-        let groups = plan(&bench(&args));
+        let groups = grouped(&bench(&args));
         assert_eq!(groups.len(), 8);
         for group in groups {
             let names: Vec<String> = group.iter().map(|case| case.ring.name()).collect();
@@ -210,7 +255,7 @@ mod tests {
             "split,packed",
             "--quick",
         ]);
-        let groups = plan(&args);
+        let groups = grouped(&args);
         assert_eq!(groups.len(), 8);
         for group in groups {
             let kinds: Vec<_> = group
@@ -228,7 +273,7 @@ mod tests {
             );
         }
         assert!(
-            plan(&bench(&[]))
+            grouped(&bench(&[]))
                 .concat()
                 .iter()
                 .all(|case| case.iommu == Iommu::Off)
@@ -236,9 +281,32 @@ mod tests {
     }
 
     #[test]
+    fn the_relay_takes_turns_with_the_window_and_has_no_iommu() {
+        let paths = |args: &[&str]| -> Vec<_> {
+            let groups = grouped(&bench(&[args, &["--quick"]].concat()));
+            let first = groups[0].iter().map(|case| (case.iommu, case.path));
+            first.collect()
+        };
+        let (window, relay) = (Path::Window, Path::Relay);
+        let all = ["--path", "window,relay", "--iommu", "off,static"];
+        assert_eq!(
+            paths(&all),
+            [
+                (Iommu::Off, window),
+                (Iommu::Static, window),
+                (Iommu::Off, relay)
+            ]
+        );
+        assert_eq!(paths(&["--path", "relay"]), [(Iommu::Off, relay)]);
+        assert_eq!(paths(&[]), [(Iommu::Off, window)]);
+        let no_back_end = bench(&["--path", "relay", "--iommu-back", "on"]);
+        assert!(no_back_end.kinds().is_err());
+    }
+
+    #[test]
     fn the_sweep_has_four_rings_seven_batches_and_two_directions() {
         let args = bench(&["--sweep", "rings"]);
-        let groups = plan(&args);
+        let groups = grouped(&args);
         assert_eq!((groups.len(), samples(&args)), (14, 5));
         assert!(groups.iter().all(|group| group.len() == 4));
         assert!(groups.concat().iter().all(|case| case.size == 64));
@@ -246,7 +314,7 @@ mod tests {
         assert_eq!(args.sample_ms(), 50);
 
         let args = bench(&["--sweep", "rings", "--batches", "8,8", "--ring", "packed"]);
-        assert_eq!(plan(&args).concat().len(), 2 * 2);
+        assert_eq!(grouped(&args).concat().len(), 2 * 2);
         assert_eq!(request_batches(&args), [8]);
         assert!(
             Cli::try_parse_from(["vhost-pci", "bench", "--sweep", "rings", "--quick"]).is_err()

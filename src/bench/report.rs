@@ -6,7 +6,11 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use serde::Serialize;
 use vmm::HugePages;
 
+mod peers;
+
 use super::Setup;
+pub use peers::{PeerEntry, ToPeerEntry};
+
 use super::pairs::{LEAST_SHARE, Measured, Pair, gated, moved};
 use super::plan::Case;
 use super::probe::Distance;
@@ -15,7 +19,7 @@ use super::requests::{self, Requests, Where};
 use super::stats::{Spread, median, round};
 use crate::cli::iommu::Iommu;
 use crate::cli::rings::{Layout, Ring, RingSetup, Tx};
-use crate::cli::{Direction, Mode};
+use crate::cli::{Direction, Mode, Path};
 use crate::host::{self, HugePool};
 
 /// The whole file.
@@ -29,6 +33,15 @@ pub struct Report {
     /// What the IOMMU costs: with it to without, taken in turn; one entry a case and distance.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub ratios: Vec<RatioEntry>,
+    /// What the window spares: the same through it and through the relay, taken in turn; one entry a case and distance.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub paths: Vec<PathEntry>,
+    /// Other ways to exchange frames, one entry a peer, case and distance.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub peers: Vec<PeerEntry>,
+    /// The window beside each of them, taken in turn; one entry a case, peer and distance.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub to_peers: Vec<ToPeerEntry>,
     /// The time of a request through a ring alone, of a sweep; one entry a figure and distance.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub requests: Vec<RequestEntry>,
@@ -49,6 +62,22 @@ pub struct RatioEntry {
     over: Iommu,
     pub distance: Distance,
     pub ratio: Spread,
+}
+
+/// The window beside the relay.
+#[derive(Clone, Debug, Serialize)]
+pub struct PathEntry {
+    pub direction: Direction,
+    pub ring: Layout,
+    pub in_order: bool,
+    pub frame_size: u16,
+    pub batch: u16,
+    pub distance: Distance,
+    /// Rate through the window to rate through the relay (round trip: time through the relay to time through the window, p50).
+    pub speed: Spread,
+    /// CPU time a frame of all processes together, through the window to through the relay.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cpu: Option<Spread>,
 }
 
 /// The time of a request.
@@ -111,7 +140,7 @@ struct Memory {
 #[derive(Clone, Debug, Serialize)]
 pub struct Entry {
     pub direction: Direction,
-    path: &'static str,
+    pub path: Path,
     #[serde(flatten)]
     pub ring: RingColumns,
     pub iommu: Iommu,
@@ -153,6 +182,9 @@ pub struct Entry {
     exits: Option<Exits>,
     #[serde(skip_serializing_if = "Option::is_none")]
     cpu: Option<Cpu>,
+    /// Of all processes together.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cpu_ns_per_frame: Option<Spread>,
 }
 
 /// Which rings it is of.
@@ -231,6 +263,9 @@ impl Report {
                 .flat_map(|measured| entries(setup, measured))
                 .collect(),
             ratios: ratios(measured),
+            paths: paths(measured),
+            peers: Vec::new(),
+            to_peers: Vec::new(),
             requests: requests.iter().flat_map(request_entries).collect(),
             counters: (!requests.is_empty()).then(|| {
                 requests::counters().unwrap_or_else(|| "cache-misses, user mode".to_owned())
@@ -328,12 +363,12 @@ fn entry(setup: &Setup, measured: &Measured, distance: Option<Distance>, pairs: 
     let bits = f64::from(case.size) * 8.0;
     Entry {
         direction: case.direction,
-        path: "window",
+        path: case.path,
         ring: RingColumns::new(case.ring, &setup.rings),
         iommu: case.iommu,
         frame_size: case.size,
         batch: case.batch,
-        queue_pairs: 1,
+        queue_pairs: setup.rings.pairs(case.direction),
         distance,
         probe_ns: median(&each(&|pair| pair.probe_ns)).map(round),
         mpps: spread(&|pair| pair.vm.result.mpps),
@@ -355,6 +390,7 @@ fn entry(setup: &Setup, measured: &Measured, distance: Option<Distance>, pairs: 
         least_vcpu_share: gated(&case).then_some(LEAST_SHARE),
         exits: (!pairs.is_empty()).then(|| exits(pairs)),
         cpu: cpu(pairs),
+        cpu_ns_per_frame: Spread::of(pairs.iter().filter_map(|pair| pair.cpu_ns_per_frame())),
     }
 }
 
@@ -370,25 +406,10 @@ fn ratios(measured: &[Measured]) -> Vec<RatioEntry> {
         let Some(without) = measured.iter().find(|it| it.case == same) else {
             continue;
         };
-        let turns: Vec<(&Pair, &Pair)> = with
-            .pairs
-            .iter()
-            .filter_map(|pair| {
-                let mut others = without.pairs.iter();
-                let other = others.find(|other| other.round == pair.round)?;
-                (!moved(&[pair.probe_ns, other.probe_ns])).then_some((pair, other))
-            })
-            .collect();
+        let turns = turns(with, without);
         for distance in [Distance::Near, Distance::Far] {
             let here = turns.iter().filter(|(pair, _)| pair.distance() == distance);
-            let ratio = Spread::of(here.filter_map(|(pair, other)| {
-                let (with, without) = (&pair.vm.result, &other.vm.result);
-                let (over, under) = match (with.latency, without.latency) {
-                    (Some(with), Some(without)) => (without.p50, with.p50),
-                    _ => (with.mpps, without.mpps),
-                };
-                (under > 0.0).then(|| over / under)
-            }));
+            let ratio = Spread::of(here.filter_map(|(pair, other)| speed(pair, other)));
             entries.extend(ratio.map(|ratio| RatioEntry {
                 direction: case.direction,
                 ring: case.ring.layout,
@@ -403,6 +424,60 @@ fn ratios(measured: &[Measured]) -> Vec<RatioEntry> {
         }
     }
     entries
+}
+
+/// Each case of the window beside the same through the relay, as [`ratios`].
+fn paths(measured: &[Measured]) -> Vec<PathEntry> {
+    let mut entries = Vec::new();
+    for relay in measured.iter().filter(|it| it.case.path == Path::Relay) {
+        let case = relay.case;
+        let same = Case {
+            path: Path::Window,
+            ..case
+        };
+        let Some(window) = measured.iter().find(|it| it.case == same) else {
+            continue;
+        };
+        let turns = turns(window, relay);
+        for distance in [Distance::Near, Distance::Far] {
+            let here = || turns.iter().filter(|(pair, _)| pair.distance() == distance);
+            let speed = Spread::of(here().filter_map(|(window, relay)| speed(window, relay)));
+            let cpu = here().filter_map(|(window, relay)| {
+                Some(window.cpu_ns_per_frame()? / relay.cpu_ns_per_frame()?)
+            });
+            entries.extend(speed.map(|speed| PathEntry {
+                direction: case.direction,
+                ring: case.ring.layout,
+                in_order: case.ring.in_order,
+                frame_size: case.size,
+                batch: case.batch,
+                distance,
+                speed,
+                cpu: Spread::of(cpu),
+            }));
+        }
+    }
+    entries
+}
+
+/// Pairs of the same round, where the cores were as far apart for both.
+fn turns<'a>(one: &'a Measured, other: &'a Measured) -> Vec<(&'a Pair, &'a Pair)> {
+    let same = |pair: &'a Pair| {
+        let mut others = other.pairs.iter();
+        let other = others.find(|other| other.round == pair.round)?;
+        (!moved(&[pair.probe_ns, other.probe_ns])).then_some((pair, other))
+    };
+    one.pairs.iter().filter_map(same).collect()
+}
+
+/// How many times as fast the guests of the one were: rate by rate, or median round trip by median round trip.
+fn speed(one: &Pair, other: &Pair) -> Option<f64> {
+    let (one, other) = (&one.vm.result, &other.vm.result);
+    let (over, under) = match (one.latency, other.latency) {
+        (Some(one), Some(other)) => (other.p50, one.p50),
+        _ => (one.mpps, other.mpps),
+    };
+    (under > 0.0).then(|| over / under)
 }
 
 /// An entry a distance between two cores; one in all on the same core.

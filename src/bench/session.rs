@@ -1,7 +1,9 @@
-//! Two VM processes and their control channels.
+//! Two VM processes and their control channels, and the relay where there is one.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::ffi::OsString;
 use std::os::fd::AsFd;
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -13,9 +15,11 @@ use super::pairs::{BoundSample, Lab, VmSample};
 use super::plan::Case;
 use super::probe;
 use super::record::{Done, Record, SampleResult, VmmStats, WorkResult};
+use crate::child::VmProcess;
+use crate::cli::bench::Kind;
 use crate::cli::iommu::{Iommu, Iommus};
-use crate::cli::rings::{Ring, RingSetup};
-use crate::cli::{Direction, Mode};
+use crate::cli::rings::RingSetup;
+use crate::cli::{Direction, Mode, Path};
 use crate::exit::Failure;
 use crate::guest::Guest;
 use crate::sys::{self, Signals};
@@ -37,14 +41,15 @@ const ACCESS_PLATFORM: u64 = 1 << 33;
 const NAMES: [&str; 2] = ["back-end", "front-end"];
 const FRONT_END: usize = 1;
 
-/// The two VMs, back-end first.
+/// The two VMs, back-end first. (With a relay both are front-ends; the first does what the back-end does otherwise.)
 pub struct Session {
     sides: [Guest; 2],
+    relay: Option<VmProcess>,
     waiting: VecDeque<(usize, Record)>,
     signals: Option<Rc<Signals>>,
     setup: Rc<Setup>,
     rings: RingSetup,
-    iommu: Iommu,
+    kind: Kind,
     tsc_khz: u64,
     bound: Option<Bound>,
     id: u16,
@@ -56,30 +61,41 @@ pub struct Session {
 
 impl Session {
     /// Boots both VMs and waits until their connection is up.
-    pub fn start(
-        setup: Rc<Setup>,
-        ring: Ring,
-        iommu: Iommu,
-        memory: &str,
-        signals: Rc<Signals>,
-    ) -> Result<Self> {
+    pub fn start(setup: Rc<Setup>, kind: Kind, memory: &str, signals: Rc<Signals>) -> Result<Self> {
         let directory = TempDir::new().context("cannot make a directory for the socket")?;
+        let Kind { ring, iommu, path } = kind;
         let rings = setup.rings.with(ring);
         let iommus = Iommus {
             front: iommu,
             back: setup.back_iommu,
         };
-        let mut args = pair::vm_args(directory.path(), memory, Some(setup.cores), &rings, iommus);
+        let sockets = ["a.sock", "b.sock"].map(|name| directory.path().join(name));
+        let relay = match path {
+            Path::Window => None,
+            Path::Relay => Some(VmProcess::relay(&relay_args(&sockets, setup.cores)?)?),
+        };
+        let mut args = match path {
+            Path::Window => {
+                pair::vm_args(directory.path(), memory, Some(setup.cores), &rings, iommus)
+            }
+            Path::Relay => [0, 1].map(|side| {
+                pair::net_vm_args(&sockets[side], memory, Some(setup.cores[side]), &rings)
+            }),
+        };
         let words = format!("{} {}", rings.guest_words(), iommus.guest_words(FRONT_END));
-        args[FRONT_END].push(format!("--cmdline={}", words.trim()).into());
+        let with_rings = if relay.is_some() { 0 } else { FRONT_END };
+        for args in &mut args[with_rings..] {
+            args.push(format!("--cmdline={}", words.trim()).into());
+        }
         let start = |side: usize| Guest::start(NAMES[side], &args[side]);
         let mut session = Self {
             sides: [start(0)?, start(1)?],
+            relay,
             waiting: VecDeque::new(),
             signals: Some(signals),
             setup,
             rings,
-            iommu,
+            kind,
             tsc_khz: 0,
             bound: None,
             id: 0,
@@ -88,7 +104,10 @@ impl Session {
         };
         session
             .wait_until_ready(Instant::now() + BOOT)
-            .with_context(|| format!("{} rings, iommu {}", ring.name(), iommu.name()))?;
+            .with_context(|| {
+                let (ring, iommu) = (ring.name(), iommu.name());
+                format!("{ring} rings, iommu {iommu}, path {}", path.name())
+            })?;
         Ok(session)
     }
 
@@ -105,9 +124,9 @@ impl Session {
                         self.rings.check(features).map_err(|why| anyhow!(why))?;
                         let behind = features & ACCESS_PLATFORM != 0;
                         ensure!(
-                            behind == (self.iommu != Iommu::Off),
+                            behind == (self.kind.iommu != Iommu::Off),
                             "iommu={} was asked for, but the driver agreed on features {features:#x}",
-                            self.iommu.name()
+                            self.kind.iommu.name()
                         );
                     }
                 }
@@ -220,12 +239,16 @@ impl Session {
         } = *self.setup;
         let work = case.direction.work()[side];
         let mut line = format!(
-            "run id={} work={work} size={} batch={} ms={ms} warmup_ms={warmup_ms} mode={} timeout_ms={RECEIVER_MS}",
+            "run id={} work={work} queues={} size={} batch={} ms={ms} warmup_ms={warmup_ms} mode={} timeout_ms={RECEIVER_MS}",
             self.id,
+            self.rings.pairs(case.direction),
             case.size,
             case.batch,
             mode.name(),
         );
+        if side != FRONT_END && self.kind.path == Path::Relay {
+            line.push_str(" end=back-end");
+        }
         if side == FRONT_END && self.churn > 0 {
             line.push_str(&format!(" churn={}", self.churn));
         }
@@ -253,7 +276,11 @@ impl Session {
             at: Instant::now(),
             all: [0; 2],
             others: [0; 2],
+            relay: 0,
         };
+        if let Some(relay) = &self.relay {
+            cpu.relay = sys::process_cpu_ns(relay.pid()).context("the CPU time of the relay")?;
+        }
         for (side, stats) in stats.iter().enumerate() {
             let Some(process) = &self.sides[side].process else {
                 continue;
@@ -296,9 +323,17 @@ struct Cpu {
     at: Instant,
     all: [u64; 2],
     others: [u64; 2],
+    relay: u64,
 }
 
 impl Cpu {
+    /// How many cores all processes together kept busy between two looks.
+    fn busy(&self, later: &Self) -> f64 {
+        let wall = (later.at - self.at).as_nanos().max(1) as f64;
+        let sum = |cpu: &Self| cpu.all.iter().sum::<u64>() + cpu.relay;
+        sum(later).saturating_sub(sum(self)) as f64 / wall
+    }
+
     /// Between two looks, of each VM: the vCPU's share of a core, and the other threads' in percent.
     fn between(&self, later: &Self) -> ([f64; 2], [f64; 2]) {
         let wall = (later.at - self.at).as_nanos().max(1) as f64;
@@ -346,6 +381,7 @@ impl Lab for Session {
             result: SampleResult::new(case.direction, &results, self.tsc_khz)?,
             shares: known.then_some(shares),
             others_percent,
+            busy_cores: first.busy(&second),
             exits: grown(&before, &after, |vcpu| &vcpu.exits, |_| true),
             // The kernel counts much else, some of it no counter at all.
             kvm_exits: grown(
@@ -366,24 +402,39 @@ impl Lab for Session {
     }
 }
 
+/// The relay's flags. It sleeps while there is nothing to copy, unless there is a third core: three that poll on two cores measure the scheduler.
+fn relay_args(sockets: &[PathBuf; 2], cores: [usize; 2]) -> Result<Vec<OsString>> {
+    let mut args: Vec<OsString> = Vec::new();
+    for (flag, socket) in ["--a=socket=", "--b=socket="].into_iter().zip(sockets) {
+        let mut arg = OsString::from(flag);
+        arg.push(socket);
+        args.push(arg);
+    }
+    let allowed = sys::allowed_cores().context("cannot read the affinity mask")?;
+    match allowed.iter().find(|core| !cores.contains(core)) {
+        Some(third) => args.extend(["--mode=poll".into(), format!("--core={third}").into()]),
+        None => args.push("--mode=irq".into()),
+    }
+    Ok(args)
+}
+
 /// A session for each configuration. The guests of all but one of them sleep at any time.
 pub struct Sessions {
-    all: Vec<((Ring, Iommu), Session)>,
+    all: Vec<(Kind, Session)>,
 }
 
 impl Sessions {
     /// Boots a pair of VMs for each of `kinds`.
     pub fn start(
         setup: Setup,
-        kinds: &[(Ring, Iommu)],
+        kinds: &[Kind],
         memory: &str,
         signals: &Rc<Signals>,
     ) -> Result<Self> {
         let setup = Rc::new(setup);
-        let start = |&(ring, iommu)| {
+        let start = |&kind| {
             let (setup, signals) = (Rc::clone(&setup), Rc::clone(signals));
-            let session = Session::start(setup, ring, iommu, memory, signals)?;
-            Ok(((ring, iommu), session))
+            Ok((kind, Session::start(setup, kind, memory, signals)?))
         };
         Ok(Self {
             all: kinds.iter().map(start).collect::<Result<_>>()?,
@@ -405,7 +456,7 @@ impl Sessions {
     fn of(&mut self, case: &Case) -> Result<&mut Session> {
         self.all
             .iter_mut()
-            .find(|(kind, _)| *kind == (case.ring, case.iommu))
+            .find(|(kind, _)| *kind == case.kind())
             .map(|(_, session)| session)
             .with_context(|| format!("no VMs were booted for {case:?}"))
     }

@@ -2,11 +2,11 @@
 
 use super::probe::Distance;
 use super::record::{Faults, Latency};
-use super::report::{Entry, RatioEntry, Report, RequestEntry};
+use super::report::{Entry, PathEntry, PeerEntry, RatioEntry, Report, RequestEntry, ToPeerEntry};
 use super::stats::Spread;
-use crate::cli::Direction;
 use crate::cli::iommu::Iommu;
 use crate::cli::rings::Ring;
+use crate::cli::{Direction, Path};
 
 /// What stands below the table.
 pub const LEGEND: &str = "\
@@ -15,6 +15,8 @@ Gbit/s: bits of the frames as they lie in the buffers, without FCS, preamble and
 bound: the same ring code between two host threads on the same cores, sampled in turn with the guests.
 ratio: guests to bound, pair of samples by pair, median (round trip: bound to guests, p50).
 to off: with the IOMMU to without, samples taken in turn, pair by pair, median [min .. max] (round trip: p50 without to with).
+peers: no virtual machines; frames that arrived, by the peer's own counters; nobody looked at their bytes.
+CPU ns: time a frame of all processes together; window to relay: taken in turn, pair by pair, median [min .. max].
 ns a request: through the ring alone, no payload touched; xN: N requests at once.
 distance: near if a cache line goes from core to core and back in less than 250 ns, else far; compare only like with like.";
 
@@ -84,28 +86,46 @@ pub fn render(report: &Report) -> String {
     let ring = |entry: &Entry| (!one_ring).then(|| entry.ring.name());
     let any_iommu = entries.iter().any(|entry| entry.iommu != Iommu::Off);
     let iommu = |entry: &Entry| any_iommu.then(|| entry.iommu.name().to_owned());
+    let any_relay = entries.iter().any(|entry| entry.path == Path::Relay);
+    let any_peer = !report.peers.is_empty();
+    let path = |entry: &Entry| (any_relay || any_peer).then(|| entry.path.name().to_owned());
     let (rates, trips): (Vec<&Entry>, Vec<&Entry>) = entries
         .iter()
         .partition(|entry| entry.direction != Direction::RoundTrip);
     let rates: Vec<Row> = rates
-        .into_iter()
-        .map(|entry| {
+        .iter()
+        .enumerate()
+        .flat_map(|(index, entry)| {
             let (ratio, distance, faults) = common(entry);
-            vec![
+            let row = vec![
                 Some(entry.direction.name().to_owned()),
                 ring(entry),
                 iommu(entry),
+                path(entry),
                 Some(entry.frame_size.to_string()),
                 Some(entry.batch.to_string()),
                 Some(or_dash(entry.mpps.as_ref(), spread)),
                 Some(or_dash(entry.gbps.as_ref(), |gbps| number(gbps.median))),
+                (any_relay || any_peer)
+                    .then(|| or_dash(entry.cpu_ns_per_frame.as_ref(), |cpu| number(cpu.median))),
                 Some(or_dash(entry.bound_mpps.as_ref(), |bound| {
                     number(bound.median)
                 })),
                 Some(ratio),
                 Some(distance),
                 Some(faults),
-            ]
+            ];
+            // The peers stand behind the last line of what they were sampled with.
+            let more = rates
+                .iter()
+                .skip(index + 1)
+                .any(|next| case(next) == case(entry));
+            let here = |peer: &&PeerEntry| {
+                !more && (peer.direction, peer.frame_size, peer.batch) == case(entry)
+            };
+            let peers = report.peers.iter().filter(here);
+            let peers = peers.map(|peer| peer_row(peer, !one_ring, any_iommu));
+            std::iter::once(row).chain(peers).collect::<Vec<Row>>()
         })
         .collect();
     let trips: Vec<Row> = trips
@@ -116,6 +136,7 @@ pub fn render(report: &Report) -> String {
                 Some(entry.direction.name().to_owned()),
                 ring(entry),
                 iommu(entry),
+                path(entry),
                 Some(entry.frame_size.to_string()),
                 Some(or_dash(entry.latency_ns.as_ref(), times)),
                 Some(or_dash(entry.bound_latency_ns.as_ref(), times)),
@@ -132,10 +153,12 @@ pub fn render(report: &Report) -> String {
             "direction",
             "ring",
             "iommu",
+            "path",
             "size",
             "batch",
             "Mpps",
             "Gbit/s",
+            "CPU ns",
             "bound",
             "ratio",
             "distance",
@@ -148,6 +171,7 @@ pub fn render(report: &Report) -> String {
             "direction",
             "ring",
             "iommu",
+            "path",
             "size",
             "p50 / p99 / p99.9 / max ns",
             "bound",
@@ -158,11 +182,42 @@ pub fn render(report: &Report) -> String {
         parts.push(table(&head, trips));
     }
     parts.extend(ratios(&report.ratios));
+    parts.extend(paths(&report.paths));
+    parts.extend(to_peers(&report.to_peers));
     parts.extend(requests(&report.requests));
     if let Some(counters) = &report.counters {
         parts.push(format!("cache-miss counters: {counters}\n"));
     }
     parts.join("\n")
+}
+
+/// What a figure shares with those of the peers beside it.
+fn case(entry: &Entry) -> (Direction, u16, u16) {
+    (entry.direction, entry.frame_size, entry.batch)
+}
+
+/// A peer's line among those of the VMs.
+fn peer_row(peer: &PeerEntry, ring: bool, iommu: bool) -> Row {
+    let dash = || "-".to_owned();
+    vec![
+        Some(peer.direction.name().to_owned()),
+        ring.then(dash),
+        iommu.then(dash),
+        Some(peer.name.name().to_owned()),
+        Some(peer.frame_size.to_string()),
+        Some(peer.batch.to_string()),
+        Some(or_dash(peer.mpps.as_ref(), spread)),
+        Some(or_dash(peer.gbps.as_ref(), |gbps| number(gbps.median))),
+        Some(or_dash(peer.cpu_ns_per_frame.as_ref(), |cpu| {
+            number(cpu.median)
+        })),
+        Some(dash()),
+        Some(dash()),
+        Some(or_dash(peer.distance, |distance| {
+            distance.name().to_owned()
+        })),
+        Some(dash()),
+    ]
 }
 
 /// A table without the columns that its rows do not have.
@@ -190,6 +245,75 @@ fn ratio(value: f64) -> String {
     }
 }
 
+fn ratio_spread(spread: &Spread) -> String {
+    let [median, min, max] = [spread.median, spread.min, spread.max].map(ratio);
+    format!("{median} [{min} .. {max}]")
+}
+
+/// What the window spares: a line a case and distance.
+fn paths(entries: &[PathEntry]) -> Option<String> {
+    let rows: Vec<Vec<String>> = entries
+        .iter()
+        .map(|entry| {
+            let (layout, in_order) = (entry.ring, entry.in_order);
+            vec![
+                entry.direction.name().to_owned(),
+                Ring { layout, in_order }.name(),
+                entry.frame_size.to_string(),
+                entry.batch.to_string(),
+                ratio_spread(&entry.speed),
+                or_dash(entry.cpu.as_ref(), ratio_spread),
+                entry.speed.samples.len().to_string(),
+                entry.distance.name().to_owned(),
+            ]
+        })
+        .collect();
+    let head = [
+        "direction",
+        "ring",
+        "size",
+        "batch",
+        "speed, window to relay",
+        "CPU a frame, window to relay",
+        "pairs",
+        "distance",
+    ];
+    (!rows.is_empty()).then(|| align(&head, &rows))
+}
+
+/// The window beside the peers: a line a case, peer and distance.
+fn to_peers(entries: &[ToPeerEntry]) -> Option<String> {
+    let rows: Vec<Vec<String>> = entries
+        .iter()
+        .map(|entry| {
+            let (layout, in_order) = (entry.ring, entry.in_order);
+            vec![
+                entry.direction.name().to_owned(),
+                Ring { layout, in_order }.name(),
+                entry.iommu.name().to_owned(),
+                entry.frame_size.to_string(),
+                entry.batch.to_string(),
+                entry.name.name().to_owned(),
+                ratio_spread(&entry.speed),
+                entry.speed.samples.len().to_string(),
+                entry.distance.name().to_owned(),
+            ]
+        })
+        .collect();
+    let head = [
+        "direction",
+        "ring",
+        "iommu",
+        "size",
+        "batch",
+        "peer",
+        "speed, window to peer",
+        "pairs",
+        "distance",
+    ];
+    (!rows.is_empty()).then(|| align(&head, &rows))
+}
+
 /// What the IOMMU costs: a line a case and distance.
 fn ratios(entries: &[RatioEntry]) -> Option<String> {
     let rows: Vec<Vec<String>> = entries
@@ -202,13 +326,7 @@ fn ratios(entries: &[RatioEntry]) -> Option<String> {
                 entry.frame_size.to_string(),
                 entry.batch.to_string(),
                 entry.iommu.name().to_owned(),
-                {
-                    let Spread {
-                        median, min, max, ..
-                    } = entry.ratio;
-                    let [median, min, max] = [median, min, max].map(ratio);
-                    format!("{median} [{min} .. {max}]")
-                },
+                ratio_spread(&entry.ratio),
                 entry.ratio.samples.len().to_string(),
                 entry.distance.name().to_owned(),
             ]

@@ -18,10 +18,10 @@ use super::session::Session;
 use super::stats::{Spread, median, round};
 use super::table::{align, number};
 use super::{Setup, progress_bar};
-use crate::cli::Direction;
-use crate::cli::bench::BenchArgs;
+use crate::cli::bench::{BenchArgs, Kind};
 use crate::cli::iommu::Iommu;
 use crate::cli::rings::Ring;
+use crate::cli::{Direction, Path};
 use crate::exit;
 use crate::json::JsonFile;
 use crate::sys::Signals;
@@ -140,8 +140,11 @@ pub fn run(
     let setup = Rc::new(setup);
     let mut session = Session::start(
         Rc::clone(&setup),
-        ring,
-        Iommu::Static,
+        Kind {
+            ring,
+            iommu: Iommu::Static,
+            path: Path::Window,
+        },
         &args.both.memory,
         Rc::clone(signals),
     )?;
@@ -225,6 +228,7 @@ fn cases(args: &BenchArgs, ring: Ring) -> Vec<Case> {
         let case = Case {
             ring,
             iommu: Iommu::Static,
+            path: Path::Window,
             direction,
             size: first(&args.sizes, SIZE),
             batch: first(&args.batches, BATCH),

@@ -3,12 +3,13 @@
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
+use serde::Serialize;
 
 use super::iommu::{BackArgs, Iommu};
 use super::machine::BothArgs;
 use super::rings::{Layout, Ring, RingArgs, RingSetup, Switch, Tx, queue_size};
-use super::{Direction, Mode};
-use crate::exit::Failure;
+use super::{Direction, Mode, Path};
+use crate::exit::{Failure, usage};
 
 /// A whole experiment behind one flag.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -19,6 +20,40 @@ pub enum Sweep {
     /// What it takes to show a window and to take it away, against the number of windows that are there, and what traffic loses
     /// meanwhile
     Windows,
+}
+
+/// Another way to exchange frames, measured beside the VMs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PeerName {
+    /// DPDK: a vhost port (back-end) and a virtio-user port, packed rings, VIRTIO_F_IN_ORDER, vectorised
+    DpdkVhost,
+    /// DPDK: two memif ports; every frame is copied
+    Memif,
+    /// The same, without a copy at the end of the front-end
+    MemifZc,
+}
+
+impl PeerName {
+    /// As it is written on the command line and in the JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::DpdkVhost => "dpdk-vhost",
+            Self::Memif => "memif",
+            Self::MemifZc => "memif-zc",
+        }
+    }
+}
+
+/// What a pair of VMs is booted for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Kind {
+    /// Which rings carry the frames.
+    pub ring: Ring,
+    /// What stands between the front-end's memory and the window.
+    pub iommu: Iommu,
+    /// How frames get from VM to VM.
+    pub path: Path,
 }
 
 /// `bench`.
@@ -67,6 +102,28 @@ pub struct BenchArgs {
     /// [default: off]
     #[arg(long, value_enum, value_name = "HOW,…", value_delimiter = ',')]
     pub iommu: Option<Vec<Iommu>>,
+    /// How frames get from VM to VM, sampled in turn; the relay has no IOMMU. CPU time a frame is of all processes together [default: window]
+    #[arg(
+        long,
+        value_enum,
+        value_name = "PATH,…",
+        value_delimiter = ',',
+        conflicts_with = "sweep"
+    )]
+    pub path: Option<Vec<Path>>,
+    /// Other ways to exchange frames on the same two cores, one way, sampled in turn with the VMs; they have to be installed [default:
+    /// none]
+    #[arg(
+        long,
+        value_enum,
+        value_name = "PEER,…",
+        value_delimiter = ',',
+        conflicts_with = "sweep"
+    )]
+    pub peers: Option<Vec<PeerName>>,
+    /// Entries of the peers' rings: a power of two up to 16384
+    #[arg(long, value_name = "N", default_value = "256", value_parser = peer_ring)]
+    pub peer_ring: u16,
     #[command(flatten)]
     pub back: BackArgs,
     #[command(flatten)]
@@ -76,7 +133,27 @@ pub struct BenchArgs {
     pub json: Option<PathBuf>,
 }
 
+fn peer_ring(text: &str) -> Result<u16, String> {
+    match text.parse() {
+        Ok(ring @ 32..=16384_u16) if ring.is_power_of_two() => Ok(ring),
+        _ => Err("it is a power of two from 32 to 16384".to_owned()),
+    }
+}
+
 impl BenchArgs {
+    /// The peers. None of them does what is not one way.
+    pub fn peer_list(&self) -> Result<&[PeerName], Failure> {
+        let peers = self.peers.as_deref().unwrap_or_default();
+        let one_way =
+            |direction: &Direction| matches!(direction, Direction::BeToFe | Direction::FeToBe);
+        match &self.directions {
+            Some(directions) if !peers.is_empty() && !directions.iter().any(one_way) => Err(usage(
+                "--peers: they are measured with --directions be-to-fe and fe-to-be only",
+            )),
+            _ => Ok(peers),
+        }
+    }
+
     /// The ring configurations, none twice.
     pub fn ring_list(&self) -> Vec<Ring> {
         let (layouts, orders): (&[Layout], &[Switch]) = match self.sweep {
@@ -98,17 +175,28 @@ impl BenchArgs {
     }
 
     /// The configurations that a pair of VMs is booted for, none twice.
-    pub fn kinds(&self) -> Vec<(Ring, Iommu)> {
+    pub fn kinds(&self) -> Result<Vec<Kind>, Failure> {
         let iommus = self.iommu.as_deref().unwrap_or(&[Iommu::Off]);
+        let paths = self.path.as_deref().unwrap_or(&[Path::Window]);
+        let relay = paths.contains(&Path::Relay);
+        if relay && self.back.iommu_back.is_on() {
+            return Err(usage(
+                "--path relay: there is no back-end VM for --iommu-back",
+            ));
+        }
         let mut kinds = Vec::new();
         for ring in self.ring_list() {
-            for &iommu in iommus {
-                if !kinds.contains(&(ring, iommu)) {
-                    kinds.push((ring, iommu));
+            let windows = paths.contains(&Path::Window).then_some(iommus);
+            let window = windows.unwrap_or_default().iter();
+            let window = window.map(|&iommu| (iommu, Path::Window));
+            for (iommu, path) in window.chain(relay.then_some((Iommu::Off, Path::Relay))) {
+                let kind = Kind { ring, iommu, path };
+                if !kinds.contains(&kind) {
+                    kinds.push(kind);
                 }
             }
         }
-        kinds
+        Ok(kinds)
     }
 
     /// What is the same for all of them. Nothing is left to the devices: a figure belongs to features that are known.

@@ -37,6 +37,22 @@ pub struct KeyList {
     pub keys: &'static [Key],
 }
 
+/// Where whatever is a back-end meets its front-end.
+pub const FRONT_END_SOCKET: Key = Key {
+    name: "socket",
+    form: "PATH",
+    missing: Missing::Required,
+    help: "Unix socket to the vhost-user front-end",
+};
+
+/// Who makes that socket.
+pub const FRONT_END_LISTEN: Key = Key {
+    name: "listen",
+    form: "on|off",
+    missing: Missing::Default("on"),
+    help: "on: wait for the front-end here; off: connect to it, as soon as it is there",
+};
+
 /// The values of a parsed list, defaults not filled in.
 #[derive(Debug)]
 pub struct Values {

@@ -4,14 +4,18 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
+use devices::host::Files;
 use devices::vhost_pci::{MAX_QUEUES, VhostPciConfig};
 use devices::vhost_user::SocketRole;
 use devices::virtio::MAX_QUEUE_SIZE;
 use devices::virtio_iommu::IommuConfig;
-use devices::virtio_net::{NetConfig, RingFeatures};
+use devices::virtio_net::tap::{Server, TapConfig, is_interface_name};
+use devices::virtio_net::{MAX_QUEUE_PAIRS, NetConfig, RingFeatures};
 use vmm::{Console, HugePages, Kernel, MemoryConfig, VmConfig};
 
-use super::keys::{Key, KeyList, Missing, number, size, switch};
+use super::keys::{
+    FRONT_END_LISTEN, FRONT_END_SOCKET, Key, KeyList, Missing, number, size, switch,
+};
 use crate::exit::{Failure, usage};
 
 static MEMORY: KeyList = KeyList {
@@ -68,8 +72,20 @@ static NET: KeyList = KeyList {
         Key {
             name: "socket",
             form: "PATH",
-            missing: Missing::Required,
+            missing: Missing::Unset("tap= has to be there"),
             help: "Unix socket to the vhost-user back-end",
+        },
+        Key {
+            name: "tap",
+            form: "NAME",
+            missing: Missing::Unset("socket= has to be there"),
+            help: "in place of a back-end: a tap of this host, which is made if it is not there; not with --iommu",
+        },
+        Key {
+            name: "vhost",
+            form: "off|kernel",
+            missing: Missing::Default("off"),
+            help: "with tap=: its rings are served by the host's kernel (/dev/vhost-net), or by a thread of the VMM",
         },
         Key {
             name: "listen",
@@ -88,6 +104,12 @@ static NET: KeyList = KeyList {
             form: "N",
             missing: Missing::Default("256"),
             help: "descriptors of each ring, up to 32768; a power of two unless packed=on",
+        },
+        Key {
+            name: "queues",
+            form: "N",
+            missing: Missing::Default("1"),
+            help: "queue pairs, 1 to 16; one where the back-end serves fewer than these",
         },
         Key {
             name: "packed",
@@ -131,18 +153,8 @@ static NET: KeyList = KeyList {
 static VHOST_PCI: KeyList = KeyList {
     flag: "--vhost-pci",
     keys: &[
-        Key {
-            name: "socket",
-            form: "PATH",
-            missing: Missing::Required,
-            help: "Unix socket to the vhost-user front-end",
-        },
-        Key {
-            name: "listen",
-            form: "on|off",
-            missing: Missing::Default("on"),
-            help: "on: wait for the front-end here; off: connect to it, as soon as it is there",
-        },
+        FRONT_END_SOCKET,
+        FRONT_END_LISTEN,
         Key {
             name: "window",
             form: "SIZE",
@@ -166,6 +178,12 @@ static VHOST_PCI: KeyList = KeyList {
             form: "MS",
             missing: Missing::Default("50"),
             help: "how long an access outside the window waits for the front-end to say what is there; 0: it is not asked",
+        },
+        Key {
+            name: "unsealed",
+            form: "on|off",
+            missing: Missing::Default("off"),
+            help: "take memory that the front-end could cut off (DPDK's), too: what is cut off then reads as ones",
         },
     ],
 };
@@ -234,7 +252,7 @@ pub struct RunArgs {
     )]
     pub cmdline: String,
     #[arg(long, value_name = "KEY=VALUE,…",
-        help = NET.help("A virtio-net device whose rings another process serves (the front-end); can be given again"))]
+        help = NET.help("A virtio-net device whose rings another process serves (the front-end), or this host; can be given again"))]
     pub net: Vec<String>,
     #[arg(long, value_name = "KEY=VALUE,…",
         help = VHOST_PCI.help("A vhost-pci device, which lets the guest serve another VM's rings (the back-end); can be given again"))]
@@ -381,9 +399,23 @@ fn uuid(text: &str) -> Result<[u8; 16], String> {
     Ok(value.to_be_bytes())
 }
 
+/// What serves the rings of a network device.
+enum Net {
+    User(NetConfig),
+    Tap(TapConfig),
+}
+
+fn interface(text: &str) -> Result<String, String> {
+    if !is_interface_name(text) {
+        return Err("it is 1 to 15 bytes without spaces, '/', ':' and '%'".to_owned());
+    }
+    Ok(text.to_owned())
+}
+
 /// Reads one `--net`; `index` counts them.
-fn net(text: &str, index: usize) -> Result<NetConfig, Failure> {
+fn net(text: &str, index: usize) -> Result<Net, Failure> {
     let values = NET.parse(text)?;
+    let queue_pairs = values.need("queues", number(1..=MAX_QUEUE_PAIRS))?;
     let number = u8::try_from(index + 1).map_err(|_| usage("--net: more than 255 devices"))?;
     let rings = RingFeatures {
         packed: values.need("packed", switch)?,
@@ -392,17 +424,40 @@ fn net(text: &str, index: usize) -> Result<NetConfig, Failure> {
         mrg_rxbuf: values.need("mrg-rxbuf", switch)?,
         indirect: values.need("indirect", switch)?,
     };
-    Ok(NetConfig {
-        socket: values.need("socket", path)?,
-        role: role(values.need("listen", switch)?),
-        queue_pairs: 1,
-        queue_size: values.need("size", ring_size(rings.packed))?,
-        rings,
-        mac: values
-            .get("mac", mac)?
-            .unwrap_or([0x02, 0x76, 0x70, 0, 0, number]),
-        iotlb_timeout: values.need("iotlb-timeout", milliseconds(1))?,
-    })
+    let queue_size = values.need("size", ring_size(rings.packed))?;
+    let mac = values
+        .get("mac", mac)?
+        .unwrap_or([0x02, 0x76, 0x70, 0, 0, number]);
+    let server = values.need("vhost", |text| match text {
+        "off" => Ok(Server::Thread),
+        "kernel" => Ok(Server::Kernel),
+        _ => Err("it is off or kernel".to_owned()),
+    })?;
+    let tap = values.get("tap", interface)?;
+    let socket = values.get("socket", path)?;
+    match (socket, tap) {
+        (None, Some(_)) if queue_pairs > 1 => Err(usage("--net: a tap has one queue pair")),
+        (None, Some(name)) => Ok(Net::Tap(TapConfig {
+            name,
+            server,
+            queue_size,
+            rings,
+            mac,
+        })),
+        (Some(_), None) if server == Server::Kernel => Err(usage("--net: vhost=kernel needs tap=")),
+        (Some(socket), None) => Ok(Net::User(NetConfig {
+            socket,
+            role: role(values.need("listen", switch)?),
+            queue_pairs,
+            queue_size,
+            rings,
+            mac,
+            iotlb_timeout: values.need("iotlb-timeout", milliseconds(1))?,
+        })),
+        _ => Err(usage(
+            "--net: one of socket=PATH and tap=NAME has to be there",
+        )),
+    }
 }
 
 /// Reads one `--vhost-pci`.
@@ -421,6 +476,10 @@ fn vhost_pci(text: &str) -> Result<VhostPciConfig, Failure> {
         queues: values.need("queues", number(1..=MAX_QUEUES))?,
         uuid: values.get("uuid", uuid)?.unwrap_or_default(),
         miss_timeout: values.need("miss-timeout", milliseconds(0))?,
+        files: match values.need("unsealed", switch)? {
+            true => Files::Unsealed,
+            false => Files::Sealed,
+        },
     })
 }
 
@@ -466,12 +525,20 @@ impl RunArgs {
     /// The VM that the flags describe, without its control channel. `allowed`: the cores that it may use.
     pub fn config(&self, allowed: &[usize]) -> Result<VmConfig, Failure> {
         let (vcpus, affinity) = cpus(&self.cpus, allowed)?;
-        let net = self
-            .net
-            .iter()
-            .enumerate()
-            .map(|(index, text)| net(text, index))
-            .collect::<Result<Vec<_>, _>>()?;
+        let (mut nets, mut taps) = (Vec::new(), Vec::new());
+        for (index, text) in self.net.iter().enumerate() {
+            match net(text, index)? {
+                Net::User(config) => nets.push(config),
+                Net::Tap(config) => taps.push(config),
+            }
+        }
+        let net = nets;
+        if let (Some(_), Some(tap)) = (&self.iommu, taps.first()) {
+            return Err(usage(format!(
+                "--net tap={}: a tap cannot be used with --iommu",
+                tap.name
+            )));
+        }
         let vhost_pci = self
             .vhost_pci
             .iter()
@@ -489,7 +556,7 @@ impl RunArgs {
                 pair[0].display()
             )));
         }
-        let has_device = !(net.is_empty() && vhost_pci.is_empty());
+        let has_device = !(net.is_empty() && taps.is_empty() && vhost_pci.is_empty());
         let (kernel, cmdline) = if self.kernel.as_os_str() == "builtin" {
             (
                 Kernel::Image(crate::image::builtin()),
@@ -506,6 +573,7 @@ impl RunArgs {
             affinity,
             vcpus,
             net,
+            taps,
             vhost_pci,
             console: match self.console {
                 ConsoleArg::Stdio => Console::Stdio,
@@ -570,6 +638,7 @@ mod tests {
         assert_eq!(config.cmdline, "work=both ms=3000");
         assert_eq!(net.iotlb_timeout, Duration::from_secs(1));
         assert_eq!(device.miss_timeout, Duration::from_millis(50));
+        assert_eq!(device.files, Files::Sealed);
         assert!(config.iommu.is_none());
     }
 
@@ -600,9 +669,9 @@ mod tests {
             "--cpus",
             "count=2,affinity=5:0",
             "--net",
-            "socket=/n,listen=on,mac=02:aa:bb:cc:dd:ee,size=1024,iotlb-timeout=250",
+            "socket=/n,listen=on,mac=02:aa:bb:cc:dd:ee,size=1024,queues=16,iotlb-timeout=250",
             "--vhost-pci",
-            "socket=/v,listen=off,window=1T,queues=4,miss-timeout=0,uuid=00112233-4455-6677-8899-aabbccddeeff",
+            "socket=/v,listen=off,window=1T,queues=4,miss-timeout=0,unsealed=on,uuid=00112233-4455-6677-8899-aabbccddeeff",
             "--console",
             "output",
             "--cmdline",
@@ -614,12 +683,14 @@ mod tests {
         assert_eq!(config.affinity, [5, 0]);
         assert_eq!(config.net[0].mac, [2, 0xaa, 0xbb, 0xcc, 0xdd, 0xee]);
         assert_eq!(config.net[0].queue_size, 1024);
+        assert_eq!(config.net[0].queue_pairs, 16);
         assert!(matches!(config.net[0].role, SocketRole::Listen));
         assert!(matches!(config.vhost_pci[0].role, SocketRole::Connect));
         assert_eq!(config.vhost_pci[0].uuid[..4], [0x00, 0x11, 0x22, 0x33]);
         assert_eq!(config.vhost_pci[0].window, 1 << 40);
         assert_eq!(config.net[0].iotlb_timeout, Duration::from_millis(250));
         assert_eq!(config.vhost_pci[0].miss_timeout, Duration::ZERO);
+        assert_eq!(config.vhost_pci[0].files, Files::Unsealed);
         assert_eq!(config.cmdline, "work=sink verify=off");
         assert!(matches!(config.console, Console::Output));
     }
@@ -683,9 +754,21 @@ mod tests {
             (&["--net", "socket=a,size=255"], "--net: size=255: "),
             (&["--net", "socket=a,packed=1"], "--net: packed=1: "),
             (
+                &["--net", "socket=a,queues=17"],
+                "--net: queues=17: it is a number from 1 to 16",
+            ),
+            (&["--net", "socket=a,queues=0"], "--net: queues=0: "),
+            (
                 &["--net", "socket=a,queue-size=256"],
                 "--net: unknown key 'queue-size'",
             ),
+            (&["--net", "size=256"], "--net: one of socket=PATH and tap="),
+            (&["--net", "socket=a,tap=b"], "--net: one of socket=PATH"),
+            (&["--net", "tap=a/b"], "--net: tap=a/b: "),
+            (&["--net", "tap=sixteen-letters-"], "--net: tap=sixteen"),
+            (&["--net", "tap=a,vhost=on"], "--net: vhost=on: "),
+            (&["--net", "socket=a,vhost=kernel"], "--net: vhost=kernel"),
+            (&["--net", "tap=a", "--iommu"], "--net tap=a: a tap cannot"),
             (
                 &["--vhost-pci", "listen=on"],
                 "--vhost-pci: the key 'socket'",

@@ -91,6 +91,27 @@ impl Direction {
     }
 }
 
+/// How frames get from one VM to the other.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Path {
+    /// The back-end's guest works on the front-end's rings itself, through its window
+    #[default]
+    Window,
+    /// Both VMs have a network device, and a relay in a process of its own copies from ring to ring
+    Relay,
+}
+
+impl Path {
+    /// As it is written on the command line and in the JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Window => "window",
+            Self::Relay => "relay",
+        }
+    }
+}
+
 /// How a guest waits for frames.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
 #[serde(rename_all = "kebab-case")]

@@ -6,23 +6,10 @@ use clap::Args;
 use devices::vhost_user::SocketRole;
 
 use super::Mode;
-use super::keys::{Key, KeyList, Missing, switch};
+use super::keys::{FRONT_END_LISTEN, FRONT_END_SOCKET, Key, KeyList, switch};
 use crate::exit::{Failure, usage};
 
-const KEYS: &[Key] = &[
-    Key {
-        name: "socket",
-        form: "PATH",
-        missing: Missing::Required,
-        help: "Unix socket to the vhost-user front-end",
-    },
-    Key {
-        name: "listen",
-        form: "on|off",
-        missing: Missing::Default("on"),
-        help: "on: wait for the front-end here; off: connect to it, as soon as it is there",
-    },
-];
+const KEYS: &[Key] = &[FRONT_END_SOCKET, FRONT_END_LISTEN];
 
 static PORTS: [KeyList; 2] = [
     KeyList {
@@ -48,6 +35,9 @@ pub struct RelayArgs {
     /// Stay on this host core
     #[arg(long, value_name = "N")]
     pub core: Option<usize>,
+    /// End when this process, the parent, ends
+    #[arg(long, value_name = "PID", hide = true)]
+    pub parent: Option<u32>,
 }
 
 /// Where a front-end is met.

@@ -3,10 +3,11 @@
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 use virtqueue::Layout as _;
-use virtqueue::net::{F_MRG_RXBUF, features};
+use virtqueue::net::{F_MQ, F_MRG_RXBUF, features};
 use virtqueue::packed::Packed;
 use virtqueue::split::Split;
 
+use super::Direction;
 use crate::exit::{Failure, usage};
 
 /// The layout of the rings.
@@ -91,6 +92,9 @@ pub struct RingArgs {
     /// How the front-end's driver gives a frame to the device [default: direct]
     #[arg(long, value_enum, value_name = "SHAPE")]
     pub tx: Option<Tx>,
+    /// Queue pairs, each with a flow of frames of its own; --count is of each. A round trip goes over one
+    #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u16).range(1..=16))]
+    pub queues: u16,
     /// Bytes of a receive buffer, with the header of 12; less than a frame needs --mrg-rxbuf on [default: 1530]
     #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u16).range(128..=1530))]
     pub rx_buffer: Option<u16>,
@@ -132,6 +136,8 @@ pub struct RingSetup {
     pub tx: Option<Tx>,
     /// Bytes of a receive buffer.
     pub rx_buffer: Option<u16>,
+    /// Queue pairs, where there are several.
+    pub queues: Option<u16>,
 }
 
 impl RingSetup {
@@ -144,6 +150,7 @@ impl RingSetup {
             indirect: args.indirect.map(Switch::is_on),
             tx: args.tx,
             rx_buffer: args.rx_buffer,
+            queues: Some(args.queues).filter(|&queues| queues > 1),
             ..Self::default()
         };
         if setup.tx == Some(Tx::Indirect) && setup.indirect == Some(false) {
@@ -205,14 +212,26 @@ impl RingSetup {
                 text.push_str(&format!(",{key}={}", if on { "on" } else { "off" }));
             }
         }
+        if let Some(queues) = self.queues {
+            text.push_str(&format!(",queues={queues}"));
+        }
         text
+    }
+
+    /// Over how many queue pairs frames of this direction go.
+    pub fn pairs(&self, direction: Direction) -> u16 {
+        match direction {
+            Direction::RoundTrip => 1,
+            _ => self.queues.unwrap_or(1),
+        }
     }
 
     /// What the front-end's guest finds on its command line.
     pub fn guest_words(&self) -> String {
         let tx = self.tx.map(|tx| format!("tx={}", tx.name()));
         let rx_buffer = self.rx_buffer.map(|bytes| format!("rx_buffer={bytes}"));
-        let words: Vec<String> = tx.into_iter().chain(rx_buffer).collect();
+        let queues = self.queues.map(|queues| format!("queues={queues}"));
+        let words: Vec<String> = tx.into_iter().chain(rx_buffer).chain(queues).collect();
         words.join(" ")
     }
 
@@ -233,7 +252,12 @@ impl RingSetup {
                 _ => {}
             }
         }
-        Ok(())
+        match self.queues {
+            Some(queues) if negotiated & F_MQ == 0 => Err(format!(
+                "{queues} queue pairs were asked for, but the two ends did not agree on VIRTIO_NET_F_MQ (features {negotiated:#x})"
+            )),
+            _ => Ok(()),
+        }
     }
 }
 
@@ -282,13 +306,16 @@ mod tests {
             event_idx: Some(false),
             tx: Some(Tx::Chain),
             rx_buffer: Some(512),
+            queues: Some(4),
             ..RingSetup::default()
         };
         assert_eq!(
             setup.with(PACKED).net_keys(),
-            "size=768,packed=on,in-order=on,event-idx=off"
+            "size=768,packed=on,in-order=on,event-idx=off,queues=4"
         );
-        assert_eq!(setup.guest_words(), "tx=chain rx_buffer=512");
+        assert_eq!(setup.guest_words(), "tx=chain rx_buffer=512 queues=4");
+        assert_eq!(setup.pairs(Direction::Both), 4);
+        assert_eq!(setup.pairs(Direction::RoundTrip), 1);
     }
 
     #[test]
@@ -306,6 +333,13 @@ mod tests {
         assert!(error.contains("packed=on"), "{error}");
         let error = setup.check(both | F_MRG_RXBUF).unwrap_err();
         assert!(error.contains("mrg-rxbuf=off"), "{error}");
+        let several = RingSetup {
+            queues: Some(2),
+            ..setup
+        };
+        let error = several.check(both).unwrap_err();
+        assert!(error.contains("2 queue pairs"), "{error}");
+        assert_eq!(several.check(both | F_MQ), Ok(()));
     }
 
     #[test]

@@ -9,7 +9,7 @@ use plotters::coord::ranged1d::{DefaultFormatting, KeyPointHint};
 use plotters::coord::types::RangedCoordf64;
 use plotters::prelude::*;
 
-use super::panels::{Panel, Point, Ring, Series};
+use super::panels::{Colour, Line, Panel, Point, Series};
 
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
@@ -35,23 +35,29 @@ const QUIET: RGBColor = RGBColor(0x57, 0x60, 0x6a);
 const GRID: RGBColor = RGBColor(0xd8, 0xde, 0xe4);
 
 /// Each colour, and what it is on a dark page.
-const PALETTE: [(RGBColor, &str); 8] = [
+const PALETTE: [(RGBColor, &str); 11] = [
     (BACKGROUND, "#0D1117"),
     (TEXT, "#E6EDF3"),
     (QUIET, "#9EA7B3"),
     (GRID, "#30363D"),
-    (colour(Ring::Split), "#F0883E"),
-    (colour(Ring::SplitInOrder), "#E3B341"),
-    (colour(Ring::Packed), "#58A6FF"),
-    (colour(Ring::PackedInOrder), "#3FB950"),
+    (colour(Line::Split), "#F0883E"),
+    (colour(Line::SplitInOrder), "#E3B341"),
+    (colour(Line::Packed), "#58A6FF"),
+    (colour(Line::PackedInOrder), "#3FB950"),
+    (colour(Line::DpdkVhost), "#BC8CFF"),
+    (colour(Line::Memif), "#FF7B72"),
+    (colour(Line::MemifZc), "#39C5CF"),
 ];
 
-const fn colour(ring: Ring) -> RGBColor {
-    match ring {
-        Ring::Split => RGBColor(0xbc, 0x4c, 0x00),
-        Ring::SplitInOrder => RGBColor(0xa0, 0x76, 0x00),
-        Ring::Packed => RGBColor(0x09, 0x69, 0xda),
-        Ring::PackedInOrder => RGBColor(0x1a, 0x7f, 0x37),
+const fn colour(line: Line) -> RGBColor {
+    match line {
+        Line::Split => RGBColor(0xbc, 0x4c, 0x00),
+        Line::SplitInOrder => RGBColor(0xa0, 0x76, 0x00),
+        Line::Packed => RGBColor(0x09, 0x69, 0xda),
+        Line::PackedInOrder => RGBColor(0x1a, 0x7f, 0x37),
+        Line::DpdkVhost => RGBColor(0x82, 0x50, 0xdf),
+        Line::Memif => RGBColor(0xcf, 0x22, 0x2e),
+        Line::MemifZc => RGBColor(0x1b, 0x7c, 0x83),
     }
 }
 
@@ -77,7 +83,11 @@ pub fn figure(panels: &[Panel], caption: &[String]) -> Result<String> {
         legend.draw(&head)?;
         let areas = charts.split_evenly((rows as usize, columns as usize));
         for (panel, area) in panels.iter().zip(&areas) {
-            chart(panel, area)?;
+            if panel.bars.is_empty() {
+                chart(panel, area)?;
+            } else {
+                bars(panel, area)?;
+            }
         }
         for (line, text) in (0..).zip(caption) {
             write(&foot, text, (MARGIN, LINE * line), &QUIET)?;
@@ -117,7 +127,7 @@ struct Legend {
 
 #[derive(Clone, Copy)]
 enum Item {
-    Ring(Ring),
+    Line(Line),
     Measured,
     Bound,
 }
@@ -125,7 +135,7 @@ enum Item {
 impl Item {
     fn text(self) -> &'static str {
         match self {
-            Self::Ring(ring) => ring.name(),
+            Self::Line(line) => line.name(),
             Self::Measured => "from VM to VM",
             Self::Bound => "upper bound: two host threads",
         }
@@ -135,10 +145,10 @@ impl Item {
 impl Legend {
     fn new(panels: &[Panel], width: i32) -> Self {
         let all = || panels.iter().flat_map(|panel| &panel.series);
-        let mut rings: Vec<Ring> = all().map(|series| series.ring).collect();
-        rings.sort_unstable();
-        rings.dedup();
-        let mut items: Vec<Item> = rings.into_iter().map(Item::Ring).collect();
+        let mut lines: Vec<Line> = all().map(|series| series.line).collect();
+        lines.sort_unstable();
+        lines.dedup();
+        let mut items: Vec<Item> = lines.into_iter().map(Item::Line).collect();
         if all().any(|series| series.bound) {
             items.extend([Item::Measured, Item::Bound]);
         }
@@ -167,11 +177,11 @@ impl Legend {
         for &(item, (x, y)) in &self.items {
             let (from, to) = ((x, y + SMALL / 2), (x + SAMPLE, y + SMALL / 2));
             match item {
-                Item::Ring(ring) => {
-                    let line = PathElement::new([from, to], colour(ring).stroke_width(2));
-                    area.draw(&line).map_err(failed)?;
+                Item::Line(line) => {
+                    let path = PathElement::new([from, to], colour(line).stroke_width(2));
+                    area.draw(&path).map_err(failed)?;
                     let middle = (x + SAMPLE / 2, from.1);
-                    area.draw(&mark(ring, middle)).map_err(failed)?;
+                    area.draw(&mark(line, middle)).map_err(failed)?;
                 }
                 Item::Measured => area
                     .draw(&PathElement::new([from, to], QUIET.stroke_width(2)))
@@ -191,11 +201,14 @@ impl Legend {
     }
 }
 
-/// A ring's mark: larger with VIRTIO_F_IN_ORDER, so that the colour alone does not tell.
-fn mark<C>(ring: Ring, at: C) -> Circle<C, i32> {
-    let in_order = matches!(ring, Ring::SplitInOrder | Ring::PackedInOrder);
-    let size = if in_order { 4 } else { 2 };
-    Circle::new(at, size, colour(ring).filled())
+/// A line's mark: larger with VIRTIO_F_IN_ORDER, so that the colour alone does not tell; largest for peers.
+fn mark<C>(line: Line, at: C) -> Circle<C, i32> {
+    let size = match line {
+        Line::Split | Line::Packed => 2,
+        Line::SplitInOrder | Line::PackedInOrder => 4,
+        Line::DpdkVhost | Line::Memif | Line::MemifZc => 6,
+    };
+    Circle::new(at, size, colour(line).filled())
 }
 
 fn chart(panel: &Panel, area: &Area) -> Result<()> {
@@ -237,7 +250,7 @@ fn chart(panel: &Panel, area: &Area) -> Result<()> {
 type Chart<'a, 'b> = ChartContext<'a, SVGBackend<'b>, Cartesian2d<Powers, RangedCoordf64>>;
 
 fn line(chart: &mut Chart, series: &Series) -> Result<()> {
-    let colour = colour(series.ring);
+    let colour = colour(series.line);
     let at = |point: &Point| (place(point.x), point.y);
     let points = series.points.iter().map(at);
     if series.bound {
@@ -256,9 +269,112 @@ fn line(chart: &mut Chart, series: &Series) -> Result<()> {
     let marks = series
         .points
         .iter()
-        .map(|point| mark(series.ring, at(point)));
+        .map(|point| mark(series.line, at(point)));
     chart.draw_series(marks).map_err(failed)?;
     Ok(())
+}
+
+/// Where the bars of a chart begin, from the left, and how much room is behind the longest, for its number.
+const BARS: (i32, i32) = (265, 60);
+/// Of what stands beside a bar.
+const SMALLER: i32 = 14;
+/// Height of a bar with the room around it, at most.
+const BAR: i32 = 30;
+/// Values that are further apart than this need a logarithmic scale.
+const WIDE: f64 = 50.0;
+
+fn bars(panel: &Panel, area: &Area) -> Result<()> {
+    let (width, height) = (i32::try_from(CHART.0)?, i32::try_from(CHART.1)?);
+    let values = || panel.bars.iter().flat_map(|bar| [bar.min, bar.max]);
+    let most = values().fold(0.0, f64::max);
+    let least = values().fold(f64::INFINITY, f64::min);
+    let scale = Scale::new(least, most, f64::from(width - BARS.0 - BARS.1 - MARGIN));
+
+    let title = (FONT, 20).into_font().color(&TEXT);
+    area.draw(&Text::new(panel.title.clone(), (MARGIN, MARGIN), title))
+        .map_err(failed)?;
+    let first = MARGIN + 2 * LINE;
+    let count = i32::try_from(panel.bars.len())?;
+    let step = ((height - first - 2 * LINE) / count.max(1)).min(BAR);
+    for (index, bar) in (0..).zip(&panel.bars) {
+        let top = first + step * index;
+        let (middle, text) = (top + step / 2, top + (step - SMALL) / 2);
+        let fill = match bar.colour {
+            Colour::Line(line) => colour(line),
+            Colour::Quiet => QUIET,
+        };
+        let end = BARS.0 + scale.length(bar.value);
+        let style = (FONT, SMALLER).into_font().color(&TEXT);
+        area.draw(&Text::new(bar.label.clone(), (MARGIN, text), style))
+            .map_err(failed)?;
+        let bar_top = top + step / 6;
+        let shape = Rectangle::new(
+            [(BARS.0, bar_top), (end, top + step - step / 6)],
+            fill.filled(),
+        );
+        area.draw(&shape).map_err(failed)?;
+        let spread = [bar.min, bar.max].map(|value| (BARS.0 + scale.length(value), middle));
+        if bar.min < bar.max {
+            area.draw(&PathElement::new(spread, TEXT.stroke_width(1)))
+                .map_err(failed)?;
+        }
+        let behind = end.max(spread[1].0) + MARGIN / 2;
+        write(area, &number(bar.value), (behind, text), &QUIET)?;
+    }
+    let foot = match scale {
+        Scale::Linear { .. } => panel.x.to_owned(),
+        Scale::Logarithmic { .. } => format!("{}; logarithmic", panel.x),
+    };
+    let below = first + step * count + MARGIN / 2;
+    write(area, &foot, (BARS.0, below), &QUIET)
+}
+
+/// How long a bar is, in pixels.
+#[derive(Clone, Copy, Debug)]
+enum Scale {
+    Linear { most: f64, room: f64 },
+    Logarithmic { from: f64, decades: f64, room: f64 },
+}
+
+impl Scale {
+    /// For values from `least`, which is above 0, to `most`.
+    fn new(least: f64, most: f64, room: f64) -> Self {
+        if most <= WIDE * least {
+            return Self::Linear { most, room };
+        }
+        let from = least.log10().floor();
+        let decades = most.log10() - from;
+        Self::Logarithmic {
+            from,
+            decades,
+            room,
+        }
+    }
+
+    fn length(self, value: f64) -> i32 {
+        let pixels = match self {
+            Self::Linear { most, room } => value / most * room,
+            Self::Logarithmic {
+                from,
+                decades,
+                room,
+            } => (value.log10() - from) / decades * room,
+        };
+        #[expect(clippy::cast_possible_truncation, reason = "a pixel is meant")]
+        let pixels = pixels.round() as i32;
+        pixels.max(1)
+    }
+}
+
+/// Three digits that count.
+fn number(value: f64) -> String {
+    let digits = match value {
+        _ if value >= 100.0 => 0,
+        _ if value >= 10.0 => 1,
+        _ if value >= 0.1 => 2,
+        _ => 5,
+    };
+    format!("{value:.digits$}")
 }
 
 /// Where a number is on the x axis.

@@ -1,6 +1,8 @@
-//! `plot`: charts (SVG) from a report of `bench --json`.
+//! `plot`: charts (SVG) and a page (HTML) from a report of `bench --json`.
 
+mod bars;
 mod draw;
+mod html;
 mod panels;
 mod read;
 
@@ -30,15 +32,22 @@ pub fn run(args: &PlotArgs) -> Result<u8> {
         .into());
     }
     let caption = report.caption();
-    if args.out.extension() == Some(OsStr::new("svg")) {
-        write(&args.out, &panels, &caption)?;
-    } else {
-        fs::create_dir_all(&args.out)
-            .with_context(|| format!("cannot make the directory {}", args.out.display()))?;
-        for panel in &panels {
-            let path = args.out.join(format!("{}.svg", panel.slug));
-            write(&path, std::slice::from_ref(panel), &caption)?;
+    if let Some(out) = &args.out {
+        if out.extension() == Some(OsStr::new("svg")) {
+            write(out, &panels, &caption)?;
+        } else {
+            fs::create_dir_all(out)
+                .with_context(|| format!("cannot make the directory {}", out.display()))?;
+            for panel in &panels {
+                let path = out.join(format!("{}.svg", panel.slug));
+                write(&path, std::slice::from_ref(panel), &caption)?;
+            }
         }
+    }
+    if let Some(path) = &args.html {
+        let page = html::page(&report, &panels)?;
+        fs::write(path, page).with_context(|| format!("cannot write {}", path.display()))?;
+        log::info!("{} chart(s) in {}", panels.len(), path.display());
     }
     Ok(exit::OK)
 }

@@ -1,5 +1,6 @@
 //! Which charts a report holds, and what is in them.
 
+use super::bars;
 use super::read::{Entry, Report, Request, Spread};
 
 /// One chart. Both axes begin where they must; x is logarithmic.
@@ -17,24 +18,50 @@ pub struct Panel {
     pub ticks: Vec<u32>,
     /// What is drawn.
     pub series: Vec<Series>,
+    /// Or this: then there is no y axis, and x begins at nothing.
+    pub bars: Vec<Bar>,
     /// Figures that belong here but for the distance of their cores: near and far are never on one line.
     pub left_out: usize,
+}
+
+/// A bar with its name.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Bar {
+    /// What it is of.
+    pub label: String,
+    /// How long it is.
+    pub value: f64,
+    /// The smallest sample.
+    pub min: f64,
+    /// The largest.
+    pub max: f64,
+    /// Its colour.
+    pub colour: Colour,
+}
+
+/// What colour a bar has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Colour {
+    /// That of a line.
+    Line(Line),
+    /// That of what stands beside.
+    Quiet,
 }
 
 /// One line of a chart.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Series {
-    /// Which ring it is of.
-    pub ring: Ring,
+    /// What it is of.
+    pub line: Line,
     /// The upper bound, and not what was measured between VMs.
     pub bound: bool,
     /// Ascending in x.
     pub points: Vec<Point>,
 }
 
-/// A ring configuration, in the order in which they are drawn.
+/// A ring configuration or a peer, in the order in which they are drawn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Ring {
+pub enum Line {
     /// Split.
     Split,
     /// Split, VIRTIO_F_IN_ORDER.
@@ -43,15 +70,32 @@ pub enum Ring {
     Packed,
     /// Packed, VIRTIO_F_IN_ORDER.
     PackedInOrder,
+    /// DPDK's vhost.
+    DpdkVhost,
+    /// memif.
+    Memif,
+    /// memif, zero-copy.
+    MemifZc,
 }
 
-impl Ring {
-    fn of(layout: &str, in_order: bool) -> Option<Self> {
+impl Line {
+    /// Of a ring.
+    pub fn of(layout: &str, in_order: bool) -> Option<Self> {
         match (layout, in_order) {
             ("split", false) => Some(Self::Split),
             ("split", true) => Some(Self::SplitInOrder),
             ("packed", false) => Some(Self::Packed),
             ("packed", true) => Some(Self::PackedInOrder),
+            _ => None,
+        }
+    }
+
+    /// Of a peer.
+    pub fn peer(name: &str) -> Option<Self> {
+        match name {
+            "dpdk-vhost" => Some(Self::DpdkVhost),
+            "memif" => Some(Self::Memif),
+            "memif-zc" => Some(Self::MemifZc),
             _ => None,
         }
     }
@@ -63,6 +107,9 @@ impl Ring {
             Self::SplitInOrder => "split + in-order",
             Self::Packed => "packed",
             Self::PackedInOrder => "packed + in-order",
+            Self::DpdkVhost => "DPDK vhost",
+            Self::Memif => "memif",
+            Self::MemifZc => "memif zero-copy",
         }
     }
 }
@@ -80,16 +127,18 @@ pub struct Point {
     pub max: f64,
 }
 
-/// The charts: request times by batch, rates by batch, rates by frame size; each where there are at least two points on a line.
+/// The charts: request times by batch, rates by batch, rates by frame size, each where there are at least two points on a line; and
+/// those of bars.
 pub fn panels(report: &Report) -> Vec<Panel> {
     let mut panels = Vec::new();
     for place in ["same-core", "cross-core"] {
         panels.extend(request_panel(&report.requests, place));
     }
     for direction in ["be-to-fe", "fe-to-be", "both"] {
-        panels.extend(rate_panel(&report.results, direction, By::Batch));
-        panels.extend(rate_panel(&report.results, direction, By::Size));
+        panels.extend(rate_panel(report, direction, By::Batch));
+        panels.extend(rate_panel(report, direction, By::Size));
     }
+    panels.extend(bars::panels(report));
     panels
 }
 
@@ -102,8 +151,8 @@ fn request_panel(requests: &[Request], place: &str) -> Option<Panel> {
     let drawn = |request: &&&Request| request.distance == distance;
     let left_out = here.len() - here.iter().filter(drawn).count();
     let points = here.iter().filter(drawn).filter_map(|it| {
-        let ring = Ring::of(&it.ring, it.in_order)?;
-        Some((ring, false, point(it.batch, it.ns?)))
+        let line = Line::of(&it.ring, it.in_order)?;
+        Some((line, false, point(it.batch, it.ns?)))
     });
     let title = match place {
         "same-core" => "Request time, both halves on one core".to_owned(),
@@ -116,6 +165,7 @@ fn request_panel(requests: &[Request], place: &str) -> Option<Panel> {
         y: "ns a request",
         ticks: Vec::new(),
         series: series(points),
+        bars: Vec::new(),
         left_out,
     })
 }
@@ -127,14 +177,24 @@ enum By {
     Size,
 }
 
-fn rate_panel(entries: &[Entry], direction: &str, by: By) -> Option<Panel> {
+/// The IOMMU of what is drawn in charts that do not compare IOMMUs: none, where that was measured.
+pub fn base_iommu(entries: &[Entry]) -> &str {
+    let mut all = entries.iter().map(|entry| entry.iommu.as_str());
+    let first = all.clone().next().unwrap_or("off");
+    all.find(|iommu| *iommu == "off").unwrap_or(first)
+}
+
+fn rate_panel(report: &Report, direction: &str, by: By) -> Option<Panel> {
+    let base = base_iommu(&report.results);
     let fixed = |entry: &Entry| match by {
         By::Batch => entry.frame_size,
         By::Size => entry.batch,
     };
-    let here: Vec<&Entry> = entries
+    let here: Vec<&Entry> = report
+        .results
         .iter()
         .filter(|entry| entry.direction == direction && entry.mpps.is_some())
+        .filter(|entry| entry.path == "window" && entry.iommu == base)
         .collect();
     // The other number has to be the same for all; the one that most figures have.
     let kept = most_frequent(here.iter().map(|entry| fixed(entry)))?;
@@ -153,11 +213,21 @@ fn rate_panel(entries: &[Entry], direction: &str, by: By) -> Option<Panel> {
                 By::Batch => it.batch,
                 By::Size => it.frame_size,
             };
-            let ring = Ring::of(&it.ring, it.in_order);
-            let of = |spread: Option<Spread>, bound| Some((ring?, bound, point(x, spread?)));
+            let line = Line::of(&it.ring, it.in_order);
+            let of = |spread: Option<Spread>, bound| Some((line?, bound, point(x, spread?)));
             [of(it.mpps, false), of(it.bound_mpps, true)]
         })
         .flatten();
+    let peers = report.peers.iter().filter_map(|it| {
+        let (fixed, x) = match by {
+            By::Batch => (it.frame_size, it.batch),
+            By::Size => (it.batch, it.frame_size),
+        };
+        let drawn = it.direction == direction && fixed == kept && it.distance == distance;
+        let line = Line::peer(&it.name).filter(|_| drawn)?;
+        Some((line, false, point(x, it.mpps?)))
+    });
+    let points = points.chain(peers);
     let way = match direction {
         "be-to-fe" => "Back-end to front-end",
         "fe-to-be" => "Front-end to back-end",
@@ -179,18 +249,20 @@ fn rate_panel(entries: &[Entry], direction: &str, by: By) -> Option<Panel> {
         y: "million frames a second",
         ticks: Vec::new(),
         series: series(points),
+        bars: Vec::new(),
         left_out,
     })
 }
 
-fn cores(distance: &Option<String>) -> String {
+/// The end of a title.
+pub fn cores(distance: &Option<String>) -> String {
     distance
         .as_ref()
         .map_or_else(String::new, |distance| format!(", cores {distance}"))
 }
 
 /// What comes most often; of several, the first.
-fn most_frequent<T: PartialEq>(values: impl Iterator<Item = T>) -> Option<T> {
+pub fn most_frequent<T: PartialEq>(values: impl Iterator<Item = T>) -> Option<T> {
     let mut counts: Vec<(T, usize)> = Vec::new();
     for value in values {
         match counts.iter_mut().find(|(known, _)| *known == value) {
@@ -213,17 +285,17 @@ fn point(x: u32, spread: Spread) -> Point {
     }
 }
 
-/// Points by ring and kind.
-fn series(points: impl Iterator<Item = (Ring, bool, Point)>) -> Vec<Series> {
+/// Points by line and kind.
+fn series(points: impl Iterator<Item = (Line, bool, Point)>) -> Vec<Series> {
     let mut all: Vec<Series> = Vec::new();
-    for (ring, bound, point) in points.filter(|(.., point)| point.x > 0 && point.y.is_finite()) {
+    for (line, bound, point) in points.filter(|(.., point)| point.x > 0 && point.y.is_finite()) {
         match all
             .iter_mut()
-            .find(|series| series.ring == ring && series.bound == bound)
+            .find(|series| series.line == line && series.bound == bound)
         {
             Some(series) => series.points.push(point),
             None => all.push(Series {
-                ring,
+                line,
                 bound,
                 points: vec![point],
             }),
@@ -233,7 +305,7 @@ fn series(points: impl Iterator<Item = (Ring, bool, Point)>) -> Vec<Series> {
         series.points.sort_by_key(|point| point.x);
     }
     // The bound below what it bounds.
-    all.sort_by_key(|series| (!series.bound, series.ring));
+    all.sort_by_key(|series| (!series.bound, series.line));
     all
 }
 

@@ -1,17 +1,38 @@
 //! The parts of a report that are drawn.
 
 use serde::Deserialize;
+use serde_json::Value;
+
+use super::panels::Line;
 
 /// A report.
 #[derive(Debug, Deserialize)]
 pub struct Report {
     schema_version: u32,
     environment: Environment,
+    /// The environment, with everything that is in it.
+    #[serde(skip)]
+    pub environment_json: Value,
+    /// How `bench` was called.
+    #[serde(default)]
+    pub command: Vec<String>,
     /// The figures of the VMs.
     pub results: Vec<Entry>,
     /// The request times.
     #[serde(default)]
     pub requests: Vec<Request>,
+    /// With an IOMMU to without.
+    #[serde(default)]
+    pub ratios: Vec<Ratio>,
+    /// The window to the relay.
+    #[serde(default)]
+    pub paths: Vec<PathRatio>,
+    /// The figures of peers.
+    #[serde(default)]
+    pub peers: Vec<Peer>,
+    /// The window to each peer.
+    #[serde(default)]
+    pub to_peers: Vec<PeerRatio>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -51,6 +72,120 @@ pub struct Entry {
     pub mpps: Option<Spread>,
     /// The upper bound.
     pub bound_mpps: Option<Spread>,
+    /// Round trips.
+    pub latency_ns: Option<Latency>,
+    /// Those of the upper bound.
+    pub bound_latency_ns: Option<Latency>,
+    /// `window` or `relay`.
+    #[serde(default = "window")]
+    pub path: String,
+    /// What stands between the front-end's memory and the window.
+    #[serde(default = "off")]
+    pub iommu: String,
+}
+
+fn window() -> String {
+    "window".to_owned()
+}
+
+fn off() -> String {
+    "off".to_owned()
+}
+
+/// Percentiles in nanoseconds.
+#[derive(Clone, Copy, Debug, Deserialize)]
+pub struct Latency {
+    /// Median.
+    pub p50: f64,
+    /// 99 in 100 are no longer.
+    pub p99: f64,
+    /// 999 in 1000 are no longer.
+    pub p999: f64,
+    /// The longest.
+    pub max: f64,
+}
+
+/// What a ratio is of.
+#[derive(Debug, Deserialize)]
+pub struct Of {
+    /// Which way the frames went.
+    pub direction: String,
+    ring: String,
+    in_order: bool,
+    frame_size: u32,
+    batch: u32,
+    /// `near` or `far`.
+    pub distance: String,
+}
+
+impl Of {
+    /// As it is named beside a bar.
+    pub fn label(&self) -> String {
+        let order = if self.in_order { "+in-order" } else { "" };
+        format!("{} B x{} {}{order}", self.frame_size, self.batch, self.ring)
+    }
+
+    /// The ring's line.
+    pub fn line(&self) -> Option<Line> {
+        Line::of(&self.ring, self.in_order)
+    }
+}
+
+/// With an IOMMU to without.
+#[derive(Debug, Deserialize)]
+pub struct Ratio {
+    /// Of which case.
+    #[serde(flatten)]
+    pub of: Of,
+    /// Which IOMMU.
+    pub iommu: String,
+    /// The ratio.
+    pub ratio: Spread,
+}
+
+/// The window to the relay.
+#[derive(Debug, Deserialize)]
+pub struct PathRatio {
+    /// Of which case.
+    #[serde(flatten)]
+    pub of: Of,
+    /// Rate to rate.
+    pub speed: Spread,
+    /// CPU time a frame.
+    pub cpu: Option<Spread>,
+}
+
+/// The window to a peer.
+#[derive(Debug, Deserialize)]
+pub struct PeerRatio {
+    /// Of which case.
+    #[serde(flatten)]
+    pub of: Of,
+    /// Which IOMMU.
+    pub iommu: String,
+    /// Which peer.
+    pub name: String,
+    /// Rate to rate.
+    pub speed: Spread,
+}
+
+/// A figure of a peer.
+#[derive(Debug, Deserialize)]
+pub struct Peer {
+    /// Which.
+    pub name: String,
+    /// Which way the frames went.
+    pub direction: String,
+    /// Bytes of a frame.
+    pub frame_size: u32,
+    /// Frames a burst.
+    pub batch: u32,
+    /// `near` or `far`; absent where there was no sample.
+    pub distance: Option<String>,
+    /// Frames received.
+    pub mpps: Option<Spread>,
+    /// How its processes were called.
+    pub command: Vec<String>,
 }
 
 /// The time of a request.
@@ -82,16 +217,27 @@ pub struct Spread {
     pub max: f64,
 }
 
+impl Spread {
+    /// Whether it can be drawn as a length.
+    pub fn is_positive(&self) -> bool {
+        [self.median, self.min, self.max]
+            .iter()
+            .all(|it| it.is_finite() && *it > 0.0)
+    }
+}
+
 impl Report {
     /// Reads it; an error says what is amiss.
     pub fn parse(text: &[u8]) -> Result<Self, String> {
-        let report: Self = serde_json::from_slice(text).map_err(|error| error.to_string())?;
+        let mut report: Self = serde_json::from_slice(text).map_err(|error| error.to_string())?;
         if report.schema_version != 1 {
             return Err(format!(
                 "schema_version is {}, and this program knows 1",
                 report.schema_version
             ));
         }
+        let whole: Value = serde_json::from_slice(text).map_err(|error| error.to_string())?;
+        report.environment_json = whole.get("environment").cloned().unwrap_or_default();
         Ok(report)
     }
 

@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::tempdir::TempDir;
-use panels::Ring;
+use panels::Line;
 
 const RINGS: [(&str, bool); 4] = [
     ("split", false),
@@ -109,17 +109,17 @@ fn a_sweep_is_four_charts_with_every_ring_and_every_bound() {
         ]
     );
     let rings = [
-        Ring::Split,
-        Ring::SplitInOrder,
-        Ring::Packed,
-        Ring::PackedInOrder,
+        Line::Split,
+        Line::SplitInOrder,
+        Line::Packed,
+        Line::PackedInOrder,
     ];
     for panel in &panels {
         assert_eq!(panel.ticks, [1, 2, 4, 8, 16, 32, 64]);
         let kinds = if panel.slug.starts_with("rate") { 2 } else { 1 };
         assert_eq!(panel.series.len(), kinds * rings.len(), "{}", panel.slug);
         for ring in rings {
-            let own = panel.series.iter().filter(|series| series.ring == ring);
+            let own = panel.series.iter().filter(|series| series.line == ring);
             assert_eq!(own.clone().filter(|series| !series.bound).count(), 1);
             assert!(own.clone().all(|series| series.points.len() == 7));
         }
@@ -224,7 +224,8 @@ fn plot(directory: &TempDir, text: &str, out: &str) -> Result<u8> {
     fs::write(&path, text).unwrap();
     run(&PlotArgs {
         report: path,
-        out: directory.path().join(out),
+        out: Some(directory.path().join(out)),
+        html: None,
     })
 }
 
@@ -271,7 +272,207 @@ fn what_is_no_report_is_the_users_mistake_and_what_cannot_be_reached_the_hosts()
     assert_eq!(exit::of_error(&error), exit::HOST);
     let missing = run(&PlotArgs {
         report: directory.path().join("missing.json"),
-        out: directory.path().join("out.svg"),
+        out: Some(directory.path().join("out.svg")),
+        html: None,
     });
     assert_eq!(exit::of_error(&missing.unwrap_err()), exit::HOST);
+}
+
+/// A report with everything that there are charts for.
+fn everything() -> Value {
+    let mut results = Vec::new();
+    for size in [64, 256, 1518] {
+        results.push(entry(RINGS[3], "be-to-fe", size, 32));
+        let mut trip = entry(RINGS[3], "round-trip", size, 1);
+        trip.as_object_mut().unwrap().remove("mpps");
+        for (key, p50) in [("latency_ns", 130.0), ("bound_latency_ns", 120.0)] {
+            trip[key] = json!({"p50": p50, "p99": 2.0 * p50, "p999": 9.0 * p50, "max": 1e6});
+        }
+        results.push(trip);
+        // Not what the charts of rates are about.
+        for (key, value) in [("iommu", "static"), ("path", "relay")] {
+            let mut other = entry(RINGS[3], "be-to-fe", size, 32);
+            other[key] = value.into();
+            results.push(other);
+        }
+    }
+    let of = |more: Value| {
+        let mut all = json!({
+            "direction": "be-to-fe", "ring": "packed", "in_order": true, "frame_size": 64, "batch": 32, "distance": "near",
+        });
+        let fields = all.as_object_mut().unwrap();
+        fields.extend(more.as_object().unwrap().clone());
+        all
+    };
+    let peer = |name: &str, size: u32, distance: &str| {
+        json!({
+            "name": name, "direction": "be-to-fe", "frame_size": size, "batch": 32, "distance": distance, "mpps": spread(20.0),
+            "command": [format!("{name} <back>"), format!("{name} front")],
+        })
+    };
+    let mut report = report(results, vec![]);
+    report["command"] = json!(["vhost-pci", "bench", "--peers", "a&b"]);
+    report["ratios"] = json!([
+        of(json!({"iommu": "static", "ratio": spread(1.01)})),
+        of(json!({"iommu": "dynamic", "ratio": spread(0.0001)})),
+        of(json!({"iommu": "static", "ratio": spread(0.9), "distance": "far"})),
+    ]);
+    report["paths"] = json!([of(json!({"speed": spread(9.0), "cpu": spread(0.25)}))]);
+    report["peers"] = json!([
+        peer("dpdk-vhost", 64, "near"),
+        peer("dpdk-vhost", 1518, "near"),
+        peer("memif", 64, "far")
+    ]);
+    report["to_peers"] = json!([
+        of(json!({"name": "dpdk-vhost", "iommu": "off", "speed": spread(2.5)})),
+        of(json!({"name": "memif-zc", "iommu": "off", "speed": spread(1.5)})),
+        of(json!({"name": "memif-zc", "iommu": "static", "speed": spread(1.4)})),
+    ]);
+    report
+}
+
+#[test]
+fn each_kind_of_figure_is_a_chart_and_none_is_mixed_with_another() {
+    let panels = panels::panels(&parsed(&everything()));
+    let slugs: Vec<&str> = panels.iter().map(|panel| panel.slug.as_str()).collect();
+    assert_eq!(
+        slugs,
+        [
+            "rate-be-to-fe-by-size",
+            "latency-64-packed-in-order",
+            "latency-256-packed-in-order",
+            "latency-1518-packed-in-order",
+            "iommu-be-to-fe",
+            "relay-be-to-fe",
+            "relay-cpu-be-to-fe",
+            "to-peers-be-to-fe",
+        ]
+    );
+    let lines: Vec<(Line, bool, usize)> = panels[0]
+        .series
+        .iter()
+        .map(|it| (it.line, it.bound, it.points.len()))
+        .collect();
+    // The figures of the relay, of the IOMMU, and of a peer at another distance are not among them.
+    assert_eq!(
+        lines,
+        [
+            (Line::PackedInOrder, true, 3),
+            (Line::PackedInOrder, false, 3),
+            (Line::DpdkVhost, false, 2),
+        ]
+    );
+    let labels = |slug: &str| -> Vec<(String, f64)> {
+        let panel = panels.iter().find(|panel| panel.slug == slug).unwrap();
+        let bars = panel.bars.iter();
+        bars.map(|bar| (bar.label.clone(), bar.value)).collect()
+    };
+    let of = |label: &str, value| (format!("64 B x32 packed+in-order{label}"), value);
+    assert_eq!(
+        labels("iommu-be-to-fe"),
+        [of(", static", 1.01), of(", dynamic", 0.0001)]
+    );
+    assert_eq!(panels[4].left_out, 1);
+    assert_eq!(labels("relay-be-to-fe"), [of("", 9.0)]);
+    assert_eq!(labels("relay-cpu-be-to-fe"), [of("", 0.25)]);
+    assert_eq!(
+        labels("to-peers-be-to-fe"),
+        [of(", dpdk-vhost", 2.5), of(", memif-zc", 1.5)]
+    );
+    let latency = labels("latency-64-packed-in-order");
+    assert_eq!(latency.len(), 8);
+    assert_eq!(latency[0], ("p50, VMs".to_owned(), 130.0));
+    assert_eq!(latency[1], ("p50, bound".to_owned(), 120.0));
+}
+
+/// The x, y, width and height of the coloured rectangles of a picture.
+fn rectangles(svg: &str) -> Vec<[f64; 4]> {
+    let tags = svg.split("<rect ").skip(1);
+    // The first is the background.
+    let tags = tags.skip(1).map(|rest| rest.split('>').next().unwrap());
+    let of = |tag: &str, key: &str| -> f64 {
+        let (_, rest) = tag.split_once(&format!("{key}=\"")).unwrap();
+        rest.split('"').next().unwrap().parse().unwrap()
+    };
+    tags.map(|tag| ["x", "y", "width", "height"].map(|key| of(tag, key)))
+        .collect()
+}
+
+#[test]
+fn bars_are_as_long_as_their_values_and_stay_in_the_picture() {
+    let bar = |value: f64| panels::Bar {
+        label: "x".to_owned(),
+        value,
+        min: value,
+        max: value,
+        colour: panels::Colour::Quiet,
+    };
+    let drawn = |values: &[f64]| {
+        let panels = panels::panels(&parsed(&everything()));
+        let mut panel = panels.last().unwrap().clone();
+        panel.bars = values.iter().map(|&value| bar(value)).collect();
+        let svg = draw::figure(&[panel], &[]).unwrap();
+        assert!(!svg.contains("NaN") && !svg.contains("inf\""));
+        rectangles(&svg)
+    };
+    let lengths = |all: &[[f64; 4]]| all.iter().map(|it| it[2]).collect::<Vec<_>>();
+    let linear = lengths(&drawn(&[1.0, 2.0, 4.0]));
+    assert!((linear[1] - 2.0 * linear[0]).abs() < 3.0 && (linear[2] - 2.0 * linear[1]).abs() < 3.0);
+    // Far apart: a decade is as long as the next.
+    let wide = lengths(&drawn(&[0.01, 0.1, 1.0]));
+    assert!(
+        (wide[2] - 2.0 * wide[1]).abs() < 3.0 && wide[0] >= 1.0,
+        "{wide:?}"
+    );
+    let many = drawn(&[3.0; 12]);
+    assert_eq!(many.len(), 12);
+    for [x, y, width, height] in many {
+        assert!(x >= 0.0 && x + width <= 520.0 && y >= 0.0 && y + height <= 380.0);
+    }
+}
+
+#[test]
+fn the_page_holds_every_chart_the_environment_and_the_commands_and_asks_nothing_of_the_network() {
+    let directory = TempDir::new().unwrap();
+    let (report, html) = (
+        directory.path().join("r.json"),
+        directory.path().join("r.html"),
+    );
+    fs::write(&report, everything().to_string()).unwrap();
+    let args = PlotArgs {
+        report,
+        out: None,
+        html: Some(html.clone()),
+    };
+    assert_eq!(run(&args).unwrap(), exit::OK);
+    let page = fs::read_to_string(html).unwrap();
+    let (doctype, page) = page.split_once('\n').unwrap();
+    assert_eq!(doctype, "<!DOCTYPE html>");
+    // Well formed, and every text within an element of the picture is escaped.
+    let texts = texts(page);
+    assert!(texts.iter().any(|text| text == "DPDK vhost"));
+    assert_eq!(page.matches("<svg ").count(), 8);
+    assert_eq!(page.matches("<figure ").count(), 8);
+    for part in [
+        "<code>vhost-pci bench --peers a&amp;b</code>",
+        "<tr><th>cpu model</th><td>A &lt;fast&gt; &amp; odd &quot;CPU&quot;</td></tr>",
+        "<tr><th>cores</th><td>0, 1</td></tr>",
+        "<tr><th>memory hugepages</th><td>off</td></tr>",
+        "<pre>dpdk-vhost &lt;back&gt;\ndpdk-vhost front</pre>",
+        "Not drawn: 1 figures",
+    ] {
+        assert!(page.contains(part), "no {part}");
+    }
+    assert_eq!(page.matches("<pre>dpdk-vhost").count(), 1);
+    let foreign = [
+        "<script", "<link", "<img", "@import", "url(", " src=", "href=",
+    ];
+    for part in foreign {
+        assert!(!page.contains(part), "{part}");
+    }
+    // The only address is the name space of the pictures.
+    assert_eq!(
+        page.matches("://").count(),
+        page.matches("http://www.w3.org/2000/svg").count()
+    );
 }

@@ -42,6 +42,9 @@ struct Relay {
 
 /// Joins the two front-ends until a signal ends it; returns the exit code.
 pub fn run(args: &RelayArgs) -> Result<u8> {
+    if let Some(parent) = args.parent {
+        sys::die_with_parent(parent)?;
+    }
     let [a, b] = args.ports()?;
     if let Some(core) = args.core {
         let allowed = sys::allowed_cores().context("cannot read the affinity mask")?;

@@ -25,14 +25,15 @@ fn check_entry(entry: &Value) {
     for key in ["lost", "duplicated", "reordered", "corrupted"] {
         assert_eq!(entry[key], 0, "{key}: {entry}");
     }
-    assert_eq!(entry["path"], "window");
+    assert!(entry["path"] == "window" || entry["path"] == "relay");
     assert!(entry["ring"] == "split" || entry["ring"] == "packed");
     for key in ["in_order", "event_idx", "mrg_rxbuf", "indirect"] {
         assert!(entry[key].is_boolean(), "{key}: {entry}");
     }
     assert!(entry["queue_size"].is_u64() && entry["tx"].is_string());
     assert!(["off", "static", "dynamic", "batch"].contains(&entry["iommu"].as_str().unwrap()));
-    let gated = entry["iommu"] == "off" || entry["iommu"] == "static";
+    let gated =
+        entry["path"] == "window" && (entry["iommu"] == "off" || entry["iommu"] == "static");
     assert_eq!(entry.get("least_vcpu_share").is_some(), gated, "{entry}");
     // Where no sample was fit to be reported there is no figure at all.
     let Some(distance) = entry.get("distance") else {
@@ -188,6 +189,50 @@ fn a_sweep_over_the_rings_writes_every_figure_and_can_be_drawn() {
         run(&["plot", &path, "--out", &svg]).expect_code(0);
         let svg = fs::read_to_string(&svg).unwrap();
         assert!(svg.starts_with("<svg ") && svg.contains("packed + in-order"));
+    }
+}
+
+#[test]
+fn the_window_and_the_relay_are_measured_in_turn() {
+    let _machine = machine();
+    let dir = Dir::new();
+    let path = dir.file("out.json");
+    let ended = run(&[
+        "bench",
+        "--path",
+        "window,relay",
+        "--sizes",
+        "64",
+        "--batches",
+        "8",
+        "--ms",
+        "20",
+        "--samples",
+        "1",
+        "--json",
+        &path,
+    ]);
+    let text = fs::read_to_string(&path).unwrap_or_else(|error| panic!("{error}: {ended:?}"));
+    let json: Value = serde_json::from_str(&text).unwrap();
+    let results = json["results"].as_array().unwrap();
+    results.iter().for_each(check_entry);
+    for path in ["window", "relay"] {
+        for direction in ["be-to-fe", "fe-to-be", "both", "round-trip"] {
+            let found = |entry: &Value| {
+                let frames = entry["verified"].as_u64().unwrap() > 0;
+                entry["direction"] == direction && entry["path"] == path && frames
+            };
+            assert!(results.iter().any(found), "{direction} {path}: {json}");
+        }
+    }
+    for entry in results.iter().filter(|it| it.get("mpps").is_some()) {
+        let cpu = entry["cpu_ns_per_frame"]["median"].as_f64().unwrap();
+        assert!(cpu > 0.0, "{entry}");
+    }
+    let complete = results.iter().all(|entry| entry.get("distance").is_some());
+    ended.expect_code(if complete { 0 } else { 1 });
+    if complete {
+        assert!(ended.stdout.contains("window to relay"), "{ended:?}");
     }
 }
 

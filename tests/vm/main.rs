@@ -4,9 +4,11 @@ mod bench;
 #[path = "../common/mod.rs"]
 mod common;
 mod isolation;
+mod kill;
 mod link;
 mod pair;
 mod process;
+mod queues;
 
 use std::fs;
 use std::sync::{Mutex, MutexGuard, PoisonError};

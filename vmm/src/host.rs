@@ -3,7 +3,7 @@
 use std::io;
 use std::sync::Arc;
 
-use devices::host::{Host, Interrupt, MemoryRegion, Window};
+use devices::host::{Files, Host, Interrupt, MemoryRegion, Window};
 use kvm_bindings::{
     CpuId, KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_MAX_CPUID_ENTRIES, kvm_enable_cap,
 };
@@ -201,8 +201,8 @@ impl Host for Machine {
         self.doorbells.remove(gpa, event)
     }
 
-    fn window(&self, size: u64) -> io::Result<Arc<dyn Window>> {
-        let window: Arc<dyn Window> = self.windows.add(size)?;
+    fn window(&self, size: u64, files: Files) -> io::Result<Arc<dyn Window>> {
+        let window: Arc<dyn Window> = self.windows.add(size, files)?;
         Ok(window)
     }
 

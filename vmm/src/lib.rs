@@ -1,7 +1,7 @@
 //! One virtual machine on KVM: memory, processors, interrupts, boot, and the devices of [`devices`] plugged into it.
 //!
 //! [`run()`] boots a VM and returns when it has ended; there is one VM a process. The threads are the caller's (it waits), one for
-//! the devices (blocked in epoll while nothing happens), and one a vCPU.
+//! the devices (blocked in epoll while nothing happens), one a tap (the same), and one a vCPU.
 
 mod acpi;
 mod boot;
@@ -34,6 +34,7 @@ use std::path::PathBuf;
 use devices::vhost_pci::VhostPciConfig;
 use devices::virtio_iommu::IommuConfig;
 use devices::virtio_net::NetConfig;
+use devices::virtio_net::tap::{self, TapConfig};
 
 pub use acpi::Error as AcpiError;
 pub use boot::{Error as BootError, Kernel};
@@ -60,6 +61,8 @@ pub struct VmConfig {
     pub vcpus: u8,
     /// Its network devices.
     pub net: Vec<NetConfig>,
+    /// Its network devices over taps of the host, which cannot be behind a virtio-iommu.
+    pub taps: Vec<TapConfig>,
     /// Its vhost-pci devices.
     pub vhost_pci: Vec<VhostPciConfig>,
     /// Its virtio-iommu, with all other virtio devices behind it; each is known to it by its PCI requester ID. The page size is that of the
@@ -132,6 +135,14 @@ pub enum Error {
         socket: PathBuf,
         /// Why.
         source: devices::virtio_net::Error,
+    },
+    /// A network device over a tap cannot be made.
+    #[error("tap {name}: {source}")]
+    Tap {
+        /// The interface.
+        name: String,
+        /// Why.
+        source: tap::Error,
     },
     /// A vhost-pci device cannot be made.
     #[error("vhost-pci device {}: {source}", .socket.display())]

@@ -17,6 +17,7 @@ use devices::vhost_pci::VhostPci;
 use devices::virtio::{VirtioDevice, VirtioPci};
 use devices::virtio_iommu::{Endpoint, IommuConfig, VirtioIommu};
 use devices::virtio_net::VirtioNet;
+use devices::virtio_net::tap::TapNet;
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use log::{debug, info, warn};
 
@@ -117,7 +118,13 @@ pub fn run(config: VmConfig) -> Result<Outcome, Error> {
             stats,
         )));
     }
-    let device_thread = DeviceThread::spawn(subscribers, &stop)?;
+    let device_thread = DeviceThread::spawn("devices".into(), subscribers, &stop)?;
+    let mut tap_threads = Vec::new();
+    for tap in &devices.taps {
+        let name = tap.socket.display().to_string();
+        let subscribers = vec![tap.device.subscriber()];
+        tap_threads.push(DeviceThread::spawn(name, subscribers, &stop)?);
+    }
 
     let result = supervise(&stop, &signals, &devices, || {
         let translated = plug(&machine, &pci, &devices)?;
@@ -135,6 +142,7 @@ pub fn run(config: VmConfig) -> Result<Outcome, Error> {
     }
     drop(vcpus);
     drop(device_thread);
+    drop(tap_threads);
     if let Some(outbox) = outbox {
         outbox.finish();
     }
@@ -175,6 +183,11 @@ fn ended(stop: &Stop, signals: &Signals) -> bool {
 }
 
 fn check(config: &VmConfig) -> Result<(), Error> {
+    if config.iommu.is_some() && !config.taps.is_empty() {
+        return Err(Error::Config(
+            "a network device over a tap cannot be behind a virtio-iommu".into(),
+        ));
+    }
     if !(1..=MAX_VCPUS).contains(&config.vcpus) {
         return Err(Error::Config(format!(
             "{} vCPUs: choose 1 to {MAX_VCPUS}",
@@ -212,6 +225,8 @@ struct Devices {
     /// All the others are behind it.
     iommu: Option<Arc<VirtioIommu>>,
     net: Vec<Attached<VirtioNet>>,
+    /// With the interface in place of a socket.
+    taps: Vec<Attached<TapNet>>,
     vhost_pci: Vec<Attached<VhostPci>>,
 }
 
@@ -229,6 +244,7 @@ impl Devices {
         let mut devices = Devices {
             iommu: None,
             net: Vec::new(),
+            taps: Vec::new(),
             vhost_pci: Vec::new(),
         };
         if let Some(iommu) = config.iommu {
@@ -249,6 +265,18 @@ impl Devices {
                 socket,
                 device,
                 endpoint,
+            });
+        }
+        for tap in &config.taps {
+            let name = tap.name.clone();
+            let device = match TapNet::new(tap.clone(), host()) {
+                Ok(device) => device,
+                Err(source) => return Err(Error::Tap { name, source }),
+            };
+            devices.taps.push(Attached {
+                socket: name.into(),
+                device,
+                endpoint: None,
             });
         }
         for vhost_pci in &config.vhost_pci {
@@ -292,7 +320,11 @@ fn plug(
         let device: Arc<dyn VirtioDevice> = Arc::clone(&vhost_pci.device) as _;
         (&vhost_pci.socket, device, &vhost_pci.endpoint)
     });
-    for (socket, device, endpoint) in net.chain(vhost_pci) {
+    let taps = devices.taps.iter().map(|tap| {
+        let device: Arc<dyn VirtioDevice> = Arc::clone(&tap.device) as _;
+        (&tap.socket, device, &tap.endpoint)
+    });
+    for (socket, device, endpoint) in net.chain(taps).chain(vhost_pci) {
         let function = VirtioPci::new(device, host()).map_err(|source| Error::Virtio {
             socket: socket.clone(),
             source,
@@ -328,6 +360,10 @@ fn stats_record(vcpus: Vec<Arc<VcpuStats>>, devices: Devices) -> Stats {
                 .iter()
                 .map(|net| net_counters(&net.device.stats()));
             record += &format!(",\"net\":{}", object(all));
+        }
+        if !devices.taps.is_empty() {
+            let all = devices.taps.iter().map(|tap| tap.device.stats());
+            record += &format!(",\"tap\":{}", object(all.map(|s| tap_counters(&s))));
         }
         let all = devices.vhost_pci.iter().map(|v| v.device.stats());
         // An empty window where there is no device.
@@ -386,6 +422,15 @@ fn net_counters(stats: &devices::virtio_net::Stats) -> [(&'static str, u64); 9] 
     ]
 }
 
+fn tap_counters(stats: &devices::virtio_net::tap::Stats) -> [(&'static str, u64); 4] {
+    [
+        ("sent", stats.sent),
+        ("received", stats.received),
+        ("sent_dropped", stats.sent_dropped),
+        ("received_dropped", stats.received_dropped),
+    ]
+}
+
 fn window_counters(stats: &devices::vhost_pci::Stats) -> [(&'static str, u64); 11] {
     [
         ("reads", stats.window_reads),
@@ -402,18 +447,18 @@ fn window_counters(stats: &devices::vhost_pci::Stats) -> [(&'static str, u64); 1
     ]
 }
 
-/// The thread that the devices, the console's input and the control channel live on.
+/// The thread that the devices, the console's input and the control channel live on; or that of a tap.
 struct DeviceThread {
     stop: Arc<Stop>,
     handle: Option<JoinHandle<()>>,
 }
 
 impl DeviceThread {
-    fn spawn(subscribers: Vec<Subscriber>, stop: &Arc<Stop>) -> Result<Self, Error> {
+    fn spawn(name: String, subscribers: Vec<Subscriber>, stop: &Arc<Stop>) -> Result<Self, Error> {
         let in_thread = Arc::clone(stop);
         let (set_up, was_set_up) = mpsc::channel();
         let handle = thread::Builder::new()
-            .name("devices".into())
+            .name(name)
             .spawn(move || {
                 prefer_soon();
                 let result =

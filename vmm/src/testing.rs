@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use devices::host::{Host, SharedRegion, Window};
+use devices::host::{Files, Host, SharedRegion, Window};
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_xcrs};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 use vm_memory::{Bytes, GuestAddress};
@@ -482,8 +482,13 @@ impl User {
 
     /// With a window of `size` bytes at `base`.
     pub(crate) fn new(base: u64, size: u64) -> Self {
+        Self::with_files(base, size, Files::Sealed)
+    }
+
+    /// With a window that shows these files.
+    pub(crate) fn with_files(base: u64, size: u64, files: Files) -> Self {
         let machine = Machine::new(&kvm(), Memory::new(&ram(4 << 20)).unwrap()).unwrap();
-        let window = machine.window(size).unwrap();
+        let window = machine.window(size, files).unwrap();
         window.place(Some(base)).unwrap();
         let vcpu = machine.vm().create_vcpu(0).unwrap();
         vcpu::set_up(machine.vm(), machine.cpuid(), &vcpu, 0, 1).unwrap();

@@ -7,6 +7,7 @@ use std::os::unix::thread::JoinHandleExt;
 use std::thread;
 use std::time::Duration;
 
+use devices::host::Files;
 use devices::vhost_pci::{DEFAULT_MISS_TIMEOUT, VhostPciConfig};
 use devices::vhost_user::SocketRole;
 use devices::virtio_iommu::IommuConfig;
@@ -26,6 +27,7 @@ fn config(kernel: Kernel) -> VmConfig {
         affinity: Vec::new(),
         vcpus: 1,
         net: Vec::new(),
+        taps: Vec::new(),
         vhost_pci: Vec::new(),
         iommu: None,
         console: Console::Output,
@@ -271,6 +273,7 @@ fn a_vm_waits_for_its_back_end_and_leaves_no_socket_behind() {
         queues: 2,
         uuid: [0; 16],
         miss_timeout: DEFAULT_MISS_TIMEOUT,
+        files: Files::Sealed,
     }];
     let vm = thread::spawn(move || run(config));
     socket.get_mut().write_all(b"vmm stats\n").unwrap();
@@ -297,6 +300,7 @@ fn a_device_that_cannot_be_made_is_named_by_its_socket() {
         queues: 2,
         uuid: [0; 16],
         miss_timeout: DEFAULT_MISS_TIMEOUT,
+        files: Files::Sealed,
     }];
     let error = run(config).unwrap_err().to_string();
     assert!(

@@ -7,6 +7,8 @@
 //!
 //! An access to a chunk's hole ends KVM_RUN with EFAULT. The vCPU then [hides](Windows::hide) the chunk: without a slot the same
 //! access is one to a device, and goes to the BAR's function.
+//!
+//! What a file's owner has cut off answers a touch in the same way. It is then taken out of the window ([`SlotWindow::settle`]), and is a hole like any other.
 #![allow(unsafe_code)] // memory slots over the window's host addresses
 
 mod area;
@@ -18,12 +20,12 @@ use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 
-use devices::host::{Access, Permission, SharedRegion, Window};
+use devices::host::{Access, Files, Permission, SharedRegion, Window};
 use log::{debug, error};
 
 use self::area::{Area, Copy, copy};
 use self::books::{Books, Mapping};
-use self::file::Verdicts;
+use self::file::{Verdicts, remaining};
 use crate::layout::PAGE_SIZE;
 use crate::slots::Slots;
 use crate::sys::{invalid, lock, size_text};
@@ -56,8 +58,8 @@ impl Windows {
         })
     }
 
-    /// A window of `size` bytes, a power of two and at least a page, not placed, showing nothing.
-    pub fn add(self: &Arc<Self>, size: u64) -> io::Result<Arc<SlotWindow>> {
+    /// A window of `size` bytes, a power of two and at least a page, for `files`, not placed, showing nothing.
+    pub fn add(self: &Arc<Self>, size: u64, files: Files) -> io::Result<Arc<SlotWindow>> {
         if !size.is_power_of_two() || size < PAGE_SIZE {
             return Err(invalid(format!(
                 "a window of {size:#x} bytes: it must be a power of two, at least {PAGE_SIZE:#x}"
@@ -66,6 +68,7 @@ impl Windows {
         let window = Arc::new(SlotWindow {
             windows: Arc::clone(self),
             size,
+            files,
             area: Area::new(size)?,
             state: Mutex::default(),
         });
@@ -128,6 +131,7 @@ impl Drop for Hidden {
 pub struct SlotWindow {
     windows: Arc<Windows>,
     size: u64,
+    files: Files,
     area: Area,
     state: Mutex<State>,
 }
@@ -331,6 +335,44 @@ impl SlotWindow {
         }
     }
 
+    /// Takes out of the window what the owners of files have cut off of the mappings in `len` bytes from `offset` on. With `whole`, which is for who has met
+    /// what is not there too often, all of those that could be cut off goes.
+    pub(crate) fn settle(&self, offset: u64, len: u64, whole: bool) {
+        self.settle_in(&mut lock(&self.state), offset, len, whole);
+    }
+
+    fn settle_in(&self, state: &mut State, offset: u64, len: u64, whole: bool) {
+        let end = offset.saturating_add(len);
+        let mut at = offset;
+        while at < end {
+            let Some((start, mapping)) = state.books.at(at) else {
+                return;
+            };
+            let behind = start + mapping.len;
+            if !mapping.sealed {
+                let Mapping {
+                    file,
+                    file_offset,
+                    len,
+                    page,
+                    ..
+                } = mapping;
+                let left = match whole {
+                    true => 0,
+                    // Who cannot tell has nothing to show.
+                    false => remaining(file, *file_offset, *len, *page).unwrap_or(0),
+                };
+                if left < *len {
+                    debug!(
+                        "a peer's file was cut off: {left:#x} of {len:#x} bytes at offset {start:#x} are left"
+                    );
+                    self.revoke(state, start + left, behind);
+                }
+            }
+            at = behind;
+        }
+    }
+
     /// Takes the pages of all-ones in the range away.
     fn unpatch(&self, state: &mut State, start: u64, end: u64) {
         state.patches.retain(|offset| {
@@ -501,15 +543,16 @@ impl Window for SlotWindow {
                 format!("the VM's windows have {MAX_MAPPINGS} mappings already, which is the most"),
             ));
         }
-        let page = state
+        let facts = state
             .verdicts
-            .check(&region.file, region.file_offset, len)?;
+            .check(self.files, &region.file, region.file_offset, len)?;
         let mut mapping = Mapping {
             file: Arc::clone(&region.file),
             file_offset: region.file_offset,
             len,
             permission,
-            page,
+            page: facts.page,
+            sealed: facts.sealed,
             native: true,
         };
         if mapping.readable() {
@@ -581,7 +624,8 @@ impl Window for SlotWindow {
     }
 
     fn read(&self, offset: u64, data: &mut [u8]) -> bool {
-        let state = lock(&self.state);
+        let mut state = lock(&self.state);
+        self.settle_in(&mut state, offset, data.len() as u64, false);
         let Some(pieces) = state.books.pieces(offset, data.len() as u64, Access::Read) else {
             return false;
         };
@@ -604,7 +648,8 @@ impl Window for SlotWindow {
 
     // The lock is held while the bytes are copied: an unmap that comes later returns later.
     fn write(&self, offset: u64, data: &[u8]) -> bool {
-        let state = lock(&self.state);
+        let mut state = lock(&self.state);
+        self.settle_in(&mut state, offset, data.len() as u64, false);
         let Some(pieces) = state.books.pieces(offset, data.len() as u64, Access::Write) else {
             return false;
         };

@@ -6,7 +6,6 @@
 //! * `misses`: accesses that wait for one;
 //! * `doorbells`: how the peer's eventfds and memory reach the transport and the window;
 //! * `queues`: messages to and from the guest;
-//! * `memory`: the guest's memory, where the device is behind an IOMMU too;
 //! * `worker`: the device thread's part, which owns all of these.
 //!
 //! A vCPU only writes down what it wants (`Shared`) and wakes the device thread. It waits for nothing but a translation that it misses, and
@@ -15,7 +14,6 @@
 mod backend;
 mod doorbells;
 mod iotlb;
-mod memory;
 mod misses;
 mod queues;
 #[cfg(test)]
@@ -32,7 +30,7 @@ use event_manager::MutEventSubscriber;
 use log::info;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::host::{Access, Host, Window};
+use crate::host::{Access, Files, Host, Window};
 use crate::vhost_user::{Socket, SocketError, SocketRole};
 use crate::virtio::{Activation, F_ACCESS_PLATFORM, SpecialQueues, Transport, VirtioDevice, event};
 use crate::virtio_iommu::Endpoint;
@@ -73,6 +71,8 @@ pub struct VhostPciConfig {
     /// How long an access of the guest waits for the front-end to say where its address leads, before it is refused; zero: the front-end
     /// is never asked.
     pub miss_timeout: Duration,
+    /// Which files of a front-end the window shows.
+    pub files: Files,
 }
 
 /// Why a device could not be made.
@@ -222,6 +222,7 @@ impl VhostPci {
             queues,
             uuid,
             miss_timeout,
+            files,
         } = config;
         if !window.is_power_of_two() || window < MIN_WINDOW {
             return Err(Error::WindowSize(window));
@@ -239,7 +240,7 @@ impl VhostPci {
             );
         }
         let window = host
-            .window(window_size)
+            .window(window_size, files)
             .map_err(|e| Error::Host("the window", e))?;
         let shared = Arc::new(Shared {
             guest: Mutex::default(),

@@ -8,8 +8,7 @@ use vm_memory::Bytes;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::QUEUE_SIZE;
-use super::memory::DeviceMemory;
-use crate::virtio::{Activation, QueueSetup, control_queue, event};
+use crate::virtio::{Activation, DeviceMemory, QueueSetup, control_queue, event};
 
 /// The longest message, header included; also what a receive buffer must hold.
 pub(super) const MAX_MESSAGE: usize = 4096;

@@ -19,13 +19,12 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use super::backend::{self, Backend, Step};
 use super::doorbells::Plumbing;
-use super::memory::DeviceMemory;
 use super::misses::{self, Channel};
 use super::queues::{self, ControlQueues, Sent};
 use super::{BACKEND_UP, FRONTEND_UP, Shared, count};
 use crate::host::{Host, Window};
 use crate::vhost_user::{self, Connection, Message, RateLimit, Socket, requests};
-use crate::virtio::event;
+use crate::virtio::{DeviceMemory, event};
 use crate::virtio_iommu::Endpoint;
 
 /// How many messages of each side one call handles before other devices on the thread have their turn.

@@ -31,7 +31,7 @@ use super::wire::{
     DecodeError, Iotlb, IotlbKind, MemoryRegion, MemoryTable, Message, Payload, SingleMemoryRegion,
     U64, VringAddr, VringFd, VringState, protocol_features, requests,
 };
-use super::{VHOST_USER_F_PROTOCOL_FEATURES, sys};
+use super::{Inflight, InflightArea, VHOST_USER_F_PROTOCOL_FEATURES, sys};
 use crate::host;
 use crate::virtio::{F_ACCESS_PLATFORM, F_RING_PACKED};
 use crate::virtio_iommu::Change;
@@ -45,6 +45,7 @@ pub const PACKED_BASE: u32 = 0x8000_8000;
 const PROTOCOL_FEATURES: u64 = protocol_features::MQ
     | protocol_features::REPLY_ACK
     | protocol_features::BACKEND_REQ
+    | protocol_features::INFLIGHT_SHMFD
     | protocol_features::CONFIGURE_MEM_SLOTS;
 
 /// How many regions SET_MEM_TABLE may have ("Multiple memory regions description").
@@ -164,6 +165,8 @@ pub struct Vring {
     pub kick: Arc<EventFd>,
     /// Signalled by the back-end.
     pub call: Arc<EventFd>,
+    /// Whether the back-end may use it from the start (SET_VRING_ENABLE); it has no meaning for one without protocol features.
+    pub enabled: bool,
 }
 
 /// What [`Frontend::process`] reports.
@@ -177,6 +180,8 @@ pub enum Event {
     Stopped(Vec<(u8, u32)>),
     /// The back-end has stopped the vring of this index ([`Frontend::stop_vring`]), and would go on from this base.
     VringStopped(u8, u32),
+    /// The back-end has done what [`Frontend::enable_vrings`] asked for last.
+    Enabled,
     /// Changes of translations are done.
     Iotlb(IotlbDone),
 }
@@ -203,10 +208,14 @@ enum Owed {
     Ack(u32),
     /// GET_FEATURES for the sake of its place in the order.
     Barrier,
+    /// This request answers for vrings that are enabled or disabled, and is the last of them.
+    Enabled(u32),
     /// The base of this vring, as one of all.
     Base(u8),
     /// The base of this vring, by itself.
     SingleBase(u8),
+    /// The area for what is in flight.
+    Inflight,
     /// A change of translations: this request answers for it and all before.
     Iotlb {
         request: u32,
@@ -222,8 +231,9 @@ impl Owed {
             Self::ProtocolFeatures => requests::GET_PROTOCOL_FEATURES,
             Self::QueueNum => requests::GET_QUEUE_NUM,
             Self::MaxMemSlots => requests::GET_MAX_MEM_SLOTS,
-            Self::Ack(request) | Self::Iotlb { request, .. } => request,
+            Self::Ack(request) | Self::Enabled(request) | Self::Iotlb { request, .. } => request,
             Self::Base(_) | Self::SingleBase(_) => requests::GET_VRING_BASE,
+            Self::Inflight => requests::GET_INFLIGHT_FD,
         }
     }
 }
@@ -266,6 +276,12 @@ pub struct Frontend {
     bases: Vec<(u8, u32)>,
     /// The vring that has just been stopped by itself.
     stopped: Option<(u8, u32)>,
+    /// The vrings have just been enabled and disabled as the caller wanted.
+    enabled: bool,
+    /// Where the back-end keeps what is in flight.
+    inflight: Option<InflightArea>,
+    /// Vrings that are to be started when that has come.
+    waiting: Vec<Vring>,
 }
 
 impl AsRawFd for Frontend {
@@ -298,6 +314,9 @@ impl Frontend {
             packed: false,
             bases: Vec::new(),
             stopped: None,
+            enabled: false,
+            inflight: None,
+            waiting: Vec::new(),
         };
         frontend.ask(&Message::bare(requests::GET_FEATURES), Owed::Features)?;
         Ok(frontend)
@@ -318,7 +337,24 @@ impl Frontend {
     /// Whether this vring is started, or about to be.
     #[must_use]
     pub fn has_vring(&self, index: u8) -> bool {
-        self.vrings.contains(&index)
+        self.vrings.contains(&index) || self.waiting.iter().any(|vring| vring.index == index)
+    }
+
+    /// Whether the back-end keeps what is in flight where the next one finds it (INFLIGHT_SHMFD). Known after [`Event::Ready`].
+    #[must_use]
+    pub fn keeps_inflight(&self) -> bool {
+        self.uses(protocol_features::INFLIGHT_SHMFD)
+    }
+
+    /// Hands over what the last back-end left, before [`Frontend::start`]. Where there is nothing the back-end is asked for a new area.
+    pub fn resume(&mut self, inflight: InflightArea) {
+        self.inflight = Some(inflight);
+    }
+
+    /// What the next back-end may be given, once this one is of no more use; `None` where it kept nothing, or where a vring was stopped by itself since: the
+    /// area is about all of them.
+    pub fn take_inflight(&mut self) -> Option<InflightArea> {
+        self.inflight.take()
     }
 
     /// Whether the back-end owes a reply.
@@ -385,6 +421,28 @@ impl Frontend {
         }
         self.set_up(features, memory)?;
         self.state = State::Starting;
+        if !self.keeps_inflight() {
+            return self.start_all(vrings);
+        }
+        let description = Inflight {
+            num_queues: vrings
+                .iter()
+                .map(|v| u16::from(v.index) + 1)
+                .max()
+                .unwrap_or(0),
+            queue_size: vrings.iter().map(|v| v.size).max().unwrap_or(0),
+            ..Inflight::default()
+        };
+        if self.inflight.is_some() {
+            self.give_inflight()?;
+            return self.start_all(vrings);
+        }
+        self.waiting = vrings.to_vec();
+        let message = Message::request(requests::GET_INFLIGHT_FD, &description);
+        self.ask(&message, Owed::Inflight)
+    }
+
+    fn start_all(&mut self, vrings: &[Vring]) -> Result<(), Error> {
         for vring in vrings {
             self.start_vring(vring)?;
         }
@@ -394,6 +452,37 @@ impl Frontend {
         Ok(())
     }
 
+    /// Tells the back-end where to keep what is in flight.
+    fn give_inflight(&mut self) -> Result<(), Error> {
+        let Some(area) = &self.inflight else {
+            return Ok(());
+        };
+        let fds = vec![duplicate(&*area.file)?];
+        let message = Message::request(requests::SET_INFLIGHT_FD, &area.description);
+        self.step(message.with_fds(fds))
+    }
+
+    /// The answer to GET_INFLIGHT_FD. An area without a length is none.
+    fn got_inflight(&mut self, message: &mut Message) -> Result<(), Error> {
+        let description: Inflight = decode(message)?;
+        let mut fds = std::mem::take(&mut message.fds);
+        let file = fds.pop();
+        if !fds.is_empty() || file.is_some() != (description.mmap_size > 0) {
+            return Err(Violation::Fds(message.request).into());
+        }
+        let waiting = std::mem::take(&mut self.waiting);
+        // The vrings may have been stopped again meanwhile.
+        if self.state != State::Starting {
+            return Ok(());
+        }
+        self.inflight = file.map(|file| InflightArea {
+            description,
+            file: Arc::new(file),
+        });
+        self.give_inflight()?;
+        self.start_all(&waiting)
+    }
+
     /// Stops the vrings; [`Event::Stopped`] follows when the back-end has answered.
     pub fn stop(&mut self) -> Result<(), Error> {
         if !self.is_started() {
@@ -401,6 +490,8 @@ impl Frontend {
         }
         self.state = State::Stopping;
         self.told = None;
+        self.inflight = None;
+        self.waiting.clear();
         let vrings = std::mem::take(&mut self.vrings);
         if self.has_protocol_features {
             for &index in &vrings {
@@ -416,15 +507,46 @@ impl Frontend {
     /// Stops one of the vrings while the others go on; [`Event::VringStopped`] follows when the back-end has answered. Then
     /// [`Frontend::start_vring`] may start it again.
     pub fn stop_vring(&mut self, index: u8) -> Result<(), Error> {
+        if let Some(at) = self.waiting.iter().position(|vring| vring.index == index) {
+            let vring = self.waiting.swap_remove(at);
+            self.stopped = Some((index, vring.base));
+            return Ok(());
+        }
         let at = self.vrings.iter().position(|&vring| vring == index);
         let Some(at) = at.filter(|_| self.is_started()) else {
             return Err(Error::State("stopping a vring"));
         };
+        self.inflight = None;
         self.vrings.swap_remove(at);
         if self.has_protocol_features {
             self.connection.send(&enable(index, false))?;
         }
         self.ask(&get_base(index), Owed::SingleBase(index))
+    }
+
+    /// Enables and disables vrings that are started; [`Event::Enabled`] follows when the back-end has done it: where REPLY_ACK was negotiated it
+    /// says so, and elsewhere it answers a GET_FEATURES behind. A back-end without protocol features has nothing to enable
+    /// ("Ring states"), which is an error of the caller.
+    pub fn enable_vrings(&mut self, changes: &[(u8, bool)]) -> Result<(), Error> {
+        if !self.is_started() || !self.has_protocol_features {
+            return Err(Error::State("enabling vrings"));
+        }
+        for &(index, enabled) in changes {
+            match self.waiting.iter_mut().find(|vring| vring.index == index) {
+                Some(vring) => vring.enabled = enabled,
+                None => self.step(enable(index, enabled))?,
+            }
+        }
+        match self.owed.back_mut() {
+            Some(last @ Owed::Ack(requests::SET_VRING_ENABLE)) if !changes.is_empty() => {
+                *last = Owed::Enabled(requests::SET_VRING_ENABLE);
+                Ok(())
+            }
+            _ => {
+                let barrier = Message::bare(requests::GET_FEATURES);
+                self.ask(&barrier, Owed::Enabled(requests::GET_FEATURES))
+            }
+        }
     }
 
     /// Tells the back-end of a change of its translations, after [`Frontend::set_up`]; [`Event::Iotlb`] follows when it is done. `number` is the
@@ -515,7 +637,7 @@ impl Frontend {
                 return Ok(Some(event));
             }
             match self.connection.receive()? {
-                Some(message) => self.reply(&message)?,
+                Some(message) => self.reply(message)?,
                 // Together, for all that have come.
                 None => return Ok(self.iotlb_done.take().map(Event::Iotlb)),
             }
@@ -526,6 +648,9 @@ impl Frontend {
     fn advance(&mut self) -> Option<Event> {
         if let Some((index, base)) = self.stopped.take() {
             return Some(Event::VringStopped(index, base));
+        }
+        if std::mem::take(&mut self.enabled) {
+            return Some(Event::Enabled);
         }
         if self.owed.len() > self.iotlb_owed {
             return None;
@@ -548,7 +673,7 @@ impl Frontend {
     }
 
     /// Takes a message of the back-end, which must be the reply that is owed.
-    fn reply(&mut self, message: &Message) -> Result<(), Error> {
+    fn reply(&mut self, mut message: Message) -> Result<(), Error> {
         let request = message.request;
         let owed = self.owed.pop_front().ok_or(Violation::Unasked(request))?;
         if matches!(owed, Owed::Iotlb { .. }) {
@@ -562,9 +687,10 @@ impl Frontend {
             }
             .into());
         }
-        if !message.fds.is_empty() {
+        if !message.fds.is_empty() && owed != Owed::Inflight {
             return Err(Violation::Fds(request).into());
         }
+        let message = &mut message;
         match owed {
             Owed::Features => self.got_features(decode::<U64>(message)?.0)?,
             Owed::ProtocolFeatures => self.got_protocol_features(decode::<U64>(message)?.0)?,
@@ -580,6 +706,14 @@ impl Frontend {
             Owed::Barrier => {
                 decode::<U64>(message)?;
             }
+            Owed::Enabled(_) => {
+                let value = decode::<U64>(message)?.0;
+                if request == requests::SET_VRING_ENABLE && value != 0 {
+                    return Err(Violation::Refused { request, value }.into());
+                }
+                self.enabled = true;
+            }
+            Owed::Inflight => self.got_inflight(message)?,
             Owed::Base(index) => {
                 let base = self.base(index, message)?;
                 self.bases.push((index, base));
@@ -671,6 +805,10 @@ impl Frontend {
         if !self.is_started() || self.has_vring(vring.index) {
             return Err(Error::State("starting a vring"));
         }
+        if self.owed.contains(&Owed::Inflight) {
+            self.waiting.push(vring.clone());
+            return Ok(());
+        }
         self.vrings.push(vring.index);
         let index = u32::from(vring.index);
         let state = |num: u32| VringState { index, num };
@@ -701,7 +839,7 @@ impl Frontend {
         self.step(Message::request(requests::SET_VRING_CALL, &fd).with_fds(call))?;
         self.step(Message::request(requests::SET_VRING_KICK, &fd).with_fds(kick))?;
         if self.has_protocol_features {
-            self.step(enable(vring.index, true))?;
+            self.step(enable(vring.index, vring.enabled))?;
         }
         Ok(())
     }

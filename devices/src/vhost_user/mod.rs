@@ -14,14 +14,16 @@ pub mod backend;
 pub mod channel;
 mod connection;
 pub mod frontend;
+mod inflight;
 mod limit;
 mod socket;
 mod sys;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 pub mod wire;
 
 pub use connection::{Connection, Error, Violation};
+pub use inflight::{Inflight, InflightArea};
 pub use limit::RateLimit;
 pub use socket::{Error as SocketError, Socket, SocketRole};
 pub use wire::{

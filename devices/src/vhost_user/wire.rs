@@ -246,11 +246,18 @@ pub trait Payload: Sized {
 }
 
 /// Checks a fixed length and hands out the payload as an array.
-fn exactly<const N: usize>(payload: &[u8]) -> Result<&[u8; N], DecodeError> {
+pub(super) fn exactly<const N: usize>(payload: &[u8]) -> Result<&[u8; N], DecodeError> {
     payload.try_into().map_err(|_| DecodeError::Length {
         expected: N,
         got: payload.len(),
     })
+}
+
+/// The 16-bit field at `AT`.
+pub(super) fn u16_at<const AT: usize, const N: usize>(bytes: &[u8; N]) -> u16 {
+    let mut field = [0; 2];
+    field.copy_from_slice(&bytes[AT..AT + 2]);
+    u16::from_le_bytes(field)
 }
 
 /// The 32-bit field at `AT`.
@@ -261,7 +268,7 @@ fn u32_at<const AT: usize, const N: usize>(bytes: &[u8; N]) -> u32 {
 }
 
 /// The 64-bit field at `AT`.
-fn u64_at<const AT: usize, const N: usize>(bytes: &[u8; N]) -> u64 {
+pub(super) fn u64_at<const AT: usize, const N: usize>(bytes: &[u8; N]) -> u64 {
     let mut field = [0; 8];
     field.copy_from_slice(&bytes[AT..AT + 8]);
     u64::from_le_bytes(field)

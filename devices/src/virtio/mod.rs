@@ -9,6 +9,7 @@ mod control_queue;
 pub mod event;
 #[cfg(test)]
 pub(crate) mod harness;
+mod memory;
 mod pci;
 #[cfg(test)]
 mod tests;
@@ -22,6 +23,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::host::Window;
 
 pub(crate) use control_queue::control_queue;
+pub(crate) use memory::DeviceMemory;
 pub use pci::{Error, VirtioPci};
 
 /// VIRTIO_F_VERSION_1: every device offers it and every driver has to accept it.

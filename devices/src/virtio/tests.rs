@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use super::harness::*;
 use super::*;
 use crate::fake::{Event, FakeHost};
-use crate::host::Host;
+use crate::host::{Files, Host};
 use crate::pci::PciFunction;
 
 const FEATURE: u64 = 1 << 5;
@@ -107,7 +107,7 @@ fn rig_with(features: u64, sizes: [u16; 2]) -> (Arc<Device>, Driver) {
     let device = Arc::new(Device {
         features,
         sizes,
-        window: host.window(WINDOW).unwrap(),
+        window: host.window(WINDOW, Files::Sealed).unwrap(),
         transport: OnceLock::new(),
         activations: Mutex::default(),
         resets: Mutex::default(),

@@ -21,6 +21,16 @@
 //! SET_VRING_ENABLE 0 and GET_VRING_BASE stop the vring, and what starts a vring starts it again. A back-end that does not answer
 //! within a second is cut off, and then the reset is complete too.
 //!
+//! # Several queue pairs
+//!
+//! With [`NetConfig::queue_pairs`] above 1, VIRTIO_NET_F_MQ and a control queue (`control.rs`) are offered where the back-end offers VIRTIO_NET_F_MQ and
+//! serves that many pairs (VHOST_USER_PROTOCOL_F_MQ, GET_QUEUE_NUM); otherwise one pair is. All rings that the driver enabled are started;
+//! the pairs in use are enabled (SET_VRING_ENABLE). The driver's command to use more or fewer is complete when the back-end has acknowledged
+//! the change, so that nothing is put into a ring that is out of use (VIRTIO 1.3, section 5.1.6.5.6).
+//!
+//! Which pair a received frame comes in on is the back-end's choice. VIRTIO_NET_F_RSS is not offered: vhost-user has no message that
+//! takes the driver's key and indirection table to a back-end.
+//!
 //! # Behind a vIOMMU
 //!
 //! Given an [`Endpoint`], the device offers VIRTIO_F_ACCESS_PLATFORM and insists on it, towards the driver and the back-end. It hands its
@@ -28,8 +38,11 @@
 //! resets of the device included, since the back-end holds what it was told until it is told otherwise. A back-end that does not
 //! acknowledge a change within [`NetConfig::iotlb_timeout`], or refuses one, is cut off; then the guest's requests are complete.
 
+mod control;
 mod iotlb;
+mod names;
 mod rings;
+pub mod tap;
 #[cfg(test)]
 mod tests;
 mod worker;
@@ -62,6 +75,10 @@ const F_MAC: u64 = 1 << 5;
 const F_MRG_RXBUF: u64 = 1 << 15;
 /// VIRTIO_NET_F_STATUS: the configuration has the link status.
 const F_STATUS: u64 = 1 << 16;
+/// VIRTIO_NET_F_CTRL_VQ: there is a control queue.
+const F_CTRL_VQ: u64 = 1 << 17;
+/// VIRTIO_NET_F_MQ: there are several queue pairs.
+const F_MQ: u64 = 1 << 22;
 /// VIRTIO_F_INDIRECT_DESC.
 const F_INDIRECT_DESC: u64 = 1 << 28;
 /// VIRTIO_F_EVENT_IDX.
@@ -71,6 +88,11 @@ const F_IN_ORDER: u64 = 1 << 35;
 
 /// What this device answers for itself, whatever the back-end offers.
 const OWN_FEATURES: u64 = F_MAC | F_STATUS | F_RING_RESET;
+/// The same, and what it answers for where it has several pairs.
+const OWN_FEATURES_MQ: u64 = OWN_FEATURES | F_CTRL_VQ;
+
+/// The most queue pairs that a device can have.
+pub const MAX_QUEUE_PAIRS: u16 = 16;
 
 /// VIRTIO_NET_S_LINK_UP.
 const LINK_UP: u16 = 1;
@@ -127,7 +149,7 @@ pub struct NetConfig {
     pub socket: PathBuf,
     /// Who makes the connection.
     pub role: SocketRole,
-    /// Number of rx/tx queue pairs; 1 is the only number there is so far.
+    /// Number of rx/tx queue pairs, 1 to [`MAX_QUEUE_PAIRS`].
     pub queue_pairs: u16,
     /// Maximum size of each queue, in descriptors: 1 to [`MAX_QUEUE_SIZE`], and a power of two unless `rings.packed`. (With that, a
     /// driver that has split rings all the same is shown the power of two below.)
@@ -150,8 +172,8 @@ pub enum Error {
     /// The socket cannot be used.
     #[error(transparent)]
     Socket(#[from] SocketError),
-    /// Multiqueue is not there yet.
-    #[error("{0} queue pairs: a network device has one")]
+    /// No pair, or too many.
+    #[error("{0} queue pairs: a network device has 1 to {MAX_QUEUE_PAIRS}")]
     QueuePairs(u16),
     /// A size that no ring can have.
     #[error(
@@ -187,6 +209,7 @@ struct Mailbox {
 /// What both sides of the device, vCPU threads and the device thread, have in common.
 struct Shared {
     rings: RingFeatures,
+    pairs: u16,
     features: AtomicU64,
     /// What driver and back-end must have, whatever else: ACCESS_PLATFORM behind an IOMMU.
     required: u64,
@@ -201,7 +224,12 @@ struct Shared {
 impl Shared {
     /// The features that a driver is offered with a back-end that offers `backend`.
     fn offered(&self, backend: u64) -> u64 {
-        (backend & self.rings.bits()) | OWN_FEATURES | F_VERSION_1 | self.required
+        let pairs = if backend & F_MQ != 0 && self.pairs > 1 {
+            F_MQ | F_CTRL_VQ
+        } else {
+            0
+        };
+        (backend & self.rings.bits()) | pairs | OWN_FEATURES | F_VERSION_1 | self.required
     }
 
     fn mailbox(&self) -> MutexGuard<'_, Mailbox> {
@@ -234,8 +262,9 @@ impl VirtioNet {
         endpoint: Option<Arc<Endpoint>>,
         host: Arc<dyn Host>,
     ) -> Result<Arc<Self>, Error> {
-        if config.queue_pairs != 1 {
-            return Err(Error::QueuePairs(config.queue_pairs));
+        let pairs = config.queue_pairs;
+        if !(1..=MAX_QUEUE_PAIRS).contains(&pairs) {
+            return Err(Error::QueuePairs(pairs));
         }
         let (size, rings) = (config.queue_size, config.rings);
         let fits = (1..=MAX_QUEUE_SIZE).contains(&size);
@@ -245,6 +274,7 @@ impl VirtioNet {
         let required = endpoint.as_ref().map_or(0, |_| F_ACCESS_PLATFORM);
         let shared = Shared {
             rings,
+            pairs,
             features: AtomicU64::default(),
             required,
             link_up: AtomicBool::new(false),
@@ -299,7 +329,7 @@ impl VirtioNet {
         let mut config = [0; CONFIG_SIZE];
         config[0..6].copy_from_slice(&self.mac);
         config[6..8].copy_from_slice(&status.to_le_bytes());
-        config[8..10].copy_from_slice(&1u16.to_le_bytes());
+        config[8..10].copy_from_slice(&self.shared.pairs.to_le_bytes());
         config
     }
 }
@@ -314,7 +344,11 @@ impl VirtioDevice for VirtioNet {
     }
 
     fn queue_sizes(&self) -> Vec<u16> {
-        vec![self.queue_size; 2]
+        let queues = match self.shared.pairs {
+            1 => 2,
+            pairs => 2 * usize::from(pairs) + 1,
+        };
+        vec![self.queue_size; queues]
     }
 
     fn features(&self) -> u64 {

@@ -1,6 +1,10 @@
 //! The device with a fake machine, a fake transport, and back-ends that the tests play.
 
+mod inflight;
 mod iommu;
+mod lacking;
+mod noise;
+mod pairs;
 mod queues;
 
 use std::io::Write;
@@ -96,12 +100,33 @@ impl World {
         endpoint: Option<Arc<Endpoint>>,
         iotlb_timeout: Duration,
     ) -> Self {
+        Self::build_pairs(role, rings, endpoint, iotlb_timeout, 1)
+    }
+
+    fn with_pairs(pairs: u16) -> Self {
+        let rings = RingFeatures::default();
+        Self::build_pairs(
+            SocketRole::Listen,
+            rings,
+            None,
+            DEFAULT_IOTLB_TIMEOUT,
+            pairs,
+        )
+    }
+
+    fn build_pairs(
+        role: SocketRole,
+        rings: RingFeatures,
+        endpoint: Option<Arc<Endpoint>>,
+        iotlb_timeout: Duration,
+        queue_pairs: u16,
+    ) -> Self {
         let place = Place::new();
         let path = place.0.join("s");
         let config = NetConfig {
             socket: path.clone(),
             role,
-            queue_pairs: 1,
+            queue_pairs,
             queue_size: 256,
             rings,
             mac: MAC,
@@ -218,6 +243,8 @@ struct Backend {
     silent_at: Option<u32>,
     /// What it acknowledges with a failure.
     refuses: Option<u32>,
+    /// How many pairs it says that it serves.
+    pairs: u64,
 }
 
 impl Backend {
@@ -229,6 +256,7 @@ impl Backend {
             seen: Vec::new(),
             silent_at: None,
             refuses: None,
+            pairs: 1,
         }
     }
 
@@ -241,7 +269,14 @@ impl Backend {
             seen: Vec::new(),
             silent_at: None,
             refuses: None,
+            pairs: 1,
         }
+    }
+
+    /// Says that it serves so many pairs.
+    fn serve_pairs(&mut self, pairs: u64) {
+        self.protocol |= protocol_features::MQ;
+        self.pairs = pairs;
     }
 
     /// Answers what is there.
@@ -268,6 +303,7 @@ impl Backend {
                 requests::GET_FEATURES => number(self.features | VHOST_USER_F_PROTOCOL_FEATURES),
                 requests::GET_PROTOCOL_FEATURES => number(self.protocol),
                 requests::GET_MAX_MEM_SLOTS => number(8),
+                requests::GET_QUEUE_NUM => number(self.pairs),
                 requests::GET_VRING_BASE => {
                     let mut state = VringState::decode(&message.payload).unwrap();
                     state.num = 9;
@@ -396,7 +432,7 @@ fn configurations_that_cannot_be_are_refused_by_name() {
         mac: MAC,
         iotlb_timeout: DEFAULT_IOTLB_TIMEOUT,
     };
-    for queue_pairs in [0, 2] {
+    for queue_pairs in [0, 17] {
         let config = NetConfig {
             queue_pairs,
             ..config.clone()

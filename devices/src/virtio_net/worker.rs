@@ -12,12 +12,14 @@ use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::errno;
 use vmm_sys_util::timerfd::TimerFd;
 
+use super::control::{self, Command, Control};
 use super::iotlb::{Follower, Watched};
+use super::names::Names;
 use super::rings::{self, RingError, Space};
-use super::{OWN_FEATURES, QueueOrder, Shared};
+use super::{F_CTRL_VQ, F_MQ, OWN_FEATURES_MQ, QueueOrder, Shared};
 use crate::host::Host;
 use crate::vhost_user::frontend::{self, Event, Frontend, Offer, PACKED_BASE, Vring};
-use crate::vhost_user::{Connection, RateLimit, Socket};
+use crate::vhost_user::{Connection, InflightArea, RateLimit, Socket};
 use crate::virtio::{Activation, F_RING_PACKED, F_VERSION_1, QueueSetup, event};
 
 /// How often a back-end that is not there is looked for.
@@ -26,6 +28,8 @@ const RECONNECT: Duration = Duration::from_millis(100);
 /// handshake: a connection can wait long in the backlog of a back-end that is not up yet, and nobody waits for it but the one who
 /// started it.
 pub(super) const STOP_DEADLINE: Duration = Duration::from_secs(1);
+/// How many commands of the control queue are served before others on the thread have their turn.
+const MAX_COMMANDS: usize = 16;
 /// How often something that a peer or a guest can bring about may be logged.
 const LOG_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -38,6 +42,7 @@ const DEADLINE_TIMER: u32 = 4;
 const CHANGED: u32 = 5;
 pub(super) const CHANNEL: u32 = 6;
 const IOTLB_TIMER: u32 = 7;
+const CONTROL: u32 = 8;
 
 /// One queue as the driver wants it.
 struct Queue {
@@ -50,16 +55,49 @@ struct Queue {
 struct Active {
     features: u64,
     queues: Vec<Queue>,
+    /// How many of the queues are a back-end's: those before them.
+    vrings: u16,
+    /// How many pairs of these are in use.
+    pairs: u16,
+    /// What the last back-end left for the next; while one is at work, its [`Frontend`] knows better.
+    inflight: Option<InflightArea>,
 }
 
 impl Active {
+    /// What a driver of a device with so many pairs has set up. One pair is in use at first (section 5.1.5).
+    fn new(activation: Activation, pairs: u16) -> Self {
+        let Activation { features, queues } = activation;
+        let queues = queues.into_iter().map(|setup| Queue {
+            setup,
+            served: false,
+        });
+        Self {
+            features,
+            queues: queues.collect(),
+            vrings: if features & F_MQ != 0 { 2 * pairs } else { 2 },
+            pairs: 1,
+            inflight: None,
+        }
+    }
+
+    /// The index of the control queue: behind those that the features give a meaning (section 5.1.2).
+    fn control(&self) -> Option<u16> {
+        (self.features & F_CTRL_VQ != 0).then_some(self.vrings)
+    }
+
+    /// Whether a vring is of a pair in use.
+    fn in_use(&self, vring: u8) -> bool {
+        u16::from(vring) < 2 * self.pairs
+    }
+
     fn packed(&self) -> bool {
         self.features & F_RING_PACKED != 0
     }
 
-    /// The enabled queues with their vring indices.
+    /// The enabled queues that are a back-end's, with their vring indices.
     fn enabled(&mut self) -> impl Iterator<Item = (u8, &mut Queue)> {
-        let queues = (0u8..).zip(&mut self.queues);
+        let queues = self.queues.iter_mut().take(self.vrings.into());
+        let queues = (0u8..).zip(queues);
         queues.filter(|(_, queue)| queue.setup.enabled)
     }
 }
@@ -85,6 +123,9 @@ pub(super) struct Worker {
     /// The rings are to be started when the back-end has been told of all translations.
     pub(super) start_waits: bool,
     active: Option<Active>,
+    control: Option<Control>,
+    /// How many answers the back-end owes to changes of the pairs in use; a command waits for the last.
+    enabling: usize,
     /// The device needs a reset: nothing is started before.
     broken: bool,
     /// The transport waits for `reset_done`, and that for the back-end.
@@ -92,6 +133,7 @@ pub(super) struct Worker {
     /// The vrings of the queues for which the transport waits for `queue_reset_done`, and that for the back-end.
     queue_resets: Vec<u8>,
     limit: RateLimit,
+    lacking: RateLimit,
 }
 
 impl Worker {
@@ -113,10 +155,13 @@ impl Worker {
             follower,
             start_waits: false,
             active: None,
+            control: None,
+            enabling: 0,
             broken: false,
             resetting: false,
             queue_resets: Vec::new(),
             limit: RateLimit::new(LOG_INTERVAL),
+            lacking: RateLimit::new(LOG_INTERVAL),
         })
     }
 
@@ -223,7 +268,7 @@ impl Worker {
 
     /// Drops the connection, with one line that says why and what comes of it.
     pub(super) fn drop_peer(&mut self, level: Level, why: fmt::Arguments, ops: &mut EventOps) {
-        let stranded = self.strand();
+        let stranded = self.strand(ops);
         if self.may_log() {
             let then = if stranded {
                 "where it stood in the packed rings is not known, the driver has to reset the device"
@@ -238,20 +283,30 @@ impl Worker {
         }
     }
 
-    /// Gives up packed rings that no other back-end could go on with; returns whether there are any. A ring that the driver has
-    /// not put anything into can be started anew.
-    fn strand(&mut self) -> bool {
+    /// Gives up packed rings that no other back-end could go on with; returns whether there are any. One goes on where the last one has left word of what
+    /// was in flight, and a ring that the driver has not put anything into can be started anew.
+    fn strand(&mut self, ops: &mut EventOps) -> bool {
+        let frontend = self.peer.as_mut().map(|peer| &mut peer.frontend);
+        let started = frontend.filter(|frontend| frontend.is_started());
+        let (Some(frontend), Some(active)) = (started, &mut self.active) else {
+            return false;
+        };
+        active.inflight = frontend.take_inflight();
+        active.packed() && active.inflight.is_none() && self.forfeit(ops)
+    }
+
+    /// Gives up rings of which nobody knows where they stand; returns whether there are any.
+    fn forfeit(&mut self, ops: &mut EventOps) -> bool {
         let memory = self.host.memory();
         let space = space(&*self.host, self.follower.as_ref());
-        let started = self.peer.as_ref().is_some_and(|p| p.frontend.is_started());
-        let active = self.active.as_mut().filter(|active| active.packed());
-        let Some(active) = active.filter(|_| started) else {
+        let Some(active) = &mut self.active else {
             return false;
         };
         let stranded = active
             .enabled()
             .any(|(_, queue)| !rings::is_blank(&queue.setup, space, memory));
         if stranded {
+            self.close_control(ops);
             self.active = None;
             self.broken = true;
         }
@@ -274,6 +329,9 @@ impl Worker {
         for index in std::mem::take(&mut self.queue_resets) {
             self.queue_reset_done(index);
         }
+        // Nobody is left who could use a pair.
+        self.enabling = 0;
+        self.answer_control(true, ops);
         if self.resetting {
             self.finish_reset();
         }
@@ -299,6 +357,7 @@ impl Worker {
                     debug!("{}: vring {index} stopped at {base:#x}", self.path());
                     self.vring_stopped(index, ops);
                 }
+                Ok(Some(Event::Enabled)) => self.pairs_changed(ops),
                 Ok(Some(Event::Iotlb(done))) => self.changes_done(&done),
                 Ok(None) => break,
                 Err(error) => return self.lost(&error, ops),
@@ -309,7 +368,19 @@ impl Worker {
 
     fn handshake_done(&mut self, offer: Offer, ops: &mut EventOps) {
         debug!("{}: the back-end offers {:#x}", self.path(), offer.features);
-        let offered = self.shared.offered(offer.features);
+        let features = self.backend_features(offer);
+        if self.shared.pairs > 1 && features & F_MQ == 0 && self.may_log() {
+            let (path, pairs, has) = (self.path(), self.shared.pairs, offer.queues);
+            let mq = if offer.features & F_MQ == 0 {
+                " without VIRTIO_NET_F_MQ"
+            } else {
+                ""
+            };
+            warn!(
+                "{path}: {pairs} queue pairs were asked for and the back-end serves {has}{mq}: there is one"
+            );
+        }
+        let offered = self.shared.offered(features);
         self.shared.features.store(offered, Ordering::Release);
         self.try_start(ops);
         self.update_link();
@@ -318,10 +389,20 @@ impl Worker {
         }
     }
 
+    /// What a back-end offers: several pairs only where it serves all that were asked for.
+    fn backend_features(&self, offer: Offer) -> u64 {
+        if offer.queues < self.shared.pairs.into() {
+            offer.features & !F_MQ
+        } else {
+            offer.features
+        }
+    }
+
     /// What the driver uses, or would have to use, and the back-end does not offer.
     fn missing(&self, offer: Offer) -> u64 {
         let accepted = self.active.as_ref().map_or(0, |active| active.features);
-        ((accepted & !OWN_FEATURES) | F_VERSION_1 | self.shared.required) & !offer.features
+        let needed = (accepted & !OWN_FEATURES_MQ) | F_VERSION_1 | self.shared.required;
+        needed & !self.backend_features(offer)
     }
 
     /// The link is up while there is a back-end that serves the driver, or could.
@@ -348,11 +429,25 @@ impl Worker {
         }
         let missing = self.missing(offer);
         if missing != 0 {
-            if self.may_log() {
-                let path = self.path();
-                warn!("{path}: the back-end lacks features {missing:#x}: the link stays down");
+            // By a limit of its own: the line about the end of the last back-end has just been written.
+            if self.lacking.allow(Instant::now()).is_some() {
+                let (path, names) = (self.path(), Names(missing));
+                warn!(
+                    "{path}: the back-end lacks {names}, which the driver uses: the link stays down"
+                );
             }
             return;
+        }
+        let keeps = peer.frontend.keeps_inflight();
+        let lost = |active: &Active| active.packed() && active.inflight.is_some() && !keeps;
+        if self.active.as_ref().is_some_and(lost) && self.forfeit(ops) {
+            if self.may_log() {
+                let path = self.path();
+                warn!(
+                    "{path}: the back-end cannot go on where the last one stood in the packed rings (INFLIGHT_SHMFD): the driver has to reset the device"
+                );
+            }
+            return self.ask_for_reset();
         }
         let Some(active) = &mut self.active else {
             return;
@@ -363,10 +458,13 @@ impl Worker {
             .enabled()
             .map(|(index, queue)| vring(index, queue, packed, space, self.host.memory()))
             .collect::<Result<Vec<_>, _>>();
-        let vrings = match vrings {
+        let mut vrings = match vrings {
             Ok(vrings) => vrings,
-            Err(error) => return self.refuse(error),
+            Err(error) => return self.refuse(error, ops),
         };
+        for vring in &mut vrings {
+            vring.enabled = active.in_use(vring.index);
+        }
         let features = active.features;
         if self.follower.is_some() && !self.tell_translations(features, ops) {
             return;
@@ -379,7 +477,11 @@ impl Worker {
         for (_, queue) in active.enabled() {
             queue.served = true;
         }
+        let inflight = active.inflight.clone().filter(|_| keeps);
         let Some(peer) = &mut self.peer else { return };
+        if let Some(inflight) = inflight {
+            peer.frontend.resume(inflight);
+        }
         let result = peer
             .frontend
             .start(features, self.host.memory_regions(), &vrings);
@@ -413,22 +515,20 @@ impl Worker {
     }
 
     fn activate(&mut self, activation: Activation, ops: &mut EventOps) {
-        let Activation { features, queues } = activation;
-        let queues = queues.into_iter().map(|setup| Queue {
-            setup,
-            served: false,
-        });
-        let mut active = Active {
-            features,
-            queues: queues.collect(),
-        };
+        let mut active = Active::new(activation, self.shared.pairs);
         let packed = active.packed();
         for (_, queue) in active.enabled() {
             if let Err(error) = self.check(&queue.setup, packed) {
-                return self.refuse(error);
+                return self.refuse(error, ops);
             }
         }
+        let control = active.control();
+        let control = control.and_then(|index| active.queues.get(usize::from(index)));
+        let control = control.map(|queue| queue.setup.clone());
         self.active = Some(active);
+        if let Some(setup) = control.filter(|setup| setup.enabled) {
+            self.open_control(&setup, ops);
+        }
         self.try_start(ops);
         self.update_link();
     }
@@ -447,6 +547,9 @@ impl Worker {
         let Ok(index) = u8::try_from(index) else {
             return;
         };
+        if self.is_control(index.into()) {
+            self.close_control(ops);
+        }
         let queue = self
             .active
             .as_mut()
@@ -457,6 +560,7 @@ impl Worker {
         }
         let running = self.peer.as_mut().filter(|p| p.frontend.has_vring(index));
         let Some(peer) = running else {
+            self.spoil_inflight(ops);
             return self.queue_reset_done(index);
         };
         let result = peer.frontend.stop_vring(index);
@@ -469,6 +573,18 @@ impl Worker {
         }
     }
 
+    /// A queue was reset: what the last back-end left is about all of them, and right no more. While one is at work that is its front-end's matter.
+    fn spoil_inflight(&mut self, ops: &mut EventOps) {
+        let started = self.peer.as_ref().is_some_and(|p| p.frontend.is_started());
+        let Some(active) = self.active.as_mut().filter(|_| !started) else {
+            return;
+        };
+        let had = active.inflight.take().is_some();
+        if had && active.packed() && self.forfeit(ops) {
+            self.ask_for_reset();
+        }
+    }
+
     /// The back-end has stopped a vring; where it was not asked any more, a device reset came in between.
     fn vring_stopped(&mut self, index: u8, ops: &mut EventOps) {
         let Some(at) = self.queue_resets.iter().position(|&i| i == index) else {
@@ -476,11 +592,7 @@ impl Worker {
         };
         self.queue_resets.swap_remove(at);
         self.queue_reset_done(index);
-        if self.queue_resets.is_empty() {
-            let _ = self.deadline.clear();
-        } else {
-            self.arm_deadline(ops);
-        }
+        self.rearm_deadline(ops);
     }
 
     fn queue_reset_done(&self, index: u8) {
@@ -495,7 +607,10 @@ impl Worker {
         let Some(active) = &self.active else { return };
         let packed = active.packed();
         if let Err(error) = self.check(&setup, packed) {
-            return self.refuse(error);
+            return self.refuse(error, ops);
+        }
+        if self.is_control(index) {
+            self.open_control(&setup, ops);
         }
         let queues = self.active.as_mut().map(|active| &mut active.queues);
         let (Some(queue), Ok(index)) = (
@@ -510,12 +625,19 @@ impl Worker {
         };
         // Where the others have not been started, this one comes with them.
         let running = self.peer.as_mut().filter(|p| p.frontend.is_started());
-        let Some(peer) = running else { return };
-        let space = space(&*self.host, self.follower.as_ref());
-        let vring = match vring(index, queue, packed, space, self.host.memory()) {
-            Ok(vring) => vring,
-            Err(error) => return self.refuse(error),
+        let (Some(peer), Some(active)) = (running, &mut self.active) else {
+            return;
         };
+        let enabled = active.in_use(index);
+        let space = space(&*self.host, self.follower.as_ref());
+        let Some((_, queue)) = active.enabled().find(|(i, _)| *i == index) else {
+            return;
+        };
+        let mut vring = match vring(index, queue, packed, space, self.host.memory()) {
+            Ok(vring) => vring,
+            Err(error) => return self.refuse(error, ops),
+        };
+        vring.enabled = enabled;
         queue.served = true;
         if let Err(error) = peer.frontend.start_vring(&vring) {
             self.lost(&error, ops);
@@ -523,16 +645,27 @@ impl Worker {
     }
 
     /// The guest's driver has set up what cannot be.
-    fn refuse(&mut self, error: RingError) {
+    fn refuse(&mut self, error: RingError, ops: &mut EventOps) {
         if self.may_log() {
             warn!("{}: the driver set up {error}", self.path());
         }
         if let (RingError::Unmapped { iova, access }, Some(follower)) = (error, &self.follower) {
             follower.endpoint.report(iova, access);
         }
+        self.give_up(ops);
+    }
+
+    /// Nothing goes on before the driver has reset the device.
+    fn give_up(&mut self, ops: &mut EventOps) {
+        self.close_control(ops);
         self.active = None;
         self.broken = true;
         self.start_waits = false;
+        self.ask_for_reset();
+    }
+
+    /// Nothing works before the driver has reset the device.
+    fn ask_for_reset(&self) {
         self.update_link();
         if let Some(transport) = self.shared.transport() {
             transport.set_needs_reset();
@@ -540,6 +673,7 @@ impl Worker {
     }
 
     fn reset(&mut self, ops: &mut EventOps) {
+        self.close_control(ops);
         self.active = None;
         self.broken = false;
         self.start_waits = false;
@@ -571,6 +705,15 @@ impl Worker {
         result.is_ok()
     }
 
+    /// As [`Worker::arm_deadline`], where the back-end still owes something; otherwise it has all the time that there is.
+    fn rearm_deadline(&mut self, ops: &mut EventOps) {
+        if self.queue_resets.is_empty() && self.enabling == 0 {
+            let _ = self.deadline.clear();
+        } else {
+            self.arm_deadline(ops);
+        }
+    }
+
     fn finish_reset(&mut self) {
         self.resetting = false;
         // Disarming a timer cannot fail, and one that fires all the same finds nothing to do.
@@ -585,9 +728,137 @@ impl Worker {
         // Setting the timer anew is what makes it unreadable; there is nothing to read from it.
         let _ = self.deadline.clear();
         self.drive(ops);
-        if self.resetting || !self.queue_resets.is_empty() {
-            let why = format_args!("was cut off: it did not stop within {STOP_DEADLINE:?}");
+        if self.resetting || !self.queue_resets.is_empty() || self.enabling > 0 {
+            let why = format_args!(
+                "was cut off: it did not stop, enable or disable a vring within {STOP_DEADLINE:?}"
+            );
             self.drop_peer(Level::Warn, why, ops);
+        }
+    }
+
+    // ---- the control queue ----
+
+    fn is_control(&self, index: u16) -> bool {
+        let active = self.active.as_ref();
+        active.is_some_and(|active| active.control() == Some(index))
+    }
+
+    fn open_control(&mut self, setup: &QueueSetup, ops: &mut EventOps) {
+        self.close_control(ops);
+        let Some(active) = &self.active else { return };
+        if let Err(error) = self.check(setup, active.packed()) {
+            return self.refuse(error, ops);
+        }
+        let endpoint = self.follower.as_ref().map(|f| f.endpoint.clone());
+        let control = Control::new(setup, active.features, self.host.clone(), endpoint);
+        let control = match control {
+            Ok(control) => control,
+            Err(fault) => return self.control_fault(fault, ops),
+        };
+        let events = Events::with_data_raw(control.kick().as_raw_fd(), CONTROL, EventSet::IN);
+        if let Err(error) = ops.add(events) {
+            error!("{}: cannot watch the control queue: {error}", self.path());
+            return self.give_up(ops);
+        }
+        self.control = Some(control);
+        self.serve_control(ops);
+    }
+
+    fn close_control(&mut self, ops: &mut EventOps) {
+        if let Some(control) = self.control.take()
+            && let Err(error) = ops.remove(Events::empty(&**control.kick()))
+        {
+            error!("{}: cannot forget the control queue: {error}", self.path());
+        }
+    }
+
+    fn control_fault(&mut self, fault: control::Fault, ops: &mut EventOps) {
+        if self.may_log() {
+            warn!("{}: the driver's control queue: {fault}", self.path());
+        }
+        self.give_up(ops);
+    }
+
+    /// Does what the control queue asks for, up to a command that takes longer.
+    fn serve_control(&mut self, ops: &mut EventOps) {
+        if let Some(control) = &self.control {
+            event::clear(control.kick());
+        }
+        for _ in 0..MAX_COMMANDS {
+            let Some(control) = &mut self.control else {
+                return;
+            };
+            let done = match control.take() {
+                Ok(Some(Command::Pairs(pairs))) => self.use_pairs(pairs, ops),
+                Ok(Some(Command::Unknown)) => Some(false),
+                Ok(None) => return,
+                Err(fault) => return self.control_fault(fault, ops),
+            };
+            if let Some(ok) = done {
+                self.answer_control(ok, ops);
+            }
+        }
+        // Not all in one turn.
+        if let Some(control) = &self.control {
+            event::signal(control.kick());
+        }
+    }
+
+    /// Answers the command that waits, if there is one, and has the next looked at.
+    fn answer_control(&mut self, ok: bool, ops: &mut EventOps) {
+        let Some(control) = self.control.as_mut().filter(|control| control.waits()) else {
+            return;
+        };
+        match control.answer(ok) {
+            Ok(()) => event::signal(control.kick()),
+            Err(fault) => self.control_fault(fault, ops),
+        }
+    }
+
+    /// Puts so many pairs into use; returns whether that is possible, or `None` where the back-end has to say so first.
+    fn use_pairs(&mut self, pairs: u16, ops: &mut EventOps) -> Option<bool> {
+        let Some(active) = self.active.as_mut().filter(|a| a.features & F_MQ != 0) else {
+            return Some(false);
+        };
+        if !(1..=self.shared.pairs).contains(&pairs) {
+            return Some(false);
+        }
+        let before = std::mem::replace(&mut active.pairs, pairs);
+        let ready = active.enabled().filter(|(i, _)| u16::from(*i) < 2 * pairs);
+        if ready.count() != 2 * usize::from(pairs) {
+            active.pairs = before;
+            return Some(false);
+        }
+        let Some(peer) = self.peer.as_mut().filter(|p| p.frontend.is_started()) else {
+            return Some(true);
+        };
+        let changes: Vec<_> = (2 * before.min(pairs)..2 * before.max(pairs))
+            .filter_map(|index| u8::try_from(index).ok())
+            .filter(|&index| peer.frontend.has_vring(index))
+            .map(|index| (index, active.in_use(index)))
+            .collect();
+        if changes.is_empty() {
+            return Some(true);
+        }
+        debug!("{pairs} queue pairs are used in place of {before}");
+        self.enabling += 1;
+        match peer.frontend.enable_vrings(&changes) {
+            Ok(()) => {
+                self.arm_deadline(ops);
+            }
+            Err(error) => self.lost(&error, ops),
+        }
+        None
+    }
+
+    /// The back-end uses the pairs that it was told to.
+    fn pairs_changed(&mut self, ops: &mut EventOps) {
+        self.enabling = self.enabling.saturating_sub(1);
+        if !self.resetting {
+            self.rearm_deadline(ops);
+        }
+        if self.enabling == 0 {
+            self.answer_control(true, ops);
         }
     }
 
@@ -643,6 +914,7 @@ fn vring(
         base,
         kick: setup.kick.clone(),
         call: setup.call.clone(),
+        enabled: true,
     })
 }
 
@@ -689,6 +961,7 @@ impl MutEventSubscriber for Worker {
             CHANGED => self.changed(ops),
             CHANNEL => self.serve_channel(events.event_set(), ops),
             IOTLB_TIMER => self.iotlb_deadline_passed(ops),
+            CONTROL => self.serve_control(ops),
             _ => {}
         }
         self.watch_peer(ops);

@@ -15,6 +15,9 @@ use crate::study::windows::MAX_LIVE;
 /// Smallest receive buffer.
 const MIN_RX_BUFFER: u16 = 128;
 
+/// Most queue pairs that a workload uses.
+const MAX_QUEUES: u16 = 16;
+
 /// What to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Work {
@@ -83,6 +86,10 @@ pub struct Run {
     pub timeout_ms: u64,
     /// Windows a second that come and go beside it.
     pub churn: u64,
+    /// Over how many queue pairs, one flow of frames each.
+    pub queues: u16,
+    /// How often a second all pairs but the first go out of use or come back (front-end).
+    pub flips: u64,
     /// Which end to be, where it is not the device that says so: two front-ends that a switch joins are one of each.
     pub end: Option<End>,
     /// Who a responder is.
@@ -102,6 +109,8 @@ impl Default for Run {
             interrupts: false,
             timeout_ms: 2000,
             churn: 0,
+            queues: 1,
+            flips: 0,
             end: None,
             address: Address::default(),
         }
@@ -563,6 +572,8 @@ impl Run {
             "warmup_ms" => self.warmup_ms = within(0..=86_400_000)?,
             "count" => self.count = within(0..=u64::MAX)?,
             "churn" => self.churn = within(0..=100_000)?,
+            "queues" => self.queues = queues(value).ok_or(bad)?,
+            "flips" => self.flips = within(0..=1000)?,
             "timeout_ms" => self.timeout_ms = within(1..=86_400_000)?,
             "end" => {
                 self.end = match value {
@@ -597,6 +608,8 @@ pub struct Boot {
     pub dma: (u64, u64),
     /// How the front-end lays out frames in buffers.
     pub shape: Shape,
+    /// How many queue pairs the front-end sets up.
+    pub queues: u16,
     /// A workload to run at once; otherwise commands are read from the control channel.
     pub run: Option<Run>,
     /// How the front-end's buffers are mapped where there is a virtio-iommu.
@@ -612,6 +625,7 @@ impl Default for Boot {
             ecam: 0,
             dma: (0, 0),
             shape: Shape::default(),
+            queues: 1,
             run: None,
             iommu: IommuMode::default(),
             iova: 1 << 32,
@@ -667,6 +681,9 @@ impl Boot {
                     .map(|mode| boot.iommu = mode)
                     .is_some(),
                 Some(("iova", value)) => number(value).map(|n| boot.iova = n).is_some(),
+                Some(("queues", value)) => queues(value)
+                    .map(|n| (boot.queues, run.queues) = (n, n))
+                    .is_some(),
                 Some(("work", "control")) => true,
                 Some(("work", name)) => Work::parse(name)
                     .map(|parsed| work = Some(parsed))
@@ -680,6 +697,12 @@ impl Boot {
         boot.run = work.map(|work| Run { work, ..run });
         boot
     }
+}
+
+/// A number of queue pairs.
+fn queues(text: &str) -> Option<u16> {
+    let pairs = number(text).and_then(|n| u16::try_from(n).ok())?;
+    (1..=MAX_QUEUES).contains(&pairs).then_some(pairs)
 }
 
 /// How frames to send are given to the device, by name.
@@ -708,7 +731,7 @@ mod tests {
 
     #[test]
     fn a_run_command_takes_every_key() {
-        let line = "run id=7 work=round-trip size=1518 batch=8 ms=20 warmup_ms=1 count=9 mode=irq timeout_ms=30 churn=1000 end=back-end mac=02:00:00:00:0a:ff addr=192.168.7.9/16";
+        let line = "run id=7 work=round-trip size=1518 batch=8 ms=20 warmup_ms=1 count=9 mode=irq timeout_ms=30 churn=1000 end=back-end queues=16 flips=50 mac=02:00:00:00:0a:ff addr=192.168.7.9/16";
         let want = Run {
             id: 7,
             work: Work::RoundTrip,
@@ -720,6 +743,8 @@ mod tests {
             interrupts: true,
             timeout_ms: 30,
             churn: 1000,
+            queues: 16,
+            flips: 50,
             end: Some(End::BackEnd),
             address: Address {
                 mac: [2, 0, 0, 0, 0x0a, 0xff],
@@ -924,6 +949,9 @@ mod tests {
                 "run work=respond mac=02:00:00:00:00:+1",
                 "mac=02:00:00:00:00:+1",
             ),
+            ("run work=source queues=0", "queues=0"),
+            ("run work=source queues=17", "queues=17"),
+            ("run work=source flips=1001", "flips=1001"),
         ] {
             assert_eq!(Command::parse(line), Err(BadWord(word)));
         }
@@ -957,5 +985,7 @@ mod tests {
         });
         assert_eq!(unknown, ["tx=fast", "rx_buffer=127", "rx_buffer=1531"]);
         assert_eq!(Boot::parse("work=control", |_| ()).run, None);
+        let boot = Boot::parse("queues=4 work=both", |word| panic!("{word}"));
+        assert_eq!((boot.queues, boot.run.map(|run| run.queues)), (4, Some(4)));
     }
 }

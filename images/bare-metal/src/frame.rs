@@ -8,6 +8,8 @@ pub const MIN_FRAME: usize = 60;
 pub const MAX_FRAME: usize = guest_driver::port::MAX_FRAME;
 
 const HEADERS: usize = 42;
+/// The UDP port "discard".
+const PORT: u16 = 9;
 const SEQUENCE: usize = 42;
 const TAG: usize = 50;
 const PATTERN: usize = 54;
@@ -119,10 +121,20 @@ impl Format {
         let checksum = checksum(ip);
         ip[10..12].copy_from_slice(&checksum.to_be_bytes());
         let udp = &mut headers[34..];
-        udp[0..2].copy_from_slice(&9u16.to_be_bytes());
-        udp[2..4].copy_from_slice(&9u16.to_be_bytes());
+        udp[0..2].copy_from_slice(&PORT.to_be_bytes());
+        udp[2..4].copy_from_slice(&PORT.to_be_bytes());
         udp[4..6].copy_from_slice(&(ip_len - 20).to_be_bytes());
         Self { headers, len, run }
+    }
+
+    /// The same with the UDP ports of flow `flow`: ports 9, of flow 0, and those behind them.
+    #[must_use]
+    pub fn with_flow(mut self, flow: u16) -> Self {
+        let port = PORT.wrapping_add(flow).to_be_bytes();
+        for at in [34, 36] {
+            self.headers[at..at + 2].copy_from_slice(&port);
+        }
+        self
     }
 
     /// Length of the frames in bytes.
@@ -230,6 +242,16 @@ mod tests {
         );
         assert_eq!(a.headers[..6], b.headers[6..12]);
         assert_eq!(a.headers[26..30], b.headers[30..34]);
+    }
+
+    #[test]
+    fn flows_differ_in_their_ports_only_and_the_first_is_the_usual_one() {
+        let usual = Format::new(End::FrontEnd, 64, 1);
+        assert_eq!(usual.with_flow(0).headers, usual.headers);
+        let other = usual.with_flow(3).headers;
+        let differs = (0..HEADERS).filter(|&i| other[i] != usual.headers[i]);
+        assert!(differs.eq([35, 37]));
+        assert_eq!(other[34..38], [0, 12, 0, 12]);
     }
 
     #[test]

@@ -9,6 +9,7 @@ extern crate alloc;
 pub mod command;
 pub mod frame;
 pub mod histogram;
+mod pairs;
 pub mod record;
 pub mod respond;
 pub mod study;
@@ -16,7 +17,7 @@ pub mod workload;
 
 pub use command::{Address, Command, Run, Study, Work};
 pub use record::Outcome;
-pub use workload::{Link, execute};
+pub use workload::{Link, attempt, execute};
 
 #[cfg(test)]
 mod tests;

@@ -68,6 +68,8 @@ pub struct Outcome {
     pub responded: Option<Responded>,
     /// Nothing came for too long.
     pub timeout: bool,
+    /// It was cut short: the peer was gone, or broke a rule.
+    pub stopped: bool,
 }
 
 impl Outcome {
@@ -77,7 +79,7 @@ impl Outcome {
         let whole = self
             .received
             .is_none_or(|r| r.lost + r.duplicated + r.reordered + r.corrupted == 0);
-        whole && !self.timeout
+        whole && !self.timeout && !self.stopped
     }
 }
 
@@ -135,7 +137,7 @@ impl fmt::Display for Done<'_> {
     }
 }
 
-/// The record of a run, as it goes out.
+/// The record of a run, as it goes out: `result`, or `stopped` where it was cut short.
 #[derive(Debug)]
 pub struct ResultRecord<'a>(pub &'a Run, pub &'a Outcome);
 
@@ -143,9 +145,10 @@ impl fmt::Display for ResultRecord<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self(run, outcome) = self;
         let size = run.size as u64;
+        let name = if outcome.stopped { "stopped" } else { "result" };
         write!(
             f,
-            "{{\"record\":\"result\",\"id\":{},\"work\":\"{}\"",
+            "{{\"record\":\"{name}\",\"id\":{},\"work\":\"{}\"",
             run.id,
             run.work.name()
         )?;

@@ -16,8 +16,8 @@ use virtqueue::linear::Linear;
 use crate::frame::{End, Format, Kind};
 use crate::record::ResultRecord;
 use crate::study::windows::Churned;
-use crate::workload::Stopped;
-use crate::{Link, Outcome, Run, Work, execute};
+use crate::workload::{Receiver, Stopped};
+use crate::{Link, Outcome, Run, Work, attempt, execute};
 
 struct Thread<P> {
     end: End,
@@ -122,6 +122,41 @@ fn run(work: Work) -> Run {
         timeout_ms: 5000,
         ..Run::default()
     }
+}
+
+#[test]
+fn what_begins_behind_the_end_is_not_timed() {
+    let bed = bed();
+    let (port, mut back): (JoinedFrontEnd<Silent>, JoinedBackEnd<Silent>) =
+        joined::join(bed.memory, 0, &join_config(), Silent, Silent, false).unwrap();
+    let mut link = Thread {
+        end: End::FrontEnd,
+        port,
+        start: Instant::now(),
+    };
+    let run = Run {
+        count: 0,
+        warmup_ms: 5,
+        ..run(Work::Sink)
+    };
+    let mut receiver = Receiver::new(&link, &run);
+    let format = Format::new(End::BackEnd, run.size, run.id);
+    let sent = back.tx_burst(2, run.size, |i, slot| {
+        let kind = if i == 0 { Kind::Data } else { Kind::End };
+        format.build(slot, kind, i as u64);
+    });
+    assert_eq!(sent, Ok(2));
+    let mut frames = Vec::new();
+    link.port
+        .rx_burst(2, |frame| frames.push(receiver.take(frame)))
+        .unwrap();
+    assert_eq!(frames.len(), 2);
+    // The other half of a run goes on for longer than this one had to warm up.
+    receiver.tick(2_000);
+    receiver.tick(8_000);
+    let received = receiver.finish(1_000);
+    assert_eq!((received.ticks, received.frames), (0, 0));
+    assert_eq!((received.verified, received.lost), (1, 0));
 }
 
 #[test]
@@ -411,14 +446,17 @@ fn what_a_peer_did_before_it_left_counts_and_what_it_did_not_is_missed() {
                     interrupts,
                     ..run(work)
                 };
-                let outcome = execute(&mut link, &few);
-                if !leaves_at_once {
-                    let outcome = outcome.unwrap();
-                    assert!(outcome.is_clean(), "{outcome:?}");
-                    let received = outcome.received.map(|received| received.verified);
-                    assert_eq!(received, (work != Work::Source).then_some(2));
+                let mut outcome = Outcome::default();
+                let result = attempt(&mut link, &few, &mut outcome);
+                let received = outcome.received.map(|received| received.verified);
+                assert_eq!(outcome.stopped, result.is_err());
+                if leaves_at_once {
+                    assert_eq!(result, Err(Stopped::Down));
+                    assert_eq!(received, (work != Work::Source).then_some(0));
                 } else {
-                    assert_eq!(outcome.unwrap_err(), Stopped::Down);
+                    assert_eq!(result, Ok(()));
+                    assert!(outcome.is_clean(), "{outcome:?}");
+                    assert_eq!(received, (work != Work::Source).then_some(2));
                 }
             }
         }

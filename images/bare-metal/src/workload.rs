@@ -13,7 +13,7 @@ use crate::histogram::Histogram;
 use crate::record::{Outcome, Received, Sent};
 use crate::respond::respond;
 use crate::study::windows::Churned;
-use crate::{Run, Work};
+use crate::{Run, Work, pairs};
 
 /// What a workload runs on: a port, and the things that go on beside it.
 pub trait Link {
@@ -28,6 +28,26 @@ pub trait Link {
 
     /// The port, while there is a connection.
     fn port(&mut self) -> Option<&mut Self::Port>;
+
+    /// The port of a queue pair that is in use; the first is [`Link::port`].
+    #[inline(always)]
+    fn pair(&mut self, index: usize) -> Option<&mut Self::Port> {
+        if index == 0 { self.port() } else { None }
+    }
+
+    /// Puts so many queue pairs into use, or gets ready for as many as the peer puts into use; `false` where there are not so many.
+    fn use_pairs(&mut self, count: usize) -> bool {
+        count == 1
+    }
+
+    /// Begins to take all pairs of so many but the first out of use, and to put them back, so many times a second beside a workload;
+    /// `false` where that is not for this end.
+    fn start_flips(&mut self, _pairs: usize, _hz: u64) -> bool {
+        false
+    }
+
+    /// Ends what [`Link::start_flips`] began: all are in use.
+    fn end_flips(&mut self) {}
 
     /// Deals with whatever else wants attention; called every few bursts. Afterwards the port may be gone.
     fn service(&mut self);
@@ -77,6 +97,8 @@ pub enum Stopped {
     Port(port::Error),
     /// This end has no windows that could be changed beside a workload.
     NoChurn,
+    /// There are not so many queue pairs, or not for this workload, or this end does not put them into use.
+    NoPairs,
 }
 
 impl fmt::Display for Stopped {
@@ -85,6 +107,9 @@ impl fmt::Display for Stopped {
             Self::Down => f.write_str("the peer is gone"),
             Self::Port(error) => error.fmt(f),
             Self::NoChurn => f.write_str("churn is for a front-end behind an IOMMU"),
+            Self::NoPairs => f.write_str(
+                "not so many queue pairs (several are for source, sink and both, flips for a front-end)",
+            ),
         }
     }
 }
@@ -100,27 +125,50 @@ pub(crate) const SERVICE_EVERY: u32 = 256;
 
 /// Runs a workload to its end.
 pub fn execute<L: Link>(link: &mut L, run: &Run) -> Result<Outcome, Stopped> {
+    let mut outcome = Outcome::default();
+    attempt(link, run, &mut outcome)?;
+    Ok(outcome)
+}
+
+/// Runs a workload to its end, or as far as it gets: the counts of a `source`, `sink` or `both` that had to stop are in `outcome` all the same.
+pub fn attempt<L: Link>(link: &mut L, run: &Run, outcome: &mut Outcome) -> Result<(), Stopped> {
+    outcome.stopped = true;
     if run.churn > 0 && !link.start_churn(run.churn) {
         return Err(Stopped::NoChurn);
     }
-    let outcome = match run.work {
-        Work::Source => traffic(link, run, true, false),
-        Work::Sink => traffic(link, run, false, true),
-        Work::Both => traffic(link, run, true, true),
-        Work::Echo => echo(link, run),
-        Work::RoundTrip => round_trip(link, run),
-        Work::Respond => respond(link, run),
+    let queues = usize::from(run.queues);
+    let one = run.queues == 1;
+    let spread = matches!(run.work, Work::Source | Work::Sink | Work::Both);
+    if !(one || spread) || !link.use_pairs(queues) {
+        return Err(Stopped::NoPairs);
+    }
+    if run.flips > 0 && (one || !link.start_flips(queues, run.flips)) {
+        return Err(Stopped::NoPairs);
+    }
+    let mut whole = |result: Result<Outcome, Stopped>| result.map(|whole| *outcome = whole);
+    let result = match run.work {
+        work if !one => {
+            let (send, receive) = (work != Work::Sink, work != Work::Source);
+            whole(pairs::traffic(link, run, send, receive))
+        }
+        Work::Echo => whole(echo(link, run)),
+        Work::RoundTrip => whole(round_trip(link, run)),
+        Work::Respond => whole(respond(link, run)),
+        Work::Source => traffic(link, run, (true, false), outcome),
+        Work::Sink => traffic(link, run, (false, true), outcome),
+        Work::Both => traffic(link, run, (true, true), outcome),
     };
-    let churn = if run.churn > 0 {
-        link.end_churn()
-    } else {
-        None
-    };
-    let mut outcome = Outcome { churn, ..outcome? };
+    if run.flips > 0 {
+        link.end_flips();
+    }
+    if run.churn > 0 {
+        outcome.churn = link.end_churn();
+    }
     if let Some(received) = &mut outcome.received {
         received.ticks = received.ticks.max(1);
     }
-    Ok(outcome)
+    outcome.stopped = result.is_err();
+    result
 }
 
 /// Runs `burst` on the port of a link.
@@ -149,18 +197,18 @@ impl Schedule {
 }
 
 /// The sending half of a run.
-struct Sender {
-    format: Format,
+pub(crate) struct Sender {
+    pub(crate) format: Format,
     next: u64,
     limit: u64,
     schedule: Schedule,
     /// When the timed part began, and the frame that was next then.
     timed_from: Option<(u64, u64)>,
-    stats: Sent,
+    pub(crate) stats: Sent,
     /// Only the end frame is left to send; it has been sent; the peer has taken it.
     ending: bool,
-    ended: bool,
-    done: bool,
+    pub(crate) ended: bool,
+    pub(crate) done: bool,
 }
 
 /// Which end's frames are sent.
@@ -169,7 +217,7 @@ fn end<L: Link>(link: &L, run: &Run) -> End {
 }
 
 impl Sender {
-    fn new<L: Link>(link: &L, run: &Run) -> Self {
+    pub(crate) fn new<L: Link>(link: &L, run: &Run) -> Self {
         Self {
             format: Format::new(end(link, run), run.size, run.id),
             next: 0,
@@ -185,7 +233,7 @@ impl Sender {
     }
 
     /// Looks at the clock: when to begin timing, when to stop.
-    fn tick(&mut self, now: u64, run: &Run) {
+    pub(crate) fn tick(&mut self, now: u64, run: &Run) {
         if self.timed_from.is_none() && now >= self.schedule.warm {
             self.timed_from = Some((now, self.next));
         }
@@ -204,7 +252,11 @@ impl Sender {
 
     /// Sends a burst; returns how many frames went.
     #[inline(always)]
-    fn burst<P: Port>(&mut self, port: &mut P, batch: usize) -> Result<usize, port::Error> {
+    pub(crate) fn burst<P: Port>(
+        &mut self,
+        port: &mut P,
+        batch: usize,
+    ) -> Result<usize, port::Error> {
         let (format, next) = (&self.format, self.next);
         if self.ending {
             let sent = port.tx_burst(1, format.len(), |_, slot| {
@@ -230,8 +282,8 @@ type Gap = (u64, u64);
 const MAX_GAPS: usize = 1024;
 
 /// The receiving half of a run.
-struct Receiver {
-    format: Format,
+pub(crate) struct Receiver {
+    pub(crate) format: Format,
     next: u64,
     gaps: Vec<Gap>,
     /// When the first frame came, and when the timed part began, with what had been verified then.
@@ -239,12 +291,12 @@ struct Receiver {
     timed_from: Option<(u64, u64)>,
     warmup: u64,
     /// How many frames the peer says it sent.
-    ended: Option<u64>,
+    pub(crate) ended: Option<u64>,
     stats: Received,
 }
 
 impl Receiver {
-    fn new<L: Link>(link: &L, run: &Run) -> Self {
+    pub(crate) fn new<L: Link>(link: &L, run: &Run) -> Self {
         Self {
             format: Format::new(end(link, run).peer(), run.size, run.id),
             next: 0,
@@ -263,7 +315,7 @@ impl Receiver {
 
     /// Takes a frame that arrived; says what it was. It is checked once: it lies in memory that may change.
     #[inline(always)]
-    fn take(&mut self, frame: &Frame) -> Seen {
+    pub(crate) fn take(&mut self, frame: &Frame) -> Seen {
         let seen = self.format.check(frame);
         match seen {
             Seen::Good(Kind::Data, sequence) => {
@@ -308,9 +360,9 @@ impl Receiver {
         }
     }
 
-    /// Looks at the clock: when to begin timing.
-    fn tick(&mut self, now: u64) {
-        if self.stats.verified > 0 {
+    /// Looks at the clock: when to begin timing. What begins behind the end is not timed.
+    pub(crate) fn tick(&mut self, now: u64) {
+        if self.stats.verified > 0 && self.ended.is_none() {
             let first = *self.first.get_or_insert(now);
             if self.timed_from.is_none() && now - first >= self.warmup {
                 self.timed_from = Some((now, self.stats.verified));
@@ -318,10 +370,10 @@ impl Receiver {
         }
     }
 
-    fn finish(&mut self, now: u64) -> Received {
+    pub(crate) fn finish(&mut self, now: u64) -> Received {
         let (from, before) = self.timed_from.unwrap_or((now, self.stats.verified));
         self.stats.frames = self.stats.verified - before;
-        self.stats.ticks = now - from;
+        self.stats.ticks = now.saturating_sub(from);
         // Without an end frame nobody knows how many there were: what is missing in between is lost at least.
         let distinct = self.stats.verified - self.stats.duplicated;
         self.stats.lost = self.ended.unwrap_or(self.next).saturating_sub(distinct);
@@ -334,15 +386,49 @@ impl Receiver {
 fn traffic<L: Link>(
     link: &mut L,
     run: &Run,
-    send: bool,
-    receive: bool,
-) -> Result<Outcome, Stopped> {
+    (send, receive): (bool, bool),
+    outcome: &mut Outcome,
+) -> Result<(), Stopped> {
     let mut sender = send.then(|| Sender::new(link, run));
     let mut receiver = receive.then(|| Receiver::new(link, run));
+    let result = exchange(link, run, &mut sender, &mut receiver);
+    let stopped_at = match &result {
+        Ok(Ended::Whole(at)) => *at,
+        Ok(Ended::Timeout) | Err(_) => link.now(),
+    };
+    outcome.timeout = matches!(result, Ok(Ended::Timeout));
+    outcome.sent = sender.map(|sender| Sent {
+        // One that was cut short sent what it sent.
+        frames: if result.is_ok() {
+            sender.stats.frames
+        } else {
+            sender.next
+        },
+        ..sender.stats
+    });
+    outcome.received = receiver.map(|mut receiver| receiver.finish(stopped_at));
+    result.map(|_| ())
+}
+
+/// How an exchange that was not cut short ended.
+enum Ended {
+    /// Everything was sent, and everything came; the last of it then.
+    Whole(u64),
+    /// Nothing came for too long.
+    Timeout,
+}
+
+/// Sends and receives until both are done.
+#[inline(always)]
+fn exchange<L: Link>(
+    link: &mut L,
+    run: &Run,
+    sender: &mut Option<Sender>,
+    receiver: &mut Option<Receiver>,
+) -> Result<Ended, Stopped> {
     let timeout = run.timeout_ms * link.ticks_per_ms();
     let mut deadline = link.now() + timeout;
     let mut stopped_at = deadline;
-    let mut outcome = Outcome::default();
     let mut turn = 0u32;
     let mut idle_turns = 0u32;
     loop {
@@ -372,7 +458,7 @@ fn traffic<L: Link>(
             .as_ref()
             .is_none_or(|receiver| receiver.ended.is_some());
         if sent && received {
-            break;
+            return Ok(Ended::Whole(stopped_at));
         }
         if idle && link.gone() {
             return Err(Stopped::Down);
@@ -381,17 +467,16 @@ fn traffic<L: Link>(
         if turn.is_multiple_of(L::CLOCK_EVERY) || idle && run.interrupts {
             let now = link.now();
             link.beside(now);
-            if let Some(sender) = &mut sender {
+            if let Some(sender) = sender {
                 sender.tick(now, run);
             }
-            if let Some(receiver) = &mut receiver {
+            if let Some(receiver) = receiver {
                 receiver.tick(now);
             }
             if !idle {
                 deadline = now + timeout;
             } else if now >= deadline {
-                outcome.timeout = true;
-                break;
+                return Ok(Ended::Timeout);
             }
         }
         if turn.is_multiple_of(SERVICE_EVERY) {
@@ -406,12 +491,6 @@ fn traffic<L: Link>(
             idle_turns = idle_turns.saturating_add(1);
         }
     }
-    if outcome.timeout {
-        stopped_at = link.now();
-    }
-    outcome.sent = sender.map(|sender| sender.stats);
-    outcome.received = receiver.map(|mut receiver| receiver.finish(stopped_at));
-    Ok(outcome)
 }
 
 /// Lets the peer get on with its batch: a poll takes the line away that it is about to write. Longer when the last turns were idle, too.

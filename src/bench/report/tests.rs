@@ -23,6 +23,7 @@ fn pair(mpps: f64, bound: f64, probe_ns: f64) -> Pair {
             others_percent: [0.01, 0.02],
             exits: [("io_out".to_owned(), 300)].into(),
             kvm_exits: [("exits".to_owned(), 400)].into(),
+            busy_cores: 2.0,
         },
         bound: BoundSample {
             result: result(bound),
@@ -41,6 +42,7 @@ fn measured(direction: Direction, pairs: Vec<Pair>) -> Measured {
                 in_order: false,
             },
             iommu: Iommu::Off,
+            path: Path::Window,
             direction,
             size: 64,
             batch: 32,
@@ -77,6 +79,27 @@ pub fn setup() -> Setup {
 
 fn json(measured: &[Measured]) -> Value {
     serde_json::to_value(Report::new(&setup(), 2_596_000, measured, &[])).unwrap()
+}
+
+#[test]
+fn the_window_stands_beside_the_relay_round_by_round() {
+    let at = |mpps, busy_cores, round| {
+        let mut pair = pair(mpps, 20.0, 100.0);
+        (pair.vm.busy_cores, pair.round) = (busy_cores, round);
+        pair
+    };
+    let window = measured(Direction::BeToFe, vec![at(12.0, 2.0, 0), at(10.0, 2.0, 1)]);
+    let mut relay = measured(Direction::BeToFe, vec![at(4.0, 1.6, 1), at(5.0, 2.0, 2)]);
+    relay.case.path = Path::Relay;
+    let json = json(&[window, relay]);
+    let entry = &json["paths"][0];
+    assert_eq!(entry["speed"]["samples"].to_string(), "[2.5]");
+    assert_eq!(entry["cpu"]["samples"].to_string(), "[0.5]");
+    assert_eq!(entry["distance"], "near");
+    assert!(json["paths"].get(1).is_none());
+    assert_eq!(json["results"][1]["path"], "relay");
+    assert_eq!(json["results"][1]["cpu_ns_per_frame"]["median"], 400.0);
+    assert!(json["results"][1].get("least_vcpu_share").is_none());
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 
 use super::*;
-use crate::cli::rings::Layout;
+use crate::cli::rings::{Layout, Ring};
 use vmm::{HugePages, MemoryConfig};
 
 const RING: Ring = Ring {
@@ -17,6 +17,7 @@ const RING: Ring = Ring {
 const CASE: Case = Case {
     ring: RING,
     iommu: Iommu::Off,
+    path: Path::Window,
     direction: Direction::BeToFe,
     size: 64,
     batch: 32,
@@ -68,6 +69,7 @@ fn session(
     });
     let session = Session {
         sides,
+        relay: None,
         waiting: VecDeque::new(),
         signals: None,
         setup: Rc::new(setup()),
@@ -75,7 +77,7 @@ fn session(
             event_idx: Some(true),
             ..setup().rings.with(RING)
         },
-        iommu: Iommu::Off,
+        kind: CASE.kind(),
         tsc_khz: 1_000_000,
         bound: None,
         id: 0,
@@ -113,6 +115,25 @@ fn good() -> impl Fn(usize, &str) -> Option<String> + Clone + Send + 'static {
             "{{\"record\":\"hello\"}}\n\n{{\"record\":\"result\",\"id\":{id},{part}\"timeout\":0}}\n"
         ))
     }
+}
+
+#[test]
+fn of_two_front_ends_one_sends_what_a_back_end_sends() {
+    let (mut session, threads) = session(good());
+    let case = Case {
+        path: Path::Relay,
+        ..CASE
+    };
+    session.guests(&CASE).unwrap();
+    session.kind = case.kind();
+    session.guests(&case).unwrap();
+    drop(session);
+    let [first, second]: [Vec<bool>; 2] = threads.map(|thread| {
+        let lines = thread.join().unwrap();
+        let runs = lines.into_iter().filter(|line| line.starts_with("run "));
+        runs.map(|line| line.contains(" end=back-end")).collect()
+    });
+    assert_eq!((first, second), (vec![false, true], vec![false, false]));
 }
 
 #[test]
@@ -232,13 +253,17 @@ fn shares_are_what_the_vcpu_had_without_the_other_threads() {
         at,
         all: [1_000_000; 2],
         others: [500_000; 2],
+        relay: 2_000_000,
     };
     let second = Cpu {
         at: at + Duration::from_millis(100),
         all: [97_000_000, 51_000_000],
         others: [1_500_000, 500_000],
+        relay: 34_000_000,
     };
     let (shares, others) = first.between(&second);
     assert!((shares[0] - 0.95).abs() < 1e-9 && (shares[1] - 0.5).abs() < 1e-9);
     assert!((others[0] - 1.0).abs() < 1e-9 && others[1] == 0.0);
+    // 96 + 50 + 32 ms in 100.
+    assert!((first.busy(&second) - 1.78).abs() < 1e-9);
 }

@@ -77,6 +77,20 @@ fn behind(cell: u16, size: u16) -> u16 {
     next
 }
 
+/// How many bytes a used descriptor that says `len` says were written into a chain that has room for `writable`. Whether or not the flag is there that says
+/// that anything was written, the length counts: not every device sets it. Where nothing could be written, the length means nothing (section 2.8): DPDK
+/// leaves it as it was.
+#[inline]
+fn written(len: u32, writable: u32) -> Result<u32, Error> {
+    if len <= writable {
+        Ok(len)
+    } else if writable == 0 {
+        Ok(0)
+    } else {
+        Err(Error::BadLength)
+    }
+}
+
 impl<M: Memory> Driver<M> {
     /// A fresh ring: clears the descriptors, wrap counters are 1 (section 2.8.1). Calls are asked for.
     ///
@@ -204,16 +218,13 @@ impl<M: Memory> Driver<M> {
             let Some(word) = self.used_word(last) else {
                 break;
             };
-            // The length counts whether or not the flag is there that says that anything was written: not every device sets it.
-            let (id, len) = (id_of(word), len_of(word));
+            let id = id_of(word);
             let sent = self.sent.get_mut(usize::from(id)).ok_or(Error::BadId)?;
             let count = sent.count;
             if count == 0 {
                 return Err(Error::BadId);
             }
-            if len > sent.writable {
-                return Err(Error::BadLength);
-            }
+            let len = written(len_of(word), sent.writable)?;
             sent.count = 0;
             if let Some(cell) = self.ids.get_mut(usize::from(tail)) {
                 *cell = id;
@@ -258,14 +269,11 @@ impl<M: Memory> Driver<M> {
                 len = len_of(word);
             }
             let sent = self.sent.get(usize::from(oldest)).ok_or(Error::BadId)?;
-            let written = if left == 1 { len } else { sent.writable };
-            if written > sent.writable {
-                return Err(Error::BadLength);
-            }
-            *entry = Used {
-                id: oldest,
-                len: written,
+            let len = match left {
+                1 => written(len, sent.writable)?,
+                _ => sent.writable,
             };
+            *entry = Used { id: oldest, len };
             left = left.wrapping_sub(1);
             taken = taken.wrapping_add(1);
             free = free.wrapping_add(sent.count);

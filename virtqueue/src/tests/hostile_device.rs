@@ -196,7 +196,10 @@ fn in_order_an_element_does_not_stand_for_what_is_not_published<L>() {
 
 fn in_order_the_length_is_that_of_the_last_chain<L>() {
     let mut bad = Bad::<L>::new(true);
-    L::put(&mut bad.peer, bad.readable.into(), 1, 2, 4);
+    // It would fit the first of the three.
+    let id = bad.driver.add(&[buffer(0, true)]).unwrap();
+    bad.driver.publish();
+    L::put(&mut bad.peer, id.into(), 10, 3, 5);
     bad.expect(Error::BadLength);
 }
 
@@ -205,11 +208,31 @@ fn a_length_beyond_the_writable_bytes_is_a_bad_length<L>() {
         for len in [11, 110, u32::MAX] {
             Bad::<L>::new(in_order).put_writable(len).expect(Error::BadLength);
         }
-        for len in [1, u32::MAX] {
-            let mut bad = Bad::<L>::new(in_order);
-            bad.put_writable(10).put_readable(len).expect(Error::BadLength);
-        }
         assert_eq!(Bad::<L>::new(in_order).put_writable(10).take(), Ok(1));
+    }
+}
+
+fn a_length_where_nothing_could_be_written_is_ignored_in_packed_rings_alone<L>() {
+    for in_order in [false, true] {
+        // On its own, and as the last of a batch.
+        for batch in [false, true] {
+            for len in [1, 100, u32::MAX] {
+                let mut bad = Bad::<L>::new(in_order);
+                let ids = [bad.writable, bad.readable];
+                if batch && in_order {
+                    L::put(&mut bad.peer, bad.readable.into(), len, 2, 4);
+                } else {
+                    bad.put_writable(10).put_readable(len);
+                }
+                if !L::PACKED {
+                    bad.expect(Error::BadLength);
+                    continue;
+                }
+                let used = take(&mut bad.driver, 8);
+                assert_eq!(used, [(ids[0], 10), (ids[1], 0)].map(|(id, len)| Used { id, len }));
+                assert_eq!(bad.driver.free(), 8);
+            }
+        }
     }
 }
 

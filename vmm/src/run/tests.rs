@@ -1,5 +1,6 @@
 //! Devices put together, without a guest.
 
+use devices::host::Files;
 use devices::vhost_pci::{DEFAULT_MISS_TIMEOUT, VhostPciConfig};
 use devices::vhost_user::SocketRole;
 use vm_memory::{Bytes, GuestAddress};
@@ -17,6 +18,7 @@ fn config(directory: &TempDir, iommu: IommuConfig) -> VmConfig {
         queues: 2,
         uuid: [0; 16],
         miss_timeout: DEFAULT_MISS_TIMEOUT,
+        files: Files::Sealed,
     };
     VmConfig {
         memory: ram(4 << 20),
@@ -26,6 +28,7 @@ fn config(directory: &TempDir, iommu: IommuConfig) -> VmConfig {
         affinity: Vec::new(),
         vcpus: 1,
         net: Vec::new(),
+        taps: Vec::new(),
         vhost_pci: vec![device("a"), device("b")],
         iommu: Some(iommu),
         console: Console::Output,

@@ -188,6 +188,13 @@ impl Refused {
             }
         }
         self.hidden.show();
+        // A file that is cut off and made whole all the time could be whole whenever it is looked at, and never when the guest is.
+        let tired = self.tries > MOST_TRIES / 2;
+        for part in locations.iter().flat_map(|location| &location.parts) {
+            if let Some((window, offset)) = self.windows.find(part.gpa) {
+                window.settle(offset, part.len as u64, tired);
+            }
+        }
         let done = match locations.first().map(|location| location.access) {
             Some(OpAccess::Read | OpAccess::CondRead) => self.help_read(&locations, bus),
             Some(OpAccess::Write) => self.drop_write(vcpu, &view, &instruction, &locations, bus)?,

@@ -15,6 +15,8 @@ pub(super) struct Mapping {
     pub(super) permission: Permission,
     /// The page size of the file.
     pub(super) page: u64,
+    /// The file's owner cannot cut it off.
+    pub(super) sealed: bool,
     /// Whether the guest reaches it by memory, as far as the processor knows its permission; else by the software path alone.
     pub(super) native: bool,
 }
@@ -144,6 +146,7 @@ mod tests {
             len,
             permission,
             page: 0x1000,
+            sealed: true,
             native: true,
         }
     }

@@ -1,7 +1,7 @@
 use std::fs::File;
 use std::os::fd::AsRawFd;
 
-use devices::host::{Host, Permission, Window};
+use devices::host::{Files, Host, Permission, Window};
 
 use super::*;
 use crate::testing::{Monitor, memfd, region};
@@ -11,7 +11,7 @@ const SIZE: u64 = 1 << 20;
 const PAGE: u64 = PAGE_SIZE;
 
 fn window(monitor: &Monitor) -> Arc<dyn Window> {
-    monitor.machine.window(SIZE).unwrap()
+    monitor.machine.window(SIZE, Files::Sealed).unwrap()
 }
 
 #[test]
@@ -125,7 +125,7 @@ fn chunks_are_bounded_and_those_that_are_empty_make_room_for_others() {
     let map =
         |window: &Arc<dyn Window>, chunk: u64| window.map(chunk * CHUNK, &region, Permission::READ);
     for _ in 0..3 {
-        let window = monitor.machine.window(128 << 30).unwrap();
+        let window = monitor.machine.window(128 << 30, Files::Sealed).unwrap();
         // All that are left beside the RAM's.
         let most = u64::from(crate::slots::LIMIT) - 1;
         for chunk in 0..most {
@@ -187,7 +187,7 @@ fn ranges_that_make_no_sense_are_refused() {
     assert!(window.unmap(0x3800, 0x1000).is_err());
     assert!(window.place(Some(0xC000_0800)).is_err());
     assert!(window.place(Some(!0xFFF)).is_err());
-    assert!(monitor.machine.window(0x3000).is_err());
+    assert!(monitor.machine.window(0x3000, Files::Sealed).is_err());
 }
 
 #[test]
@@ -292,3 +292,4 @@ fn what_a_vcpu_hides_comes_back_though_the_window_was_cleared_and_moved_meanwhil
 }
 
 pub(super) mod native;
+mod unsealed;

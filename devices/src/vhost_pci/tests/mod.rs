@@ -6,6 +6,7 @@ mod endpoint;
 mod iotlb;
 mod messages;
 mod misses;
+mod noise;
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -49,6 +50,7 @@ fn config(dir: &TempDir, role: SocketRole) -> VhostPciConfig {
         queues: QUEUES,
         uuid,
         miss_timeout: Duration::from_secs(10),
+        files: Files::Sealed,
     }
 }
 

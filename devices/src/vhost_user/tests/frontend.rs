@@ -54,6 +54,7 @@ pub(super) fn vring(index: u8) -> Vring {
         base: 17 + u32::from(index),
         kick: Arc::new(event::new().unwrap()),
         call: Arc::new(event::new().unwrap()),
+        enabled: true,
     }
 }
 
@@ -121,7 +122,10 @@ impl Play {
             play.reply(requests::GET_PROTOCOL_FEATURES, protocol);
             let mut event = play.process().unwrap();
             let (accepted, _) = play.expect_payload::<U64>(requests::SET_PROTOCOL_FEATURES);
-            assert_eq!(accepted.0, protocol & ALL);
+            assert_eq!(
+                accepted.0,
+                protocol & (ALL | protocol_features::INFLIGHT_SHMFD)
+            );
             if protocol & protocol_features::MQ != 0 {
                 assert_eq!(event, None);
                 play.expect(requests::GET_QUEUE_NUM);
@@ -454,6 +458,30 @@ fn one_vring_stops_in_the_middle_of_a_start_and_of_a_stop_of_all() {
     assert_eq!(play.process().unwrap(), Some(Event::VringStopped(1, 4)));
     assert_eq!(play.process().unwrap(), Some(Event::Stopped(vec![(0, 3)])));
     play.quiet();
+}
+
+#[test]
+fn vrings_are_enabled_and_disabled_while_they_run_and_the_last_answer_says_that_it_is_done() {
+    let mut play = Play::started();
+    play.frontend
+        .enable_vrings(&[(1, false), (0, true)])
+        .unwrap();
+    for (index, num) in [(1, 0), (0, 1)] {
+        let (state, message) = play.expect_payload::<VringState>(requests::SET_VRING_ENABLE);
+        assert_eq!(state, VringState { index, num });
+        assert!(message.needs_reply());
+    }
+    play.quiet();
+    play.reply(requests::SET_VRING_ENABLE, 0);
+    play.quiet();
+    play.reply(requests::SET_VRING_ENABLE, 0);
+    assert_eq!(play.process().unwrap(), Some(Event::Enabled));
+    play.quiet();
+
+    play.frontend.enable_vrings(&[(1, true)]).unwrap();
+    play.reply(requests::SET_VRING_ENABLE, 1);
+    let error = play.process().unwrap_err();
+    assert!(error.to_string().contains("refuses"), "{error}");
 }
 
 #[test]

@@ -19,6 +19,7 @@ use vhost::vhost_user::{
 };
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::tempfile::TempFile;
 
 use super::frontend::{memory, vring};
 use super::pair;
@@ -35,6 +36,9 @@ const SPLIT: u64 = F_VERSION_1 | 1 << 29;
 
 // ---- our front-end, their back-end ----
 
+/// Length of their area for what is in flight.
+const AREA: u64 = 0x4000;
+
 /// What their back-end was told.
 #[derive(Default)]
 struct Told {
@@ -50,11 +54,15 @@ struct Told {
     kicks: Vec<(u8, EventFd)>,
     calls: Vec<(u8, EventFd)>,
     enabled: Vec<(u32, bool)>,
+    /// What was asked for in flight, and the area that came: its length, and the inode of its file.
+    inflight_asked: Vec<(u16, u16)>,
+    inflight: Vec<(u64, u64)>,
 }
 
 /// Their back-end. `offers`: protocol features besides REPLY_ACK, which that crate always has.
 struct Backend {
     told: Arc<Mutex<Told>>,
+    features: u64,
     offers: VhostUserProtocolFeatures,
     refuses_memory: bool,
 }
@@ -85,7 +93,7 @@ impl VhostUserBackendReqHandlerMut for Backend {
         Ok(())
     }
     fn get_features(&mut self) -> PeerResult<u64> {
-        Ok(FEATURES | VHOST_USER_F_PROTOCOL_FEATURES)
+        Ok(self.features | VHOST_USER_F_PROTOCOL_FEATURES)
     }
     fn set_features(&mut self, features: u64) -> PeerResult<()> {
         self.told().features = features;
@@ -163,6 +171,33 @@ impl VhostUserBackendReqHandlerMut for Backend {
         Ok(None)
     }
 
+    fn get_inflight_fd(
+        &mut self,
+        asked: &VhostUserInflight,
+    ) -> PeerResult<(VhostUserInflight, File)> {
+        let file = TempFile::new().unwrap().into_file();
+        let mut told = self.told();
+        told.inflight_asked
+            .push((asked.num_queues, asked.queue_size));
+        let VhostUserInflight {
+            num_queues,
+            queue_size,
+            ..
+        } = *asked;
+        Ok((
+            VhostUserInflight::new(AREA, 0, num_queues, queue_size),
+            file,
+        ))
+    }
+    fn set_inflight_fd(&mut self, area: &VhostUserInflight, file: File) -> PeerResult<()> {
+        let mut told = self.told();
+        // Before any ring, or nothing of it could be kept.
+        assert_eq!(told.kicks.len(), 0);
+        told.inflight
+            .push((area.mmap_size, file.metadata().unwrap().ino()));
+        Ok(())
+    }
+
     // What our front-end never asks for.
     fn reset_owner(&mut self) -> PeerResult<()> {
         unexpected()
@@ -183,12 +218,6 @@ impl VhostUserBackendReqHandlerMut for Backend {
         unexpected()
     }
     fn get_shared_object(&mut self, _: VhostUserSharedMsg) -> PeerResult<File> {
-        unexpected()
-    }
-    fn get_inflight_fd(&mut self, _: &VhostUserInflight) -> PeerResult<(VhostUserInflight, File)> {
-        unexpected()
-    }
-    fn set_inflight_fd(&mut self, _: &VhostUserInflight, _: File) -> PeerResult<()> {
         unexpected()
     }
     fn remove_mem_region(&mut self, _: &VhostUserSingleMemoryRegion) -> PeerResult<()> {
@@ -226,20 +255,88 @@ fn their_backend(
     let told = Arc::new(Mutex::new(Told::default()));
     let backend = Backend {
         told: told.clone(),
+        features: FEATURES,
         offers,
         refuses_memory,
     };
-    let server = thread::spawn(move || {
-        let mut handler = BackendReqHandler::from_stream(theirs, Arc::new(Mutex::new(backend)));
-        loop {
-            if let Err(error) = handler.handle_request()
-                && !matches!(error, PeerError::InvalidParam)
-            {
-                return error;
-            }
-        }
-    });
+    let server = thread::spawn(move || serve(theirs, backend));
     (Frontend::new(ours).unwrap(), told, server)
+}
+
+/// Serves until the front-end hangs up.
+fn serve(stream: UnixStream, backend: Backend) -> PeerError {
+    let mut handler = BackendReqHandler::from_stream(stream, Arc::new(Mutex::new(backend)));
+    loop {
+        if let Err(error) = handler.handle_request()
+            && !matches!(error, PeerError::InvalidParam)
+        {
+            return error;
+        }
+    }
+}
+
+/// Their back-end for a front-end that somebody else has, with these features.
+pub(crate) struct Served {
+    told: Arc<Mutex<Told>>,
+    stream: UnixStream,
+    server: thread::JoinHandle<PeerError>,
+}
+
+impl Served {
+    pub(crate) fn new(stream: UnixStream, features: u64) -> Self {
+        Self::with(stream, features, false)
+    }
+
+    /// `keeps_inflight`: it keeps what is in flight where the next one finds it.
+    pub(crate) fn with(stream: UnixStream, features: u64, keeps_inflight: bool) -> Self {
+        let told = Arc::new(Mutex::new(Told::default()));
+        let backend = Backend {
+            told: told.clone(),
+            features,
+            offers: match keeps_inflight {
+                true => VhostUserProtocolFeatures::INFLIGHT_SHMFD,
+                false => VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS,
+            },
+            refuses_memory: false,
+        };
+        let theirs = stream.try_clone().unwrap();
+        Self {
+            told,
+            stream,
+            server: thread::spawn(move || serve(theirs, backend)),
+        }
+    }
+
+    /// How often a vring was enabled.
+    pub(crate) fn enabled(&self) -> usize {
+        self.told.lock().unwrap().enabled.len()
+    }
+
+    /// The features that it was given.
+    pub(crate) fn features(&self) -> u64 {
+        self.told.lock().unwrap().features
+    }
+
+    /// What it was asked for to keep what is in flight: vrings and descriptors.
+    pub(crate) fn inflight_asked(&self) -> Vec<(u16, u16)> {
+        self.told.lock().unwrap().inflight_asked.clone()
+    }
+
+    /// The areas that it was given: length and inode of the file.
+    pub(crate) fn inflight(&self) -> Vec<(u64, u64)> {
+        self.told.lock().unwrap().inflight.clone()
+    }
+
+    /// The bases of its vrings.
+    pub(crate) fn bases(&self) -> Vec<(u32, u32)> {
+        self.told.lock().unwrap().bases.clone()
+    }
+
+    /// It ends, as a process would.
+    pub(crate) fn hang_up(self) {
+        self.stream.shutdown(std::net::Shutdown::Both).unwrap();
+        self.server.join().unwrap();
+    }
 }
 
 /// Waits for the front-end's next event, as an event loop would.

@@ -3,8 +3,10 @@
 mod backend;
 mod connection;
 mod frontend;
-mod interop;
+mod inflight;
+pub(crate) mod interop;
 mod iotlb;
+pub(crate) mod noise;
 mod socket;
 mod wire;
 

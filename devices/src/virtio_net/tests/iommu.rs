@@ -14,14 +14,14 @@ use crate::virtio_iommu::{Change, Mapping};
 const BASE: u64 = 0x1_0000_0000;
 const PAGE: u64 = 0x1000;
 /// Where the rings of the tests lie.
-const RINGS: Mapping = Mapping {
+pub(super) const RINGS: Mapping = Mapping {
     iova: BASE,
     gpa: 0,
     len: 0x10_0000,
     permission: Permission::READ_WRITE,
 };
 /// A page for experiments, somewhere else.
-const EXTRA: Mapping = Mapping {
+pub(super) const EXTRA: Mapping = Mapping {
     iova: 0x7000,
     gpa: 0x80_0000,
     len: PAGE,
@@ -36,9 +36,9 @@ const ALL: u64 = protocol_features::REPLY_ACK
     | protocol_features::BACKEND_REQ;
 
 /// A world behind an IOMMU.
-struct Behind {
+pub(super) struct Behind {
     world: World,
-    endpoint: Arc<Endpoint>,
+    pub(super) endpoint: Arc<Endpoint>,
 }
 
 impl std::ops::Deref for Behind {
@@ -62,7 +62,7 @@ impl Behind {
         Self { world, endpoint }
     }
 
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self::with(RingFeatures::default(), PATIENCE)
     }
 
@@ -123,7 +123,7 @@ impl Behind {
 }
 
 /// The usual queues, at their device addresses.
-fn shifted() -> Activation {
+pub(super) fn shifted() -> Activation {
     let mut activation = activation();
     activation.features |= F_ACCESS_PLATFORM;
     for queue in &mut activation.queues {

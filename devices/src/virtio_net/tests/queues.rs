@@ -7,7 +7,7 @@ use crate::virtio::{VirtioPci, status};
 /// The base of a packed ring from its beginning.
 const FRESH: u32 = 0x8000_8000;
 
-const PACKED: RingFeatures = RingFeatures {
+pub(super) const PACKED: RingFeatures = RingFeatures {
     packed: true,
     in_order: true,
     event_idx: true,
@@ -28,12 +28,12 @@ impl World {
     }
 
     /// The queues whose resets are complete.
-    fn queue_resets(&self) -> Vec<u16> {
+    pub(super) fn queue_resets(&self) -> Vec<u16> {
         self.transport.queue_resets.lock().unwrap().clone()
     }
 
     /// Writes a descriptor as a driver does that makes a buffer available in the first lap.
-    fn make_available(&self, queue: &QueueSetup) {
+    pub(super) fn make_available(&self, queue: &QueueSetup) {
         let memory = self.host.memory();
         let flags_of_the_first_lap = 1u16 << 7;
         memory
@@ -52,7 +52,7 @@ fn packed_queue(index: u64) -> QueueSetup {
     }
 }
 
-fn packed_activation() -> Activation {
+pub(super) fn packed_activation() -> Activation {
     Activation {
         features: BACKEND | F_RING_PACKED | F_RING_RESET | F_MAC | F_STATUS,
         queues: vec![packed_queue(0), packed_queue(1)],

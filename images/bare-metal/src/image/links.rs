@@ -17,6 +17,7 @@ use crate::arch::{self, event};
 use crate::console;
 use crate::error;
 use crate::machine::Machine;
+use crate::print;
 use crate::study::{self, Pages};
 
 /// What the main loop needs beside what a workload needs.
@@ -90,6 +91,20 @@ pub struct FrontEnd<'a, M> {
     pub pages: Pages,
     ground: Option<Ground>,
     churn: Option<Churn>,
+    /// How many queue pairs to set up.
+    queues: u16,
+    flips: Option<Flips>,
+}
+
+/// Queue pairs that go out of use and come back.
+struct Flips {
+    /// How many there are when all are in use.
+    pairs: usize,
+    /// Ticks from one change to the next, and when that is.
+    every: u64,
+    next: u64,
+    /// How many changes there have been.
+    done: u64,
 }
 
 /// Why a network device could not be started.
@@ -109,7 +124,8 @@ impl<'a, M: Mapper> FrontEnd<'a, M> {
         machine: &'a Machine,
         platform: &'a Translated<'a, Machine>,
         function: Function,
-        (shape, mapper, tsc_khz): (Shape, M, u64),
+        (shape, mapper): (Shape, M),
+        (queues, tsc_khz): (u16, u64),
     ) -> Self {
         Self {
             machine,
@@ -125,6 +141,8 @@ impl<'a, M: Mapper> FrontEnd<'a, M> {
             pages: Pages::default(),
             ground: None,
             churn: None,
+            queues,
+            flips: None,
         }
     }
 
@@ -160,8 +178,8 @@ impl<'a, M: Mapper> FrontEnd<'a, M> {
             }
         }
         let memory = self.machine.memory(self.platform.offset());
-        let mapper = self.mapper.clone();
-        let device = NetDevice::new(self.platform, self.function, memory, self.shape, mapper)
+        let parts = (self.shape, self.mapper.clone());
+        let device = NetDevice::new(self.platform, self.function, memory, parts, self.queues)
             .map_err(|error| match (error, self.platform.take_refusal()) {
                 (virtio_pci::Error::Iommu(error), _) | (_, Some(error)) => NotStarted::Iommu(error),
                 (error, None) => NotStarted::Device(error),
@@ -226,7 +244,46 @@ impl<M: Mapper> Link for FrontEnd<'_, M> {
 
     fn port(&mut self) -> Option<&mut Self::Port> {
         let device = self.device.as_mut().filter(|_| self.up)?;
-        Some(&mut device.port)
+        device.port()
+    }
+
+    #[inline(always)]
+    fn pair(&mut self, index: usize) -> Option<&mut Self::Port> {
+        let device = self.device.as_mut().filter(|_| self.up)?;
+        device.pair(index)
+    }
+
+    fn use_pairs(&mut self, count: usize) -> bool {
+        let Some(device) = &mut self.device else {
+            return false;
+        };
+        match device.use_pairs(count) {
+            Ok(()) => true,
+            Err(why) => {
+                error(format_args!("{count} queue pairs: {why}"));
+                false
+            }
+        }
+    }
+
+    fn start_flips(&mut self, pairs: usize, hz: u64) -> bool {
+        let every = 1000 * self.tsc_khz / hz.max(1);
+        let next = arch::now() + every;
+        self.flips = Some(Flips {
+            pairs,
+            every,
+            next,
+            done: 0,
+        });
+        true
+    }
+
+    fn end_flips(&mut self) {
+        if let Some(flips) = self.flips.take() {
+            let done = flips.done;
+            print!("guest: pairs went out of use or came back {done} times");
+            self.use_pairs(flips.pairs);
+        }
     }
 
     fn service(&mut self) {
@@ -246,7 +303,8 @@ impl<M: Mapper> Link for FrontEnd<'_, M> {
     }
 
     fn sleep(&mut self, until: u64) {
-        sleep(until);
+        let flip = self.flips.as_ref().map_or(until, |flips| flips.next);
+        sleep(until.min(flip));
     }
 
     fn now(&self) -> u64 {
@@ -267,6 +325,26 @@ impl<M: Mapper> Link for FrontEnd<'_, M> {
 
     #[inline(always)]
     fn beside(&mut self, now: u64) {
+        if let Some(flips) = &mut self.flips
+            && now >= flips.next
+            && let Some(device) = self.device.as_mut().filter(|_| self.up)
+        {
+            let count = match device.pair(1) {
+                Some(_) => 1,
+                None => flips.pairs,
+            };
+            match device.use_pairs(count) {
+                // From its end on: the workload gets its time in between.
+                Ok(()) => {
+                    flips.next = arch::now() + flips.every;
+                    flips.done += 1;
+                }
+                Err(why) => {
+                    error(format_args!("{count} queue pairs: {why}"));
+                    self.flips = None;
+                }
+            }
+        }
         if let Some(churn) = &mut self.churn
             && let Some(behind) = self.platform.behind()
             && let Ok(mut iommu) = behind.iommu.try_borrow_mut()
@@ -349,6 +427,15 @@ impl Link for BackEnd<'_> {
 
     fn port(&mut self) -> Option<&mut Self::Port> {
         self.device.port()
+    }
+
+    #[inline(always)]
+    fn pair(&mut self, index: usize) -> Option<&mut Self::Port> {
+        self.device.pair(index)
+    }
+
+    fn use_pairs(&mut self, count: usize) -> bool {
+        count <= self.device.pairs()
     }
 
     fn service(&mut self) {

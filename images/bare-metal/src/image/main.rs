@@ -156,8 +156,8 @@ fn start<M: Mapper>(
     mapper: M,
 ) -> ! {
     let platform = Translated::new(machine, behind);
-    let parts = (boot.shape, mapper, boot.tsc_khz);
-    let mut link = FrontEnd::new(machine, &platform, function, parts);
+    let (parts, numbers) = ((boot.shape, mapper), (boot.queues, boot.tsc_khz));
+    let mut link = FrontEnd::new(machine, &platform, function, parts, numbers);
     if boot.iommu != IommuMode::Manual || platform.behind().is_none() {
         match link.start() {
             Ok(()) => {}
@@ -260,14 +260,13 @@ fn announce<C: Connection>(link: &C, up: bool, tsc_khz: u64) {
 
 /// Runs a workload and reports it; `None` where it could not be finished.
 fn run_workload<C: Connection>(link: &mut C, run: &Run) -> Option<Outcome> {
-    match bare_metal::execute(link, run) {
-        Ok(outcome) => {
-            console::record(format_args!("{}", ResultRecord(run, &outcome)));
-            summary(run, &outcome);
-            Some(outcome)
-        }
+    let mut outcome = Outcome::default();
+    let result = bare_metal::attempt(link, run, &mut outcome).map_err(|why| link.explain(why));
+    console::record(format_args!("{}", ResultRecord(run, &outcome)));
+    summary(run, &outcome);
+    match result {
+        Ok(()) => Some(outcome),
         Err(stopped) => {
-            let stopped = link.explain(stopped);
             error(format_args!(
                 "run {} ({}): {stopped}",
                 run.id,

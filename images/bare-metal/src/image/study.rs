@@ -98,7 +98,9 @@ pub fn front_end<M: Mapper>(link: &mut FrontEnd<'_, M>, step: &Study) {
                 return refuse(step, format_args!("not for a front-end"));
             }
             let packed = device.features() & RING_PACKED != 0;
-            let rings = device.rings();
+            let Some(rings) = device.rings() else {
+                return refuse(step, format_args!("no rings"));
+            };
             let writes = scribble(&device.memory(), &rings, packed, what, count, seed);
             done(step, &[("writes", number(writes))]);
         }

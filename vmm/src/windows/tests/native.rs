@@ -23,7 +23,7 @@ const NEITHER: u64 = READ_WRITE + 3 * PAGE;
 const HOLE: u64 = READ_WRITE + 4 * PAGE;
 const LAST: u64 = READ_WRITE + 5 * PAGE;
 
-fn word(file: &File, offset: u64) -> u64 {
+pub(super) fn word(file: &File, offset: u64) -> u64 {
     let mut bytes = [0; 8];
     file.read_exact_at(&mut bytes, offset).unwrap();
     u64::from_le_bytes(bytes)
@@ -545,14 +545,14 @@ pub(crate) fn meanwhile<T>(
 
 /// What can be used while the vCPU runs.
 pub(crate) struct Running {
-    window: Arc<dyn Window>,
+    pub(super) window: Arc<dyn Window>,
     bar: Arc<Bar>,
     machine: Arc<crate::host::Machine>,
 }
 
 impl Running {
     /// How many accesses have been refused.
-    fn missed(&self) -> usize {
+    pub(super) fn missed(&self) -> usize {
         self.bar.missed.lock().unwrap().len()
     }
 

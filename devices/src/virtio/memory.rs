@@ -1,4 +1,4 @@
-//! The guest's memory as the device reaches it for its control queues: by guest physical address, or through the IOMMU that it is behind.
+//! The guest's memory as a device reaches it for the queues that the VMM itself serves: by guest physical address, or through the IOMMU that it is behind.
 //!
 //! Every access is translated anew and nothing is remembered, so a mapping that is gone is gone with the next access. The IOMMU and
 //! this device are served by the same thread: no request of the guest completes between a translation and its use.
@@ -24,14 +24,14 @@ const ACCESSES: [(Permissions, Access); 2] = [
 ];
 
 /// Memory by device address.
-pub(super) struct DeviceMemory<'m> {
+pub(crate) struct DeviceMemory<'m> {
     memory: &'m GuestMemoryMmap,
     endpoint: Option<&'m Endpoint>,
     refused: Cell<bool>,
 }
 
 impl<'m> DeviceMemory<'m> {
-    pub(super) fn new(memory: &'m GuestMemoryMmap, endpoint: Option<&'m Endpoint>) -> Self {
+    pub(crate) fn new(memory: &'m GuestMemoryMmap, endpoint: Option<&'m Endpoint>) -> Self {
         Self {
             memory,
             endpoint,
@@ -40,7 +40,7 @@ impl<'m> DeviceMemory<'m> {
     }
 
     /// Whether the IOMMU has refused an access. It was told of each.
-    pub(super) fn refused(&self) -> bool {
+    pub(crate) fn refused(&self) -> bool {
         self.refused.get()
     }
 

@@ -1,0 +1,158 @@
+//! The part about peers.
+
+use serde::Serialize;
+
+use super::{Dropped, Report};
+use crate::bench::pairs::{LEAST_SHARE, Measured, moved};
+use crate::bench::peers::{PeerCase, PeerMeasured, PeerRound};
+use crate::bench::probe::Distance;
+use crate::bench::stats::{Spread, median, round};
+use crate::cli::bench::PeerName;
+use crate::cli::iommu::Iommu;
+use crate::cli::rings::Layout;
+use crate::cli::{Direction, Path};
+
+/// One figure of a peer; the keys are those of a figure of the VMs, as far as they mean something. Nobody checks a peer's frames.
+#[derive(Clone, Debug, Serialize)]
+pub struct PeerEntry {
+    pub name: PeerName,
+    pub direction: Direction,
+    pub frame_size: u16,
+    pub batch: u16,
+    queue_pairs: u16,
+    queue_size: u16,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub distance: Option<Distance>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    probe_ns: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mpps: Option<Spread>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gbps: Option<Spread>,
+    frames: u64,
+    dropped_samples: Dropped,
+    /// What each end had to have of its core for a sample to count.
+    least_core_share: f64,
+    /// Of both processes together.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cpu_ns_per_frame: Option<Spread>,
+    /// How the two processes were called, back-end first.
+    command: [String; 2],
+    /// What each was told on its standard input.
+    input: [Vec<String>; 2],
+}
+
+/// The window beside a peer.
+#[derive(Clone, Debug, Serialize)]
+pub struct ToPeerEntry {
+    pub name: PeerName,
+    pub direction: Direction,
+    pub ring: Layout,
+    pub in_order: bool,
+    pub iommu: Iommu,
+    pub frame_size: u16,
+    pub batch: u16,
+    pub distance: Distance,
+    /// Rate through the window to the peer's.
+    pub speed: Spread,
+}
+
+impl Report {
+    /// With what was measured of peers, and the guests beside them.
+    pub fn with_peers(mut self, measured: &[Measured], peers: &[PeerMeasured]) -> Self {
+        self.peers = peers.iter().flat_map(entries).collect();
+        self.to_peers = peers
+            .iter()
+            .flat_map(|peer| to_peer(measured, peer))
+            .collect();
+        self
+    }
+}
+
+/// An entry a distance; the dropped samples stand in the first.
+fn entries(peer: &PeerMeasured) -> Vec<PeerEntry> {
+    let mut entries: Vec<PeerEntry> = [Distance::Near, Distance::Far]
+        .into_iter()
+        .filter_map(|distance| {
+            let here = |round: &&PeerRound| round.distance() == distance;
+            let rounds: Vec<&PeerRound> = peer.rounds.iter().filter(here).collect();
+            (!rounds.is_empty()).then(|| entry(peer, Some(distance), &rounds))
+        })
+        .collect();
+    if entries.is_empty() {
+        entries.push(entry(peer, None, &[]));
+    }
+    if let Some(first) = entries.first_mut() {
+        first.dropped_samples = Dropped {
+            cores_moved: peer.moved,
+            core_not_had: peer.disturbed,
+        };
+    }
+    entries
+}
+
+fn entry(peer: &PeerMeasured, distance: Option<Distance>, rounds: &[&PeerRound]) -> PeerEntry {
+    let PeerCase { way, size, batch } = peer.case;
+    let bits = f64::from(size) * 8.0;
+    let rates = || rounds.iter().map(|round| round.sample.mpps);
+    let probes: Vec<f64> = rounds.iter().map(|round| round.probe_ns).collect();
+    let cpu = rounds.iter().filter(|round| round.sample.mpps > 0.0);
+    PeerEntry {
+        name: peer.name,
+        direction: way.direction(),
+        frame_size: size,
+        batch,
+        queue_pairs: 1,
+        queue_size: peer.ring,
+        distance,
+        probe_ns: median(&probes).map(round),
+        mpps: Spread::of(rates()),
+        gbps: Spread::of(rates().map(|mpps| mpps * bits / 1000.0)),
+        frames: rounds.iter().map(|round| round.sample.frames).sum(),
+        dropped_samples: Dropped {
+            cores_moved: 0,
+            core_not_had: 0,
+        },
+        least_core_share: LEAST_SHARE,
+        cpu_ns_per_frame: Spread::of(
+            cpu.map(|round| round.sample.shares.iter().sum::<f64>() * 1000.0 / round.sample.mpps),
+        ),
+        command: peer.commands.clone(),
+        input: peer.inputs.clone(),
+    }
+}
+
+/// Each case of the window beside the peer, round by round. A round counts where the cores were as far apart for both.
+fn to_peer(measured: &[Measured], peer: &PeerMeasured) -> Vec<ToPeerEntry> {
+    let mut entries = Vec::new();
+    let same =
+        |it: &&Measured| it.case.path == Path::Window && PeerCase::of(&it.case) == Some(peer.case);
+    for window in measured.iter().filter(same) {
+        let case = window.case;
+        for distance in [Distance::Near, Distance::Far] {
+            let here = window.pairs.iter().filter(|it| it.distance() == distance);
+            let speed = here.filter_map(|pair| {
+                let mut rounds = peer.rounds.iter();
+                let other = rounds.find(|other| other.round == pair.round)?;
+                let rate = other.sample.mpps;
+                (rate > 0.0 && !moved(&[pair.probe_ns, other.probe_ns]))
+                    .then(|| pair.vm.result.mpps / rate)
+            });
+            entries.extend(Spread::of(speed).map(|speed| ToPeerEntry {
+                name: peer.name,
+                direction: case.direction,
+                ring: case.ring.layout,
+                in_order: case.ring.in_order,
+                iommu: case.iommu,
+                frame_size: case.size,
+                batch: case.batch,
+                distance,
+                speed,
+            }));
+        }
+    }
+    entries
+}
+
+#[cfg(test)]
+mod tests;
