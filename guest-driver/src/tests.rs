@@ -348,6 +348,26 @@ fn an_address_beyond_the_window_breaks_the_ring_and_touches_nothing<L: Layout>()
     }
 }
 
+/// What a back-end reads of buffers that it may only write is all-ones, and so may be what lay in a buffer before.
+fn every_frame_has_its_header_whatever_its_buffer_reads_as<L: Layout>() {
+    let mut hand = ByHand::<L>::new();
+    let all = frames(3, 200, 3);
+    let offsets = [0, 0x1000, 0x2000];
+    for (offset, before) in offsets.into_iter().zip([0xFF, 0x00, 0xFF]) {
+        hand.put(BUFFERS + offset, &[before; 300]);
+        hand.rx.add(&[piece(offset, 300, true)]).unwrap();
+    }
+    hand.rx.publish();
+    assert_eq!(send(&mut hand.back, &all), 3);
+    for (offset, frame) in offsets.into_iter().zip(&all) {
+        assert_eq!(
+            hand.bytes(BUFFERS + offset, 12),
+            [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0]
+        );
+        assert_eq!(hand.bytes(BUFFERS + offset + 12, 200), *frame);
+    }
+}
+
 /// Runs each of these for both layouts.
 macro_rules! both_layouts {
     ($($name:ident),* $(,)?) => {
@@ -371,6 +391,7 @@ both_layouts!(
     buffers_that_cannot_hold_a_frame_come_back_empty_and_untouched,
     what_is_no_frame_is_not_shown,
     an_address_beyond_the_window_breaks_the_ring_and_touches_nothing,
+    every_frame_has_its_header_whatever_its_buffer_reads_as,
 );
 
 #[test]

@@ -90,6 +90,12 @@ guest!(power_off, "vmm_test_power_off", "vmm_test_power_off_end",
     "mov al, 42" "mov dx, 0xf4" "out dx, al" "hlt");
 guest!(reset, "vmm_test_reset", "vmm_test_reset_end",
     "mov al, 0xfe" "mov dx, 0x64" "out dx, al" "hlt");
+// The sleep type alone first, which does nothing.
+guest!(soft_off, "vmm_test_soft_off", "vmm_test_soft_off_end",
+    "mov dx, 0x600" "mov al, 0x14" "out dx, al" "mov al, 0x34" "out dx, al" "hlt");
+// The code there means the same in 64-bit mode as in real mode.
+guest!(reset_vector, "vmm_test_reset_vector", "vmm_test_reset_vector_end",
+    "mov eax, 0xffff0" "jmp rax");
 guest!(
     triple_fault,
     "vmm_test_triple_fault",

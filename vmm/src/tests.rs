@@ -72,6 +72,22 @@ fn the_keyboard_controllers_reset_line_resets() {
 }
 
 #[test]
+fn the_code_at_the_reset_vector_resets() {
+    assert_eq!(
+        run(config(image(testing::reset_vector()))).unwrap(),
+        Outcome::Reset
+    );
+}
+
+#[test]
+fn soft_off_by_acpi_is_a_power_off_with_code_0() {
+    assert_eq!(
+        run(config(image(testing::soft_off()))).unwrap(),
+        Outcome::PowerOff { code: 0 }
+    );
+}
+
+#[test]
 fn the_guest_finds_its_command_line() {
     assert_eq!(
         run(config(image(testing::first_of_cmdline()))).unwrap(),

@@ -52,6 +52,7 @@ fn an_elf_image_is_loaded_where_it_says_and_described_in_the_zero_page() {
     memory.read_slice(&mut code, GuestAddress(CODE)).unwrap();
     assert_eq!(&code, b"\xF4code");
     let params: boot_params = memory.read_obj(GuestAddress(ZERO_PAGE)).unwrap();
+    assert_eq!({ params.acpi_rsdp_addr }, layout::RSDP);
     let header = params.hdr;
     assert_eq!(
         (u64::from(header.cmd_line_ptr), header.type_of_loader),
