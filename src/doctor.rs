@@ -18,7 +18,7 @@ use crate::sys::{self, Limit};
 enum State {
     /// As it should be.
     Ok,
-    /// It works, but figures get worse or less steady.
+    /// It works, but figures get worse or less steady, or a flag that few want does not work.
     Slow,
     /// It does not work.
     Missing,
@@ -123,7 +123,34 @@ fn checks() -> Vec<Check> {
         locked(sys::limit(Limit::LockedMemory).unwrap_or(u64::MAX)),
         governor(host::governor(&cores).as_deref()),
         isolated(host::isolated_cores().as_deref()),
+        optional("tap", Path::new("/dev/net/tun"), "tun", "--net tap="),
+        optional(
+            "vhost-net",
+            Path::new("/dev/vhost-net"),
+            "vhost_net",
+            "--net tap=…,vhost=kernel",
+        ),
     ]
+}
+
+/// A device of the host that one flag needs and nothing else.
+fn optional(name: &'static str, path: &Path, module: &str, flag: &str) -> Check {
+    let shown = path.display();
+    match OpenOptions::new().read(true).write(true).open(path) {
+        Ok(_) => Check::ok(name, format!("{shown}, for {flag}")),
+        Err(error) => {
+            let mend = match error.kind() {
+                io::ErrorKind::PermissionDenied => "run it as root".to_owned(),
+                _ => format!("modprobe {module} (as root)"),
+            };
+            Check::not(
+                name,
+                State::Slow,
+                format!("{shown}: {error}"),
+                format!("{mend}; only {flag} needs it"),
+            )
+        }
+    }
 }
 
 fn kvm(path: &Path) -> Check {
@@ -329,6 +356,7 @@ mod tests {
             governor(Some("powersave")),
             isolated(None),
             kvm_kind(&["kvm".into(), "kvm_pvm".into()]),
+            optional("tap", Path::new("/no/such/device"), "tun", "--net tap="),
         ];
         for check in bad {
             assert_ne!(check.state, State::Ok, "{}", check.line());
@@ -341,6 +369,8 @@ mod tests {
     fn only_what_is_needed_fails_it() {
         assert_eq!(code(&[thp(Some("never")), isolated(None)]), exit::OK);
         assert_eq!(code(&[core_count(&[0])]), exit::HOST);
+        let none = optional("tap", Path::new("/no/such/device"), "tun", "--net tap=");
+        assert_eq!(code(&[none]), exit::OK);
         assert_eq!(core_count(&[0, 1]).state, State::Ok);
         assert_eq!(files(1024).state, State::Ok);
         assert_eq!(kvm_kind(&["kvm_amd".into()]).state, State::Ok);

@@ -50,7 +50,13 @@ fn each_wrong_argument_is_one_line_that_names_it_and_exit_code_3() {
             &["run", "--cpus", "affinity=99999"],
             &["--cpus", "affinity=99999"],
         ),
-        (&["run", "--net", "listen=on"], &["--net", "'socket'"]),
+        (
+            &["run", "--net", "listen=on"],
+            &["--net", "'socket'", "'tap'"],
+        ),
+        (&["run", "--net", "tap=a,socket=b"], &["--net", "'socket'"]),
+        (&["run", "--net", "tap=a/b"], &["--net", "tap=a/b"]),
+        (&["run", "--net", "tap=a", "--iommu"], &["tap=a", "--iommu"]),
         (&["run", "--net", "socket=x,mac=zz"], &["--net", "mac=zz"]),
         (
             &["run", "--net", "socket=x,size=100"],
@@ -58,7 +64,11 @@ fn each_wrong_argument_is_one_line_that_names_it_and_exit_code_3() {
         ),
         (
             &["run", "--net", "socket=x,port=1"],
-            &["--net", "'port'", "socket, listen, mac, size, packed"],
+            &[
+                "--net",
+                "'port'",
+                "socket, listen, mac, size, queues, packed",
+            ],
         ),
         (
             &["run", "--vhost-pci", "socket=x,window=7"],

@@ -72,20 +72,8 @@ static NET: KeyList = KeyList {
         Key {
             name: "socket",
             form: "PATH",
-            missing: Missing::Unset("tap= has to be there"),
+            missing: Missing::Unset("there has to be tap="),
             help: "Unix socket to the vhost-user back-end",
-        },
-        Key {
-            name: "tap",
-            form: "NAME",
-            missing: Missing::Unset("socket= has to be there"),
-            help: "in place of a back-end: a tap of this host, which is made if it is not there; not with --iommu",
-        },
-        Key {
-            name: "vhost",
-            form: "off|kernel",
-            missing: Missing::Default("off"),
-            help: "with tap=: its rings are served by the host's kernel (/dev/vhost-net), or by a thread of the VMM",
         },
         Key {
             name: "listen",
@@ -146,6 +134,18 @@ static NET: KeyList = KeyList {
             form: "MS",
             missing: Missing::Default("1000"),
             help: "with --iommu: how long the back-end may take to acknowledge a change before it is cut off",
+        },
+        Key {
+            name: "tap",
+            form: "NAME",
+            missing: Missing::Unset("there has to be socket="),
+            help: "in place of a back-end: a tap of this host, which is made if it is not there; not with --iommu",
+        },
+        Key {
+            name: "vhost",
+            form: "off|kernel",
+            missing: Missing::Default("off"),
+            help: "with tap=: its rings are served by the host's kernel (/dev/vhost-net), or by a thread of the VMM",
         },
     ],
 };
@@ -455,7 +455,7 @@ fn net(text: &str, index: usize) -> Result<Net, Failure> {
             iotlb_timeout: values.need("iotlb-timeout", milliseconds(1))?,
         })),
         _ => Err(usage(
-            "--net: one of socket=PATH and tap=NAME has to be there",
+            "--net: one of the keys 'socket' and 'tap' has to be there",
         )),
     }
 }
@@ -762,8 +762,9 @@ mod tests {
                 &["--net", "socket=a,queue-size=256"],
                 "--net: unknown key 'queue-size'",
             ),
-            (&["--net", "size=256"], "--net: one of socket=PATH and tap="),
-            (&["--net", "socket=a,tap=b"], "--net: one of socket=PATH"),
+            (&["--net", "size=256"], "--net: one of the keys 'socket'"),
+            (&["--net", "socket=a,tap=b"], "--net: one of the keys"),
+            (&["--net", "tap=a,queues=2"], "--net: a tap has one"),
             (&["--net", "tap=a/b"], "--net: tap=a/b: "),
             (&["--net", "tap=sixteen-letters-"], "--net: tap=sixteen"),
             (&["--net", "tap=a,vhost=on"], "--net: vhost=on: "),

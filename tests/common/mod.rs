@@ -155,11 +155,21 @@ impl Running {
 
     /// Waits until `what` holds of it.
     #[track_caller]
-    pub fn wait_for(&mut self, what: &str, mut holds: impl FnMut(&mut Self) -> bool) {
+    pub fn wait_for(&mut self, what: &str, holds: impl FnMut(&mut Self) -> bool) {
+        self.wait_within(PATIENCE, what, holds);
+    }
+
+    #[track_caller]
+    fn wait_within(
+        &mut self,
+        most: Duration,
+        what: &str,
+        mut holds: impl FnMut(&mut Self) -> bool,
+    ) {
         let start = Instant::now();
         while !holds(self) {
             assert!(
-                start.elapsed() < PATIENCE,
+                start.elapsed() < most,
                 "waited in vain for: {what}\n{}\n{}",
                 self.stdout(),
                 self.stderr()
@@ -182,8 +192,14 @@ impl Running {
 
     /// Waits for its end.
     #[track_caller]
-    pub fn end(mut self) -> Ended {
-        self.wait_for("the end", |running| !running.is_running());
+    pub fn end(self) -> Ended {
+        self.end_within(PATIENCE)
+    }
+
+    /// Waits for its end, for as long as it may take at most.
+    #[track_caller]
+    pub fn end_within(mut self, most: Duration) -> Ended {
+        self.wait_within(most, "the end", |running| !running.is_running());
         let status = self.child.wait().unwrap();
         // The readers see the end of the pipes a moment later.
         let mut before = (self.stdout(), self.stderr());

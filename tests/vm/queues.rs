@@ -1,6 +1,14 @@
 //! Several queue pairs: a flow over each, and pairs that go out of use and come back under traffic.
 
-use crate::common::{Dir, Ended, run};
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::process::{Child, Stdio};
+
+use serde_json::Value;
+
+use crate::common::{Dir, Ended, PATIENCE, run, tool};
 use crate::{machine, start};
 
 /// What a guest says that received `count` frames over each of `queues` pairs.
@@ -100,4 +108,120 @@ fn a_front_end_with_more_pairs_than_the_back_end_has_one_and_says_so() {
     }
     let line = "4 queue pairs were asked for and the back-end serves 2: there is one";
     assert!(ends[1].stderr.contains(line), "{ends:?}");
+}
+
+/// A VM whose guest is told what to do over its control channel. It is killed when the test is done with it.
+struct Told {
+    child: Child,
+    channel: BufReader<UnixStream>,
+}
+
+impl Told {
+    fn start(flag: &str, device: &str, words: &str) -> Self {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        ours.set_read_timeout(Some(PATIENCE)).unwrap();
+        let args = ["run", "--console", "output", "--control-fd", "0"];
+        let mut command = tool(&[&args[..], &[flag, device, "--cmdline", words]].concat());
+        command.stdin(Stdio::from(OwnedFd::from(theirs)));
+        let child = command.stdout(Stdio::null()).spawn().unwrap();
+        let channel = BufReader::new(ours);
+        Self { child, channel }
+    }
+
+    fn send(&mut self, line: &str) {
+        let channel = self.channel.get_mut();
+        channel.write_all(format!("{line}\n").as_bytes()).unwrap();
+    }
+
+    /// The next record of this kind; an error record is a failure.
+    #[track_caller]
+    fn next(&mut self, kind: &str) -> Value {
+        loop {
+            let mut line = String::new();
+            let got = self.channel.read_line(&mut line);
+            assert!(got.is_ok_and(|got| got > 0), "waited in vain for: {kind}");
+            let record: Value = serde_json::from_str(&line).unwrap();
+            assert_ne!(record["record"], "error", "{record}");
+            if record["record"] == kind {
+                return record;
+            }
+        }
+    }
+}
+
+impl Drop for Told {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Runs a workload at both ends; `count` frames go over each of `queues` pairs, both ways.
+#[track_caller]
+fn both_ways(ends: &mut [Told; 2], id: u64, queues: u64, count: u64) {
+    for end in &mut *ends {
+        end.send(&format!(
+            "run id={id} work=both queues={queues} count={count} timeout_ms=30000"
+        ));
+    }
+    for end in ends {
+        let result = end.next("result");
+        assert_eq!(result["id"], id);
+        assert_eq!(result["verified"], queues * count, "{result}");
+        for key in ["lost", "duplicated", "reordered", "corrupted", "timeout"] {
+            assert_eq!(result[key], 0, "{key}: {result}");
+        }
+    }
+}
+
+#[test]
+fn pairs_are_added_and_removed_at_run_time_and_survive_resets_of_rings_and_device() {
+    let _machine = machine();
+    for keys in ["", ",packed=on"] {
+        let dir = Dir::new();
+        let socket = format!("socket={}", dir.file("s"));
+        let back = Told::start("--vhost-pci", &socket, "");
+        let front = format!("{socket},queues=4{keys}");
+        let mut ends = [back, Told::start("--net", &front, "queues=4")];
+        for end in &mut ends {
+            let features = end.next("ready")["features"].as_u64().unwrap();
+            assert_ne!(features & 1 << 22, 0, "VIRTIO_NET_F_MQ");
+        }
+        let mut id = 0;
+        for reset in ["", "reset-rings", "reset-device"] {
+            if !reset.is_empty() {
+                ends[1].send(reset);
+                for end in &mut ends {
+                    end.next("ready");
+                }
+            }
+            for queues in [1, 4, 2, 3, 1, 4] {
+                id += 1;
+                both_ways(&mut ends, id, queues, 3_000);
+            }
+        }
+        for end in &mut ends {
+            end.send("exit");
+            assert!(end.child.wait().unwrap().success());
+        }
+    }
+}
+
+#[test]
+fn bench_measures_over_as_many_pairs_as_it_was_asked_for() {
+    let _machine = machine();
+    let dir = Dir::new();
+    let path = dir.file("out.json");
+    let what = ["--sizes", "64", "--batches", "32"];
+    let how = ["--directions", "both,round-trip", "--ms", "10"];
+    let args = ["bench", "--queues", "2", "--samples", "1", "--json", &path];
+    let ended = run(&[&args[..], &what, &how].concat());
+    let text = fs::read_to_string(&path).unwrap_or_else(|error| panic!("{error}: {ended:?}"));
+    let json: Value = serde_json::from_str(&text).unwrap();
+    for (entry, pairs) in json["results"].as_array().unwrap().iter().zip([2, 1]) {
+        assert_eq!(entry["queue_pairs"], pairs, "{entry}");
+        for key in ["lost", "duplicated", "reordered", "corrupted"] {
+            assert_eq!(entry[key], 0, "{key}: {entry}");
+        }
+    }
 }

@@ -701,7 +701,13 @@ impl Frontend {
             Owed::MaxMemSlots => self.max_mem_slots = decode::<U64>(message)?.0,
             Owed::Ack(_) => match decode::<U64>(message)?.0 {
                 0 => {}
-                value => return Err(Violation::Refused { request, value }.into()),
+                value => {
+                    if request == requests::SET_INFLIGHT_FD {
+                        // It would be refused for ever.
+                        self.inflight = None;
+                    }
+                    return Err(Violation::Refused { request, value }.into());
+                }
             },
             Owed::Barrier => {
                 decode::<U64>(message)?;

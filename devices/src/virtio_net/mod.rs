@@ -41,6 +41,7 @@
 mod control;
 mod iotlb;
 mod names;
+mod pairs;
 mod rings;
 pub mod tap;
 #[cfg(test)]

@@ -12,7 +12,7 @@ use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::errno;
 use vmm_sys_util::timerfd::TimerFd;
 
-use super::control::{self, Command, Control};
+use super::control::Control;
 use super::iotlb::{Follower, Watched};
 use super::names::Names;
 use super::rings::{self, RingError, Space};
@@ -28,8 +28,6 @@ const RECONNECT: Duration = Duration::from_millis(100);
 /// handshake: a connection can wait long in the backlog of a back-end that is not up yet, and nobody waits for it but the one who
 /// started it.
 pub(super) const STOP_DEADLINE: Duration = Duration::from_secs(1);
-/// How many commands of the control queue are served before others on the thread have their turn.
-const MAX_COMMANDS: usize = 16;
 /// How often something that a peer or a guest can bring about may be logged.
 const LOG_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -42,23 +40,23 @@ const DEADLINE_TIMER: u32 = 4;
 const CHANGED: u32 = 5;
 pub(super) const CHANNEL: u32 = 6;
 const IOTLB_TIMER: u32 = 7;
-const CONTROL: u32 = 8;
+pub(super) const CONTROL: u32 = 8;
 
 /// One queue as the driver wants it.
-struct Queue {
+pub(super) struct Queue {
     setup: QueueSetup,
     /// A back-end has had this ring: the next one goes on where it stopped.
     served: bool,
 }
 
 /// What the driver asked for.
-struct Active {
-    features: u64,
+pub(super) struct Active {
+    pub(super) features: u64,
     queues: Vec<Queue>,
     /// How many of the queues are a back-end's: those before them.
     vrings: u16,
     /// How many pairs of these are in use.
-    pairs: u16,
+    pub(super) pairs: u16,
     /// What the last back-end left for the next; while one is at work, its [`Frontend`] knows better.
     inflight: Option<InflightArea>,
 }
@@ -81,21 +79,21 @@ impl Active {
     }
 
     /// The index of the control queue: behind those that the features give a meaning (section 5.1.2).
-    fn control(&self) -> Option<u16> {
+    pub(super) fn control(&self) -> Option<u16> {
         (self.features & F_CTRL_VQ != 0).then_some(self.vrings)
     }
 
     /// Whether a vring is of a pair in use.
-    fn in_use(&self, vring: u8) -> bool {
+    pub(super) fn in_use(&self, vring: u8) -> bool {
         u16::from(vring) < 2 * self.pairs
     }
 
-    fn packed(&self) -> bool {
+    pub(super) fn packed(&self) -> bool {
         self.features & F_RING_PACKED != 0
     }
 
     /// The enabled queues that are a back-end's, with their vring indices.
-    fn enabled(&mut self) -> impl Iterator<Item = (u8, &mut Queue)> {
+    pub(super) fn enabled(&mut self) -> impl Iterator<Item = (u8, &mut Queue)> {
         let queues = self.queues.iter_mut().take(self.vrings.into());
         let queues = (0u8..).zip(queues);
         queues.filter(|(_, queue)| queue.setup.enabled)
@@ -122,14 +120,14 @@ pub(super) struct Worker {
     pub(super) follower: Option<Follower>,
     /// The rings are to be started when the back-end has been told of all translations.
     pub(super) start_waits: bool,
-    active: Option<Active>,
-    control: Option<Control>,
+    pub(super) active: Option<Active>,
+    pub(super) control: Option<Control>,
     /// How many answers the back-end owes to changes of the pairs in use; a command waits for the last.
-    enabling: usize,
+    pub(super) enabling: usize,
     /// The device needs a reset: nothing is started before.
     broken: bool,
     /// The transport waits for `reset_done`, and that for the back-end.
-    resetting: bool,
+    pub(super) resetting: bool,
     /// The vrings of the queues for which the transport waits for `queue_reset_done`, and that for the back-end.
     queue_resets: Vec<u8>,
     limit: RateLimit,
@@ -169,7 +167,7 @@ impl Worker {
         self.socket.path().display()
     }
 
-    fn may_log(&mut self) -> bool {
+    pub(super) fn may_log(&mut self) -> bool {
         self.limit.allow(Instant::now()).is_some()
     }
 
@@ -538,7 +536,7 @@ impl Worker {
         space(&*self.host, self.follower.as_ref())
     }
 
-    fn check(&self, queue: &QueueSetup, packed: bool) -> Result<(), RingError> {
+    pub(super) fn check(&self, queue: &QueueSetup, packed: bool) -> Result<(), RingError> {
         rings::check(queue, packed, self.queue_size, self.space())
     }
 
@@ -645,7 +643,7 @@ impl Worker {
     }
 
     /// The guest's driver has set up what cannot be.
-    fn refuse(&mut self, error: RingError, ops: &mut EventOps) {
+    pub(super) fn refuse(&mut self, error: RingError, ops: &mut EventOps) {
         if self.may_log() {
             warn!("{}: the driver set up {error}", self.path());
         }
@@ -656,7 +654,7 @@ impl Worker {
     }
 
     /// Nothing goes on before the driver has reset the device.
-    fn give_up(&mut self, ops: &mut EventOps) {
+    pub(super) fn give_up(&mut self, ops: &mut EventOps) {
         self.close_control(ops);
         self.active = None;
         self.broken = true;
@@ -696,7 +694,7 @@ impl Worker {
     }
 
     /// Gives the back-end time to stop; returns whether there still is one.
-    fn arm_deadline(&mut self, ops: &mut EventOps) -> bool {
+    pub(super) fn arm_deadline(&mut self, ops: &mut EventOps) -> bool {
         let result = self.deadline.reset(STOP_DEADLINE, None);
         if let Err(error) = &result {
             let why = format_args!("was cut off: cannot arm a timer: {error}");
@@ -706,7 +704,7 @@ impl Worker {
     }
 
     /// As [`Worker::arm_deadline`], where the back-end still owes something; otherwise it has all the time that there is.
-    fn rearm_deadline(&mut self, ops: &mut EventOps) {
+    pub(super) fn rearm_deadline(&mut self, ops: &mut EventOps) {
         if self.queue_resets.is_empty() && self.enabling == 0 {
             let _ = self.deadline.clear();
         } else {
@@ -733,132 +731,6 @@ impl Worker {
                 "was cut off: it did not stop, enable or disable a vring within {STOP_DEADLINE:?}"
             );
             self.drop_peer(Level::Warn, why, ops);
-        }
-    }
-
-    // ---- the control queue ----
-
-    fn is_control(&self, index: u16) -> bool {
-        let active = self.active.as_ref();
-        active.is_some_and(|active| active.control() == Some(index))
-    }
-
-    fn open_control(&mut self, setup: &QueueSetup, ops: &mut EventOps) {
-        self.close_control(ops);
-        let Some(active) = &self.active else { return };
-        if let Err(error) = self.check(setup, active.packed()) {
-            return self.refuse(error, ops);
-        }
-        let endpoint = self.follower.as_ref().map(|f| f.endpoint.clone());
-        let control = Control::new(setup, active.features, self.host.clone(), endpoint);
-        let control = match control {
-            Ok(control) => control,
-            Err(fault) => return self.control_fault(fault, ops),
-        };
-        let events = Events::with_data_raw(control.kick().as_raw_fd(), CONTROL, EventSet::IN);
-        if let Err(error) = ops.add(events) {
-            error!("{}: cannot watch the control queue: {error}", self.path());
-            return self.give_up(ops);
-        }
-        self.control = Some(control);
-        self.serve_control(ops);
-    }
-
-    fn close_control(&mut self, ops: &mut EventOps) {
-        if let Some(control) = self.control.take()
-            && let Err(error) = ops.remove(Events::empty(&**control.kick()))
-        {
-            error!("{}: cannot forget the control queue: {error}", self.path());
-        }
-    }
-
-    fn control_fault(&mut self, fault: control::Fault, ops: &mut EventOps) {
-        if self.may_log() {
-            warn!("{}: the driver's control queue: {fault}", self.path());
-        }
-        self.give_up(ops);
-    }
-
-    /// Does what the control queue asks for, up to a command that takes longer.
-    fn serve_control(&mut self, ops: &mut EventOps) {
-        if let Some(control) = &self.control {
-            event::clear(control.kick());
-        }
-        for _ in 0..MAX_COMMANDS {
-            let Some(control) = &mut self.control else {
-                return;
-            };
-            let done = match control.take() {
-                Ok(Some(Command::Pairs(pairs))) => self.use_pairs(pairs, ops),
-                Ok(Some(Command::Unknown)) => Some(false),
-                Ok(None) => return,
-                Err(fault) => return self.control_fault(fault, ops),
-            };
-            if let Some(ok) = done {
-                self.answer_control(ok, ops);
-            }
-        }
-        // Not all in one turn.
-        if let Some(control) = &self.control {
-            event::signal(control.kick());
-        }
-    }
-
-    /// Answers the command that waits, if there is one, and has the next looked at.
-    fn answer_control(&mut self, ok: bool, ops: &mut EventOps) {
-        let Some(control) = self.control.as_mut().filter(|control| control.waits()) else {
-            return;
-        };
-        match control.answer(ok) {
-            Ok(()) => event::signal(control.kick()),
-            Err(fault) => self.control_fault(fault, ops),
-        }
-    }
-
-    /// Puts so many pairs into use; returns whether that is possible, or `None` where the back-end has to say so first.
-    fn use_pairs(&mut self, pairs: u16, ops: &mut EventOps) -> Option<bool> {
-        let Some(active) = self.active.as_mut().filter(|a| a.features & F_MQ != 0) else {
-            return Some(false);
-        };
-        if !(1..=self.shared.pairs).contains(&pairs) {
-            return Some(false);
-        }
-        let before = std::mem::replace(&mut active.pairs, pairs);
-        let ready = active.enabled().filter(|(i, _)| u16::from(*i) < 2 * pairs);
-        if ready.count() != 2 * usize::from(pairs) {
-            active.pairs = before;
-            return Some(false);
-        }
-        let Some(peer) = self.peer.as_mut().filter(|p| p.frontend.is_started()) else {
-            return Some(true);
-        };
-        let changes: Vec<_> = (2 * before.min(pairs)..2 * before.max(pairs))
-            .filter_map(|index| u8::try_from(index).ok())
-            .filter(|&index| peer.frontend.has_vring(index))
-            .map(|index| (index, active.in_use(index)))
-            .collect();
-        if changes.is_empty() {
-            return Some(true);
-        }
-        debug!("{pairs} queue pairs are used in place of {before}");
-        self.enabling += 1;
-        match peer.frontend.enable_vrings(&changes) {
-            Ok(()) => {
-                self.arm_deadline(ops);
-            }
-            Err(error) => self.lost(&error, ops),
-        }
-        None
-    }
-
-    /// The back-end uses the pairs that it was told to.
-    fn pairs_changed(&mut self, ops: &mut EventOps) {
-        self.enabling = self.enabling.saturating_sub(1);
-        if !self.resetting {
-            self.rearm_deadline(ops);
-        }
-        if self.enabling == 0 {
-            self.answer_control(true, ops);
         }
     }
 

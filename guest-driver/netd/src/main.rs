@@ -2,11 +2,11 @@
 
 use std::io::{self, Write};
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::{ArgGroup, Parser, ValueEnum};
 use guest_driver::vhost_pci::{DEVICE_TYPE, VhostPci};
-use guest_driver::virtio_pci;
+use guest_driver::virtio_pci::{self, DEVICE_BASE, VENDOR};
 use vhost_pci_netd::dma::{self, Arena};
 use vhost_pci_netd::machine::Machine;
 use vhost_pci_netd::pci::{self, Address, Function};
@@ -54,7 +54,8 @@ const EXIT_STATUS: &str = "\
 Exit status:
   0  served until the end: a signal, --seconds, --count
   1  the device or the tap could not be had, or could not go on
-  2  --io sink: frames were lost, doubled, overtaken or corrupted; or the arguments are wrong";
+  2  --io sink: frames were lost, doubled, overtaken or corrupted
+  3  wrong arguments";
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Via {
@@ -103,7 +104,15 @@ enum Error {
 }
 
 fn main() -> ExitCode {
-    let args = Args::parse();
+    let args = match Args::try_parse() {
+        Ok(args) => args,
+        Err(error) => {
+            let asked = !error.use_stderr();
+            // Help that nobody reads is no failure.
+            let _ = error.print();
+            return ExitCode::from(if asked { 0 } else { 3 });
+        }
+    };
     match run(&args) {
         Ok(stats) => {
             let wrong = stats
@@ -123,6 +132,23 @@ fn note(text: &str) {
     let _ = writeln!(io::stderr(), "vhost-pci-netd: {text}");
 }
 
+/// Passes on ten lines a second: a peer decides how often there is something to say of it.
+fn limited() -> impl FnMut(&str) {
+    const MOST: u32 = 10;
+    let (mut second, mut said) = (Instant::now(), 0u32);
+    move |text| {
+        if second.elapsed() >= Duration::from_secs(1) {
+            (second, said) = (Instant::now(), 0);
+        }
+        said = said.saturating_add(1);
+        match said {
+            ..=MOST => note(text),
+            _ if said == MOST + 1 => note("more of this is left out"),
+            _ => {}
+        }
+    }
+}
+
 fn run(args: &Args) -> Result<Stats, Error> {
     let count = args.count;
     let size = usize::from(args.size);
@@ -138,6 +164,11 @@ fn run(args: &Args) -> Result<Stats, Error> {
 
 fn open(args: &Args) -> Result<Machine, Error> {
     let function = Function::find(sysfs::root(), args.device)?;
+    // Before anything else: nobody is to be told to unbind the wrong device.
+    let (vendor, device) = function.ids()?;
+    if (vendor, device) != (VENDOR, DEVICE_BASE + DEVICE_TYPE) {
+        return Err(Error::OtherDevice(args.device, vendor, device));
+    }
     let via = args.via.unwrap_or(match function.driver().as_deref() {
         Some("vfio-pci") => Via::Vfio,
         _ => Via::Sysfs,
@@ -154,14 +185,6 @@ fn open(args: &Args) -> Result<Machine, Error> {
 fn start(args: &Args, mut work: impl Work) -> Result<Stats, Error> {
     let mut machine = open(args)?;
     let function = machine.function();
-    let wanted = (virtio_pci::VENDOR, virtio_pci::DEVICE_BASE + DEVICE_TYPE);
-    if (function.vendor, function.device) != wanted {
-        return Err(Error::OtherDevice(
-            args.device,
-            function.vendor,
-            function.device,
-        ));
-    }
     guest_driver::bulk::detect();
     // From here on a signal must not end the process before the device is shut down.
     let stop = wait::stop_signals().map_err(Error::Signals)?;
@@ -187,7 +210,7 @@ fn start(args: &Args, mut work: impl Work) -> Result<Stats, Error> {
         }
     };
     note(&format!("serving {}", args.device));
-    let served = serve(&mut device, &mut work, &waiter, &options, print, note);
+    let served = serve(&mut device, &mut work, &waiter, &options, print, limited());
     // In any case: the device must not write to memory that is about to be somebody else's.
     let down = device.shut_down();
     let stats = served?;

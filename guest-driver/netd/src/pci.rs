@@ -2,8 +2,9 @@
 
 use std::cell::Cell;
 use std::fmt;
-use std::fs;
+use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -107,6 +108,16 @@ impl Function {
             true => Ok(Self { address, dir }),
             false => Err(Error::Absent(address)),
         }
+    }
+
+    /// Its vendor and device ID.
+    pub fn ids(&self) -> Result<(u16, u16), Error> {
+        let path = self.dir.join("config");
+        let mut bytes = [0; 4];
+        let read = File::open(&path).and_then(|file| file.read_exact_at(&mut bytes, 0));
+        read.map_err(|error| Error::File { path, error })?;
+        let [a, b, c, d] = bytes;
+        Ok((u16::from_le_bytes([a, b]), u16::from_le_bytes([c, d])))
     }
 
     /// The driver that has it; `None` where none has.

@@ -103,6 +103,26 @@ fn an_area_without_its_file_or_with_others_is_a_violation() {
 }
 
 #[test]
+fn an_area_that_is_refused_is_not_kept() {
+    let all = ONLY | protocol_features::REPLY_ACK;
+    let mut play = Play::handshake(Some(all), 0);
+    play.frontend
+        .start(FEATURES, &memory(1), &[vring(0)])
+        .unwrap();
+    play.reply(requests::SET_FEATURES, 0);
+    play.reply(requests::SET_MEM_TABLE, 0);
+    answer(&mut play, 0x4000, 1);
+    assert_eq!(play.process().unwrap(), None);
+    play.reply(requests::SET_INFLIGHT_FD, 1);
+    let expected = Violation::Refused {
+        request: requests::SET_INFLIGHT_FD,
+        value: 1,
+    };
+    assert_eq!(play.violation(), expected);
+    assert!(play.frontend.take_inflight().is_none());
+}
+
+#[test]
 fn vrings_that_are_stopped_before_the_area_has_come_are_never_started() {
     let mut play = waiting();
     play.frontend.stop().unwrap();
@@ -131,4 +151,20 @@ fn one_vring_can_be_stopped_and_started_again_before_the_area_has_come() {
         .collect();
     let enable = |index| (requests::SET_VRING_ENABLE, Some(index));
     assert_eq!(enabled, [enable(1), enable(0)]);
+}
+
+#[test]
+fn a_vring_that_is_disabled_before_the_area_has_come_is_started_like_that() {
+    let mut play = waiting();
+    play.frontend.enable_vrings(&[(1, false)]).unwrap();
+    play.expect(requests::GET_FEATURES);
+    answer(&mut play, 0x4000, 1);
+    play.reply(requests::GET_FEATURES, 0);
+    assert_eq!(play.process().unwrap(), Some(Event::Enabled));
+    let states: Vec<_> = std::iter::from_fn(|| play.peer.receive().unwrap())
+        .filter(|message| message.request == requests::SET_VRING_ENABLE)
+        .map(|message| VringState::decode(&message.payload).unwrap())
+        .map(|state| (state.index, state.num))
+        .collect();
+    assert_eq!(states, [(0, 1), (1, 0)]);
 }

@@ -1,7 +1,7 @@
 //! The network device over a tap interface of the host: the two host paths that the window is compared with.
 //!
 //! Either a thread of the VMM serves the rings (`served.rs`: a read and a write of the tap a frame), or the host's kernel does (`kernel.rs`: vhost-net). To
-//! `worker.rs`, which starts and stops queues as the driver wants it, both are an [`Engine`].
+//! `worker.rs`, which starts and stops queues as the driver wants it, both are an `Engine`.
 //!
 //! Checksums and segmentation are the tap's: a frame of up to 64 KiB goes through in one piece, its checksum still to be computed, and the header
 //! in front of it says so (VIRTIO 1.3, section 5.1.6). What a guest says there is checked before the host's kernel gets to see it.

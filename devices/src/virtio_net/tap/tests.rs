@@ -1,6 +1,7 @@
 //! The device in a machine, reached by a driver of the ring core; a pair of sockets stands in for the tap.
 
-use std::os::fd::OwnedFd;
+mod real;
+
 use std::os::unix::net::UnixDatagram;
 
 use event_manager::{EventManager, SubscriberOps};
@@ -81,7 +82,7 @@ fn queue(host: &FakeHost, index: u16, negotiated: u64) -> Queue {
 }
 
 impl World {
-    fn with_tap(rings: RingFeatures, accepted: u64, tap: OwnedFd, peer: UnixDatagram) -> Self {
+    fn with_port(rings: RingFeatures, accepted: u64, port: Port, peer: UnixDatagram) -> Self {
         let config = TapConfig {
             name: "stand-in".into(),
             server: Server::Thread,
@@ -90,7 +91,7 @@ impl World {
             mac: [2, 0, 0, 1, 2, 3],
         };
         let host = FakeHost::new();
-        let net = TapNet::with_port(config, Port::stand_in(tap), host.clone()).unwrap();
+        let net = TapNet::with_port(config, port, host.clone()).unwrap();
         let mut manager = EventManager::new().unwrap();
         manager.add_subscriber(net.subscriber());
         let function = VirtioPci::new(net.clone(), host.clone()).unwrap();
@@ -114,7 +115,7 @@ impl World {
         let (tap, peer) = UnixDatagram::pair().unwrap();
         tap.set_nonblocking(true).unwrap();
         peer.set_nonblocking(true).unwrap();
-        Self::with_tap(rings, accepted, tap.into(), peer)
+        Self::with_port(rings, accepted, Port::stand_in(tap.into()), peer)
     }
 
     /// Drives the device from nothing to DRIVER_OK, with rings that are empty.
@@ -542,9 +543,14 @@ fn a_tap_that_fails_takes_the_link_down_and_the_thread_lives() {
     // It can be read and written, but nobody can wait for it.
     let file = std::fs::File::open("/dev/null").unwrap();
     let (peer, _) = UnixDatagram::pair().unwrap();
-    let world = World::with_tap(RingFeatures::default(), u64::MAX, file.into(), peer);
-    assert_eq!(world.driver.u16(DEVICE + 6) & LINK_UP, 0);
-    assert!(!world.needs_reset());
+    let port = Port::stand_in(file.into());
+    let mut world = World::with_port(RingFeatures::default(), u64::MAX, port, peer);
+    for _ in 0..2 {
+        assert_eq!(world.driver.u16(DEVICE + 6) & LINK_UP, 0);
+        assert!(!world.needs_reset());
+        world.reset();
+        world.start();
+    }
 }
 
 #[test]

@@ -105,19 +105,21 @@ impl Worker {
     fn failed(&mut self, fault: &Fault, ops: &mut EventOps) {
         self.stop(ops);
         let name = &self.shared.name;
-        let lost = matches!(fault, Fault::Tap(_));
-        if lost {
-            error!("tap {name}: {fault}: the link is down");
-        } else if self.limit.allow(Instant::now()).is_some() {
+        let transport = self.shared.transport();
+        if matches!(fault, Fault::Tap(_)) {
+            // Once: a driver may try again as often as it likes.
+            if self.shared.link_up.swap(false, Ordering::AcqRel) {
+                error!("tap {name}: {fault}: the link is down");
+                if let Some(transport) = transport {
+                    transport.config_changed();
+                }
+            }
+            return;
+        }
+        if self.limit.allow(Instant::now()).is_some() {
             warn!("tap {name}: the driver has to reset the device: {fault}");
         }
-        let Some(transport) = self.shared.transport() else {
-            return;
-        };
-        if lost {
-            self.shared.link_up.store(false, Ordering::Release);
-            transport.config_changed();
-        } else {
+        if let Some(transport) = transport {
             transport.set_needs_reset();
         }
     }

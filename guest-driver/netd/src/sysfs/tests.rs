@@ -202,6 +202,7 @@ fn bars_are_what_sizing_them_on_the_device_would_say() {
     let machine = fake.open().unwrap();
     let function = machine.function();
     assert_eq!((function.vendor, function.device), (0x1af4, 0x107d));
+    assert_eq!(fake.function().ids().unwrap(), (0x1af4, 0x107d));
     let mut found = 0;
     for index in 0..6 {
         let want = function.bar(&Model0(fake.model.clone()), index);

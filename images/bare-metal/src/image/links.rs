@@ -292,7 +292,13 @@ impl<M: Mapper> Link for FrontEnd<'_, M> {
 
     #[inline(always)]
     fn gone(&mut self) -> bool {
-        if core::mem::take(&mut self.changed) {
+        if self.changed {
+            // What a peer that left put into pairs that are out of use counts, too: they come back first.
+            if self.flips.is_some() {
+                self.end_flips();
+                return false;
+            }
+            self.changed = false;
             self.look();
         }
         !self.up
