@@ -95,7 +95,6 @@ exchanges! {
     ];
     our_back_end_serves_virtio_user_whose_frames_span_buffers: [
         Run { guest: "size=1518", testpmd: SMALL_BUFFERS, ..back_end("packed_vq=0,mrg_rxbuf=1,in_order=0") },
-        Run { guest: "size=1518", testpmd: SMALL_BUFFERS, ..back_end("packed_vq=1,mrg_rxbuf=1,in_order=0") },
     ];
     dpdk_vhost_serves_our_front_end_over_split_rings: [
         front_end("in-order=on,event-idx=on"),
