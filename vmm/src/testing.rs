@@ -29,6 +29,8 @@ macro_rules! guest {
     ($name:ident, $start:literal, $end:literal, $($line:literal)*) => {
         global_asm!(
             ".pushsection .rodata.test_guests, \"a\", @progbits",
+            // Alignment inside a guest is alignment of its start, whatever lies before it.
+            ".balign 32",
             concat!(".globl ", $start), concat!($start, ":"),
             $($line,)*
             concat!(".globl ", $end), concat!($end, ":"),
