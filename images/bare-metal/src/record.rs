@@ -34,6 +34,9 @@ pub struct Received {
     pub reordered: u64,
     /// With a wrong byte, or a wrong length.
     pub corrupted: u64,
+    /// The same, where a run was cut short while the back-end's end looked at its last burst: a window that is taken away reads as ones from
+    /// one byte to the next.
+    pub torn: u64,
 }
 
 /// What a responder saw and did.
@@ -173,6 +176,7 @@ impl fmt::Display for ResultRecord<'_> {
                 duplicated,
                 reordered,
                 corrupted,
+                torn,
             } = received;
             let bytes = frames * size;
             write!(
@@ -181,6 +185,9 @@ impl fmt::Display for ResultRecord<'_> {
             )?;
             write!(f, ",\"lost\":{lost},\"duplicated\":{duplicated}")?;
             write!(f, ",\"reordered\":{reordered},\"corrupted\":{corrupted}")?;
+            if outcome.stopped {
+                write!(f, ",\"torn\":{torn}")?;
+            }
         }
         if let Some(times) = &outcome.round_trips {
             write!(f, ",\"rtt\":{}", Quantiles(times))?;

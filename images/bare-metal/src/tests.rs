@@ -462,3 +462,83 @@ fn what_a_peer_did_before_it_left_counts_and_what_it_did_not_is_missed() {
         }
     }
 }
+
+/// A back-end's port: bursts of frames, and then the window is gone.
+struct Vanishing(Vec<Vec<Vec<u8>>>);
+
+impl Port for Vanishing {
+    fn tx_burst(
+        &mut self,
+        _: usize,
+        _: usize,
+        _: impl FnMut(usize, &mut Slot),
+    ) -> Result<usize, Error> {
+        Ok(0)
+    }
+
+    fn rx_burst(&mut self, _: usize, mut receive: impl FnMut(&Frame)) -> Result<usize, Error> {
+        if self.0.is_empty() {
+            return Err(Error::Ring(virtqueue::Error::BadFlags));
+        }
+        let burst = self.0.remove(0);
+        burst.iter().for_each(|frame| receive(&Frame::of(frame)));
+        Ok(burst.len())
+    }
+
+    fn drained(&mut self) -> Result<bool, Error> {
+        Ok(true)
+    }
+
+    fn arm(&mut self, _: bool, _: bool) -> bool {
+        true
+    }
+
+    fn disarm(&mut self) {}
+}
+
+#[test]
+fn a_frame_torn_with_the_window_is_told_from_one_that_was_delivered_corrupt() {
+    let sink = run(Work::Sink);
+    // Two good frames, and one whose last byte is wrong.
+    let bed = bed();
+    let (mut front, mut back) =
+        joined::join(bed.memory, 0, &join_config(), Silent, Silent, false).unwrap();
+    let format = Format::new(End::FrontEnd, sink.size, sink.id);
+    front
+        .tx_burst(3, sink.size, |i, slot| {
+            format.build(slot, Kind::Data, i as u64);
+        })
+        .unwrap();
+    let mut frames = Vec::new();
+    back.rx_burst(3, |frame| {
+        let mut bytes = vec![0; frame.len()];
+        assert!(frame.read(0, &mut bytes));
+        frames.push(bytes);
+    })
+    .unwrap();
+    *frames[2].last_mut().unwrap() ^= 0xff;
+    let [first, second, wrong] = <[Vec<u8>; 3]>::try_from(frames).unwrap();
+    let with = |end, bursts| {
+        let mut link = Thread {
+            end,
+            port: Vanishing(bursts),
+            start: Instant::now(),
+        };
+        // Both ends look at what the front-end sends.
+        let sink = Run {
+            end: Some(End::BackEnd),
+            ..sink
+        };
+        let mut outcome = Outcome::default();
+        attempt(&mut link, &sink, &mut outcome).unwrap_err();
+        let received = outcome.received.unwrap();
+        (received.verified, received.corrupted, received.torn)
+    };
+    let last = vec![vec![first.clone()], vec![second.clone(), wrong.clone()]];
+    assert_eq!(with(End::BackEnd, last.clone()), (2, 0, 1));
+    // Its own memory does not go away.
+    assert_eq!(with(End::FrontEnd, last), (2, 1, 0));
+    // Nor was the window gone where another burst came.
+    let earlier = vec![vec![first, wrong], vec![second]];
+    assert_eq!(with(End::BackEnd, earlier), (2, 1, 0));
+}

@@ -292,6 +292,8 @@ pub(crate) struct Receiver {
     warmup: u64,
     /// How many frames the peer says it sent.
     pub(crate) ended: Option<u64>,
+    /// How many frames were corrupted before the last burst.
+    sound: u64,
     stats: Received,
 }
 
@@ -309,6 +311,7 @@ impl Receiver {
                 0
             },
             ended: None,
+            sound: 0,
             stats: Received::default(),
         }
     }
@@ -370,6 +373,12 @@ impl Receiver {
         }
     }
 
+    /// The run was cut short, and the frames lay in a window: of the last burst nobody can say whether it was there all the time.
+    fn tear(&mut self) {
+        self.stats.torn = self.stats.corrupted - self.sound;
+        self.stats.corrupted = self.sound;
+    }
+
     pub(crate) fn finish(&mut self, now: u64) -> Received {
         let (from, before) = self.timed_from.unwrap_or((now, self.stats.verified));
         self.stats.frames = self.stats.verified - before;
@@ -406,6 +415,9 @@ fn traffic<L: Link>(
         },
         ..sender.stats
     });
+    if let (Err(_), Some(receiver), End::BackEnd) = (&result, &mut receiver, link.end()) {
+        receiver.tear();
+    }
     outcome.received = receiver.map(|mut receiver| receiver.finish(stopped_at));
     result.map(|_| ())
 }
@@ -444,11 +456,16 @@ fn exchange<L: Link>(
             .as_mut()
             .filter(|receiver| receiver.ended.is_none())
         {
-            idle &= with_port(link, |port| {
+            let sound = receiver.stats.corrupted;
+            let came = with_port(link, |port| {
                 port.rx_burst(run.batch, |frame| {
                     receiver.take(frame);
                 })
-            })? == 0;
+            })?;
+            if came > 0 {
+                receiver.sound = sound;
+            }
+            idle &= came == 0;
             if receiver.ended.is_some() {
                 stopped_at = link.now();
             }
