@@ -263,24 +263,14 @@ fn ratio_spread(spread: &Spread) -> String {
     format!("{median} [{min} .. {max}]")
 }
 
+/// A table with a line an entry; none where there is nothing to show.
+fn rows<T>(head: &[&str], entries: &[T], row: impl FnMut(&T) -> Vec<String>) -> Option<String> {
+    let rows: Vec<Vec<String>> = entries.iter().map(row).collect();
+    (!rows.is_empty()).then(|| align(head, &rows))
+}
+
 /// What the window spares: a line a case and distance.
 fn paths(entries: &[PathEntry]) -> Option<String> {
-    let rows: Vec<Vec<String>> = entries
-        .iter()
-        .map(|entry| {
-            let (layout, in_order) = (entry.ring, entry.in_order);
-            vec![
-                entry.direction.name().to_owned(),
-                Ring { layout, in_order }.name(),
-                entry.frame_size.to_string(),
-                entry.batch.to_string(),
-                ratio_spread(&entry.speed),
-                or_dash(entry.cpu.as_ref(), ratio_spread),
-                entry.speed.samples.len().to_string(),
-                entry.distance.name().to_owned(),
-            ]
-        })
-        .collect();
     let head = [
         "direction",
         "ring",
@@ -291,25 +281,23 @@ fn paths(entries: &[PathEntry]) -> Option<String> {
         "pairs",
         "distance",
     ];
-    (!rows.is_empty()).then(|| align(&head, &rows))
+    rows(&head, entries, |entry| {
+        let (layout, in_order) = (entry.ring, entry.in_order);
+        vec![
+            entry.direction.name().to_owned(),
+            Ring { layout, in_order }.name(),
+            entry.frame_size.to_string(),
+            entry.batch.to_string(),
+            ratio_spread(&entry.speed),
+            or_dash(entry.cpu.as_ref(), ratio_spread),
+            entry.speed.samples.len().to_string(),
+            entry.distance.name().to_owned(),
+        ]
+    })
 }
 
 /// The first pair of VMs beside the second: a line a case and distance.
 fn vs_ratios(vs: &Vs) -> Option<String> {
-    let rows: Vec<Vec<String>> = vs
-        .ratios
-        .iter()
-        .map(|entry| {
-            vec![
-                entry.direction.name().to_owned(),
-                entry.frame_size.to_string(),
-                entry.batch.to_string(),
-                ratio_spread(&entry.speed),
-                entry.speed.samples.len().to_string(),
-                entry.distance.name().to_owned(),
-            ]
-        })
-        .collect();
     let head = [
         "direction",
         "size",
@@ -318,28 +306,20 @@ fn vs_ratios(vs: &Vs) -> Option<String> {
         "pairs",
         "distance",
     ];
-    (!rows.is_empty()).then(|| align(&head, &rows))
+    rows(&head, &vs.ratios, |entry| {
+        vec![
+            entry.direction.name().to_owned(),
+            entry.frame_size.to_string(),
+            entry.batch.to_string(),
+            ratio_spread(&entry.speed),
+            entry.speed.samples.len().to_string(),
+            entry.distance.name().to_owned(),
+        ]
+    })
 }
 
 /// The window beside the peers: a line a case, peer and distance.
 fn to_peers(entries: &[ToPeerEntry]) -> Option<String> {
-    let rows: Vec<Vec<String>> = entries
-        .iter()
-        .map(|entry| {
-            let (layout, in_order) = (entry.ring, entry.in_order);
-            vec![
-                entry.direction.name().to_owned(),
-                Ring { layout, in_order }.name(),
-                entry.iommu.name().to_owned(),
-                entry.frame_size.to_string(),
-                entry.batch.to_string(),
-                entry.name.name().to_owned(),
-                ratio_spread(&entry.speed),
-                entry.speed.samples.len().to_string(),
-                entry.distance.name().to_owned(),
-            ]
-        })
-        .collect();
     let head = [
         "direction",
         "ring",
@@ -351,27 +331,24 @@ fn to_peers(entries: &[ToPeerEntry]) -> Option<String> {
         "pairs",
         "distance",
     ];
-    (!rows.is_empty()).then(|| align(&head, &rows))
+    rows(&head, entries, |entry| {
+        let (layout, in_order) = (entry.ring, entry.in_order);
+        vec![
+            entry.direction.name().to_owned(),
+            Ring { layout, in_order }.name(),
+            entry.iommu.name().to_owned(),
+            entry.frame_size.to_string(),
+            entry.batch.to_string(),
+            entry.name.name().to_owned(),
+            ratio_spread(&entry.speed),
+            entry.speed.samples.len().to_string(),
+            entry.distance.name().to_owned(),
+        ]
+    })
 }
 
 /// What the IOMMU costs: a line a case and distance.
 fn ratios(entries: &[RatioEntry]) -> Option<String> {
-    let rows: Vec<Vec<String>> = entries
-        .iter()
-        .map(|entry| {
-            let (layout, in_order) = (entry.ring, entry.in_order);
-            vec![
-                entry.direction.name().to_owned(),
-                Ring { layout, in_order }.name(),
-                entry.frame_size.to_string(),
-                entry.batch.to_string(),
-                entry.iommu.name().to_owned(),
-                ratio_spread(&entry.ratio),
-                entry.ratio.samples.len().to_string(),
-                entry.distance.name().to_owned(),
-            ]
-        })
-        .collect();
     let head = [
         "direction",
         "ring",
@@ -382,7 +359,19 @@ fn ratios(entries: &[RatioEntry]) -> Option<String> {
         "pairs",
         "distance",
     ];
-    (!rows.is_empty()).then(|| align(&head, &rows))
+    rows(&head, entries, |entry| {
+        let (layout, in_order) = (entry.ring, entry.in_order);
+        vec![
+            entry.direction.name().to_owned(),
+            Ring { layout, in_order }.name(),
+            entry.frame_size.to_string(),
+            entry.batch.to_string(),
+            entry.iommu.name().to_owned(),
+            ratio_spread(&entry.ratio),
+            entry.ratio.samples.len().to_string(),
+            entry.distance.name().to_owned(),
+        ]
+    })
 }
 
 /// The request times: a line a place, ring and distance, a column a batch.

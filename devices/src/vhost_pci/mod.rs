@@ -32,7 +32,9 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::host::{Access, Files, Host, Window};
 use crate::vhost_user::{Socket, SocketError, SocketRole};
-use crate::virtio::{Activation, F_ACCESS_PLATFORM, SpecialQueues, Transport, VirtioDevice, event};
+use crate::virtio::{
+    Activation, F_ACCESS_PLATFORM, SpecialQueues, Transport, VirtioDevice, copy_config, event,
+};
 use crate::virtio_iommu::Endpoint;
 
 use misses::Misses;
@@ -348,12 +350,7 @@ impl VirtioDevice for VhostPci {
         fields[0..4].copy_from_slice(&self.shared.guest().status.to_le_bytes());
         fields[4..8].copy_from_slice(&u32::from(self.queues).to_le_bytes());
         fields[8..24].copy_from_slice(&self.uuid);
-        let fields = usize::try_from(offset)
-            .ok()
-            .and_then(|offset| fields.get(offset..));
-        for (byte, field) in data.iter_mut().zip(fields.unwrap_or_default()) {
-            *byte = *field;
-        }
+        copy_config(&fields, offset, data);
     }
 
     fn write_config(&self, offset: u64, data: &[u8]) {

@@ -123,6 +123,15 @@ pub trait Transport: Send + Sync {
     }
 }
 
+/// Answers a read of a device's configuration: bytes behind its end stay as they are.
+pub(crate) fn copy_config(config: &[u8], offset: u64, data: &mut [u8]) {
+    let start = usize::try_from(offset).unwrap_or(usize::MAX);
+    let there = config.get(start..).unwrap_or_default();
+    for (to, from) in data.iter_mut().zip(there) {
+        *to = *from;
+    }
+}
+
 /// A virtio device without its transport.
 pub trait VirtioDevice: Send + Sync {
     /// The virtio device type (VIRTIO 1.3, section 5).

@@ -34,7 +34,7 @@ use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::host::Host;
-use crate::virtio::{Activation, F_VERSION_1, Transport, VirtioDevice, event};
+use crate::virtio::{Activation, F_VERSION_1, Transport, VirtioDevice, copy_config, event};
 use domains::Domains;
 use wire::{Kind, PROBE_SIZE};
 use worker::Worker;
@@ -383,12 +383,7 @@ impl VirtioDevice for VirtioIommu {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let config = self.config();
-        let start = usize::try_from(offset).unwrap_or(usize::MAX);
-        let there = config.get(start..).unwrap_or_default();
-        for (to, from) in data.iter_mut().zip(there) {
-            *to = *from;
-        }
+        copy_config(&self.config(), offset, data);
     }
 
     fn write_config(&self, offset: u64, data: &[u8]) {

@@ -63,7 +63,7 @@ use crate::host::Host;
 use crate::vhost_user::{Socket, SocketError, SocketRole};
 use crate::virtio::{
     Activation, F_ACCESS_PLATFORM, F_RING_PACKED, F_RING_RESET, F_VERSION_1, MAX_QUEUE_SIZE,
-    QueueSetup, Transport, VirtioDevice, event,
+    QueueSetup, Transport, VirtioDevice, copy_config, event,
 };
 use crate::virtio_iommu::Endpoint;
 pub use iotlb::Stats;
@@ -361,12 +361,7 @@ impl VirtioDevice for VirtioNet {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let config = self.config();
-        let start = usize::try_from(offset).unwrap_or(usize::MAX);
-        let there = config.get(start..).unwrap_or_default();
-        for (to, from) in data.iter_mut().zip(there) {
-            *to = *from;
-        }
+        copy_config(&self.config(), offset, data);
     }
 
     /// Nothing in the configuration can be written by a driver that accepted VERSION_1.

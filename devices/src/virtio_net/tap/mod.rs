@@ -30,7 +30,8 @@ use super::rings::RingError;
 use super::{CONFIG_SIZE, LINK_UP, Mailbox, OWN_FEATURES, QueueOrder, RingFeatures};
 use crate::host::Host;
 use crate::virtio::{
-    Activation, F_VERSION_1, MAX_QUEUE_SIZE, QueueSetup, Transport, VirtioDevice, event,
+    Activation, F_VERSION_1, MAX_QUEUE_SIZE, QueueSetup, Transport, VirtioDevice, copy_config,
+    event,
 };
 use kernel::Kernel;
 use port::Port;
@@ -269,11 +270,7 @@ impl VirtioDevice for TapNet {
         config[0..6].copy_from_slice(&self.mac);
         config[6..8].copy_from_slice(&status.to_le_bytes());
         config[8..10].copy_from_slice(&1u16.to_le_bytes());
-        let start = usize::try_from(offset).unwrap_or(usize::MAX);
-        let there = config.get(start..).unwrap_or_default();
-        for (to, from) in data.iter_mut().zip(there) {
-            *to = *from;
-        }
+        copy_config(&config, offset, data);
     }
 
     /// Nothing in the configuration can be written by a driver that accepted VERSION_1.
