@@ -15,6 +15,8 @@ pub enum Mode {
     Whole,
     /// The front-end has one: what its guest has mapped
     Windows,
+    /// The same with --iommu write-only=readable: what is mapped for writing only can be read, and reading that is an attack which succeeds
+    Readable,
 }
 
 impl Mode {
@@ -24,7 +26,13 @@ impl Mode {
             Self::None => "none",
             Self::Whole => "whole",
             Self::Windows => "windows",
+            Self::Readable => "readable",
         }
+    }
+
+    /// Whether the front-end has a virtio-iommu.
+    pub fn has_iommu(self) -> bool {
+        matches!(self, Self::Windows | Self::Readable)
     }
 }
 

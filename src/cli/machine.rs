@@ -215,6 +215,12 @@ static IOMMU: KeyList = KeyList {
             missing: Missing::Default("off"),
             help: "what a device reaches that the guest has put into no domain: all memory, or nothing",
         },
+        Key {
+            name: "write-only",
+            form: "exact|readable",
+            missing: Missing::Default("exact"),
+            help: "readable: what the guest maps for writing only (Linux: receive buffers) can be read, too, and a back-end writes it without help of its VMM",
+        },
     ],
 };
 
@@ -506,6 +512,11 @@ fn iommu(text: &str) -> Result<IommuConfig, Failure> {
             .get("domains", number(1..=1 << 16))?
             .unwrap_or(usual.max_domains),
         bypass: values.need("bypass", switch)?,
+        write_only_readable: values.need("write-only", |text| match text {
+            "exact" => Ok(false),
+            "readable" => Ok(true),
+            _ => Err("it is exact or readable".to_owned()),
+        })?,
         ..usual
     })
 }
@@ -652,13 +663,14 @@ mod tests {
             let iommu = config(args).unwrap().iommu.unwrap();
             assert_eq!(iommu.input_range_end, (64 << 30) - 1);
             assert_eq!((iommu.max_mappings, iommu.bypass), (16384, false));
+            assert!(!iommu.write_only_readable);
             assert_eq!(iommu.max_domains, IommuConfig::default().max_domains);
         }
-        let text = "range=1G,mappings=8,domains=2,bypass=on";
+        let text = "range=1G,mappings=8,domains=2,bypass=on,write-only=readable";
         let iommu = config(&["--iommu", text]).unwrap().iommu.unwrap();
         assert_eq!(iommu.input_range_end, (1 << 30) - 1);
         assert_eq!((iommu.max_mappings, iommu.max_domains), (8, 2));
-        assert!(iommu.bypass);
+        assert!(iommu.bypass && iommu.write_only_readable);
     }
 
     #[test]
@@ -799,6 +811,10 @@ mod tests {
             (&["--iommu", "mappings=0"], "--iommu: mappings=0: "),
             (&["--iommu", "domains=0"], "--iommu: domains=0: "),
             (&["--iommu", "bypass=1"], "--iommu: bypass=1: "),
+            (
+                &["--iommu", "write-only=on"],
+                "--iommu: write-only=on: it is exact or readable",
+            ),
             (&["--iommu", "on"], "--iommu: 'on' is not key=value"),
             (
                 &["--net", "socket=a", "--vhost-pci", "socket=a"],

@@ -255,8 +255,14 @@ impl<'a> Lab<'a> {
             "--net=socket=",
             &format!(",listen=off,{}", rings.net_keys()),
         ));
-        if self.study.mode == Mode::Windows {
-            args.push(format!("--iommu=range={RANGE},mappings={MAPPINGS}").into());
+        if self.study.mode.has_iommu() {
+            let write_only = match self.study.mode {
+                Mode::Readable => "readable",
+                _ => "exact",
+            };
+            args.push(
+                format!("--iommu=range={RANGE},mappings={MAPPINGS},write-only={write_only}").into(),
+            );
             let how = match self.scene {
                 Scene::Live(_) | Scene::Alone => "static",
                 // Memory for devices lies above 4 GiB: moved up by as much again it would leave the range.
@@ -558,7 +564,7 @@ impl<'a> Lab<'a> {
 
     /// Accesses that the front-end's IOMMU was told of as faults since the last question; its guest was told of those that its queue had room for.
     pub fn faults(&mut self) -> Tried<u64> {
-        if self.study.mode != Mode::Windows || self.sides[FRONT].is_none() {
+        if !self.study.mode.has_iommu() || self.sides[FRONT].is_none() {
             return Ok(0);
         }
         self.ask(FRONT, "faults", ANSWER)?;
@@ -683,7 +689,7 @@ impl<'a> Lab<'a> {
     }
 
     fn must(&mut self, line: &str) -> Tried<()> {
-        if self.study.mode != Mode::Windows {
+        if !self.study.mode.has_iommu() {
             return Ok(());
         }
         match self.status(FRONT, line)? {
@@ -694,7 +700,7 @@ impl<'a> Lab<'a> {
 
     /// The status of a request that need not succeed; `None` where there is no IOMMU.
     pub fn try_request(&mut self, line: &str) -> Tried<Option<u64>> {
-        if self.study.mode != Mode::Windows {
+        if !self.study.mode.has_iommu() {
             return Ok(None);
         }
         self.status(FRONT, line).map(Some)
@@ -740,7 +746,7 @@ impl<'a> Lab<'a> {
     pub fn at(&self, iova: u64, gpa: u64) -> u64 {
         match self.study.mode {
             Mode::Whole => gpa,
-            Mode::Windows | Mode::None => iova,
+            Mode::Windows | Mode::Readable | Mode::None => iova,
         }
     }
 

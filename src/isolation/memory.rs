@@ -522,7 +522,7 @@ fn elsewhere(lab: &mut Lab) -> Tried<Finding> {
     lab.map(three.iova, three.page(2), PAGE, "rw")?;
     let mut tally = Tally::new();
     tally.no_secret(lab.peek(three.offset, PAGE, 8, 8, seed)?);
-    if lab.mode() == Mode::Windows {
+    if lab.mode().has_iommu() {
         lab.control(three.offset, three.seed(2))?;
     }
     tally.finish(lab)

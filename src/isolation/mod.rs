@@ -28,11 +28,11 @@ use report::{Failed, Finding, From, Line, Report};
 /// The modes in which an attack makes sense.
 type Modes = &'static [Mode];
 /// Even with no front-end there.
-const ALL: Modes = &[Mode::None, Mode::Whole, Mode::Windows];
+const ALL: Modes = &[Mode::None, Mode::Whole, Mode::Windows, Mode::Readable];
 /// There has to be a front-end.
-const SEEN: Modes = &[Mode::Whole, Mode::Windows];
+const SEEN: Modes = &[Mode::Whole, Mode::Windows, Mode::Readable];
 /// It has to have an IOMMU.
-const WINDOWS: Modes = &[Mode::Windows];
+const WINDOWS: Modes = &[Mode::Windows, Mode::Readable];
 
 /// Carries an attack out.
 type Run = dyn Fn(&mut Lab) -> Tried<Finding>;

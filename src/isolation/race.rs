@@ -109,8 +109,8 @@ fn race(lab: &mut Lab) -> Tried<Finding> {
     let (offset, sync_offset) = (lab.at(iova, page), lab.at(sync_iova, sync));
     // Where nothing is taken away each round takes its full time, and a few show enough.
     let rounds = match lab.mode() {
-        Mode::Windows => lab.rounds(),
-        _ => lab.rounds().min(100),
+        Mode::Windows | Mode::Readable => lab.rounds(),
+        Mode::None | Mode::Whole => lab.rounds().min(100),
     };
     let attack = format!(
         "race offset={offset} sync={sync_offset} ms={}",
@@ -125,7 +125,7 @@ fn race(lab: &mut Lab) -> Tried<Finding> {
     let attacker = lab.answer(BACK, "race", ANSWER)?;
     let of = |done: &crate::bench::record::Done, name: &str| done.number(name).unwrap_or(0);
     let (done, touched) = (of(&victim, "rounds"), of(&victim, "touched"));
-    if lab.mode() == Mode::Windows {
+    if lab.mode().has_iommu() {
         let status = of(&victim, "status");
         if status != 0 {
             return amiss(format!(

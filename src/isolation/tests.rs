@@ -37,6 +37,7 @@ fn each_mode_has_the_attacks_that_make_sense_there() {
     let count = |mode| chosen(&args(&["--mode", mode])).unwrap().len();
     assert_eq!(chosen(&args(&[])).unwrap().len(), attacks().len());
     assert!(count("windows") > count("whole") && count("whole") > count("none"));
+    assert_eq!(count("readable"), count("windows"));
     assert!(count("none") > 10);
     let none = chosen(&args(&["--mode", "none"])).unwrap();
     assert!(

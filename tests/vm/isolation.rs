@@ -84,6 +84,16 @@ fn the_same_attacks_read_and_write_what_is_shown_as_a_whole() {
 }
 
 #[test]
+fn what_is_mapped_for_writing_only_can_be_read_where_the_front_end_says_so_and_nothing_else_can() {
+    let _machine = machine();
+    let (code, json) = isolation(&["--mode", "readable", "--only", "read", "write", "access"]);
+    assert_eq!((code, &json["mode"]), (2, &"readable".into()));
+    let got = got_through(&json);
+    let names: Vec<&str> = got.iter().map(|(name, _)| *name).collect();
+    assert_eq!(names, ["read-write-only", "read-write-only-vector"]);
+}
+
+#[test]
 fn with_no_front_end_there_is_nothing_to_see() {
     let _machine = machine();
     let (code, json) = isolation(&["--mode", "none", "--only", "read", "write", "sweep"]);

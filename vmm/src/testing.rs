@@ -19,7 +19,7 @@ use crate::boot::{self, Kernel};
 use crate::host::{Machine, open_kvm};
 use crate::memory::{HugePages, Memory, MemoryConfig};
 use crate::vcpu;
-use crate::vcpu::refused::{Mmio, Next, Refused, raise_undefined};
+use crate::vcpu::refused::{Mmio, Next, Refused, raise_undefined, refused_at};
 
 /// Where [`elf`] puts its code.
 pub(crate) const CODE: u64 = 0x10_0000;
@@ -624,7 +624,10 @@ impl User {
                 return None;
             }
             self.exits += 1;
-            let next = match self.vcpu.run() {
+            let result = self.vcpu.run();
+            let refused = refused_at(&result).is_some();
+            let next = match result {
+                _ if refused => self.refused.fault(&mut self.vcpu, &*self.bar),
                 Ok(VcpuExit::MmioRead(gpa, data)) => {
                     self.bar.mmio_read(gpa, data);
                     self.refused.answered(&mut self.vcpu);
@@ -648,9 +651,6 @@ impl User {
                     self.bar.mmio_write(gpa, data);
                     self.refused.answered(&mut self.vcpu);
                     continue;
-                }
-                Err(e) if e.errno() == libc::EFAULT => {
-                    self.refused.fault(&mut self.vcpu, &*self.bar)
                 }
                 Ok(VcpuExit::InternalError) => self.refused.unemulated(&mut self.vcpu, &*self.bar),
                 Err(e) if e.errno() == libc::EINTR => {

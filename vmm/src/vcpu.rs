@@ -356,7 +356,17 @@ impl Thread {
     fn run(&mut self) -> Result<Option<Outcome>, Fault> {
         while !self.stop.requested() {
             let exits = &self.stats.exits;
-            let result = match self.vcpu.run() {
+            let result = self.vcpu.run();
+            if let Some(gpa) = refused::refused_at(&result) {
+                exits.refused.bump();
+                match self.refused.fault(&mut self.vcpu, &*self.bus) {
+                    Next::Run => {}
+                    Next::Undefined => self.raise_undefined()?,
+                    Next::Real => return Err(self.no_memory(gpa)),
+                }
+                continue;
+            }
+            let result = match result {
                 Ok(VcpuExit::MmioRead(gpa, data)) => {
                     exits.mmio_read.bump();
                     self.bus.mmio_read(gpa, data);
@@ -367,15 +377,6 @@ impl Thread {
                     exits.mmio_write.bump();
                     self.bus.mmio_write(gpa, data);
                     self.refused.answered(&mut self.vcpu);
-                    continue;
-                }
-                Err(e) if e.errno() == libc::EFAULT => {
-                    exits.refused.bump();
-                    match self.refused.fault(&mut self.vcpu, &*self.bus) {
-                        Next::Run => continue,
-                        Next::Undefined => self.raise_undefined()?,
-                        Next::Real => return Err(self.no_memory(None)),
-                    }
                     continue;
                 }
                 Ok(VcpuExit::InternalError) => {
@@ -424,7 +425,6 @@ impl Thread {
                     let rip = self.rip();
                     Err(Fault::FailEntry { reason, rip })
                 }
-                Ok(VcpuExit::MemoryFault { gpa, .. }) => Err(self.no_memory(Some(gpa))),
                 Ok(other) => {
                     let what = format!("{other:?}");
                     let rip = self.rip();

@@ -72,6 +72,7 @@ pub(super) struct Domains {
     mapped: usize,
     /// Endpoints that are attached to no domain reach all memory.
     bypass: bool,
+    write_only_readable: bool,
 }
 
 impl Domains {
@@ -99,6 +100,7 @@ impl Domains {
             domains: BTreeMap::new(),
             mapped: 0,
             bypass: config.bypass,
+            write_only_readable: config.write_only_readable,
         }
     }
 
@@ -157,8 +159,9 @@ impl Domains {
                 first,
                 last,
                 gpa,
-                permission,
+                mut permission,
             } => {
+                permission.read |= permission.write && self.write_only_readable;
                 let mapped = Mapped {
                     last,
                     gpa,

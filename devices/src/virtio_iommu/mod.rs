@@ -78,10 +78,13 @@ pub struct IommuConfig {
     pub max_mappings: usize,
     /// Whether a device that is attached to no domain reaches all memory, as the guest finds it.
     pub bypass: bool,
+    /// Whether what is mapped for writing can be read as well, as the specification lets a device do that has no write-only mappings
+    /// (VIRTIO 1.3, section 5.13.6, MAP request): whoever plays the device then has pages in place of an exit a store.
+    pub write_only_readable: bool,
 }
 
 impl Default for IommuConfig {
-    /// 64 GiB of addresses in pages of 4 KiB, 256 domains, 16384 mappings, no bypass.
+    /// 64 GiB of addresses in pages of 4 KiB, 256 domains, 16384 mappings, no bypass, permissions exactly as asked for.
     fn default() -> Self {
         Self {
             input_range_end: (64 << 30) - 1,
@@ -89,6 +92,7 @@ impl Default for IommuConfig {
             max_domains: 256,
             max_mappings: 16384,
             bypass: false,
+            write_only_readable: false,
         }
     }
 }

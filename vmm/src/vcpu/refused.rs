@@ -1,6 +1,6 @@
 //! Accesses to a window that the host's memory did not let through, and that KVM cannot turn into an exit with an address.
 //!
-//! A touch of a hole under a memory slot ends KVM_RUN with EFAULT, which names no address. Plain moves of general and vector registers are carried
+//! A touch of a hole under a memory slot ends KVM_RUN with EFAULT, which names no address on most kernels. Plain moves of general and vector registers are carried
 //! out here, through the BAR's function: they are nearly all there is, and KVM's emulator knows few of the latter. Everything else runs again with
 //! the slots hidden: now KVM emulates the instruction and exits with its address, size and data. What it cannot emulate either is helped to a page of
 //! all-ones if it reads, and skipped if it writes.
@@ -12,7 +12,7 @@ use devices::host::Access;
 use iced_x86::{
     Decoder, DecoderOptions, Instruction, InstructionInfoFactory, OpAccess, UsedMemory,
 };
-use kvm_ioctls::VcpuFd;
+use kvm_ioctls::{VcpuExit, VcpuFd};
 use log::{debug, warn};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
@@ -43,6 +43,16 @@ pub(crate) enum Next {
     Undefined,
     /// Its memory is really not there, or KVM really cannot emulate what it does.
     Real,
+}
+
+/// Whether KVM_RUN ended because the host's memory refused an access; with its guest physical address where the kernel says that. Every kernel
+/// fails with EFAULT then. Newer ones annotate it (KVM_EXIT_MEMORY_FAULT), and kvm-ioctls makes an exit of that.
+pub(crate) fn refused_at(result: &Result<VcpuExit, kvm_ioctls::Error>) -> Option<Option<u64>> {
+    match result {
+        Ok(VcpuExit::MemoryFault { gpa, .. }) => Some(Some(*gpa)),
+        Err(error) if error.errno() == libc::EFAULT => Some(None),
+        _ => None,
+    }
 }
 
 /// A vCPU's accesses that were refused.
@@ -423,4 +433,25 @@ pub(crate) fn raise_undefined(vcpu: &VcpuFd) -> io::Result<()> {
     events.exception.has_error_code = 0;
     vcpu.set_vcpu_events(&events)
         .map_err(|e| kvm("KVM_SET_VCPU_EVENTS", e))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refused_access_is_one_whether_or_not_the_kernel_says_where() {
+        let annotated = VcpuExit::MemoryFault {
+            flags: 8,
+            gpa: 0x10_0000_2000,
+            size: 4096,
+        };
+        assert_eq!(refused_at(&Ok(annotated)), Some(Some(0x10_0000_2000)));
+        let error = |errno| Err(kvm_ioctls::Error::new(errno));
+        assert_eq!(refused_at(&error(libc::EFAULT)), Some(None));
+        for other in [libc::EINTR, libc::EAGAIN, libc::EHWPOISON] {
+            assert_eq!(refused_at(&error(other)), None);
+        }
+        assert_eq!(refused_at(&Ok(VcpuExit::Hlt)), None);
+    }
 }

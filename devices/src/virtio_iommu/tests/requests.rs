@@ -88,6 +88,31 @@ fn every_permission_is_what_the_flags_say() {
 }
 
 #[test]
+fn what_is_mapped_for_writing_can_be_read_where_the_user_says_so_and_nothing_else_changes() {
+    let mut rig = Rig::with(
+        IommuConfig {
+            write_only_readable: true,
+            ..IommuConfig::default()
+        },
+        ALL,
+    );
+    // Before and after the attachment: both ways on which an endpoint learns of a mapping.
+    assert_eq!(rig.ask(&attach(1, NET)), OK);
+    for (flags, read, write) in [(1, true, false), (2, true, true), (3, true, true)] {
+        let at = 0x1000 * u64::from(flags);
+        assert_eq!(rig.ask(&map(1, at, at + 0xfff, 0x8000, flags)), OK);
+        assert_eq!(rig.ask(&attach(1, OTHER)), OK);
+        for endpoint in [&rig.net, &rig.other] {
+            let permission = endpoint.lookup(at).map(|mapping| mapping.permission);
+            assert_eq!(permission, Some(Permission { read, write }));
+        }
+        assert_eq!(rig.ask(&detach(1, OTHER)), OK);
+    }
+    assert_eq!(rig.ask(&map(1, 0x8000, 0x8fff, 0, 0)), OK);
+    assert_eq!(rig.net.lookup(0x8000), None);
+}
+
+#[test]
 fn an_attach_that_cannot_be_is_refused_and_changes_nothing() {
     let mut rig = Rig::new();
     assert_eq!(rig.ask(&attach(1, NET)), OK);
