@@ -113,7 +113,18 @@ pub struct Slot<'a> {
     _memory: PhantomData<&'a ()>,
 }
 
-impl Slot<'_> {
+impl<'a> Slot<'a> {
+    /// Room in memory of our own.
+    #[must_use]
+    #[inline(always)]
+    pub fn of(bytes: &'a mut [u8]) -> Self {
+        Self {
+            ptr: bytes.as_mut_ptr(),
+            len: bytes.len(),
+            _memory: PhantomData,
+        }
+    }
+
     /// Room in shared memory.
     ///
     /// # Safety

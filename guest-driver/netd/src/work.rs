@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::BorrowedFd;
 
-use bare_metal::frame::{End, Format, Kind, Seen};
+use bare_metal::frame::{EVERY_BYTE, End, Format, Kind, Seen};
 use guest_driver::port::{self, MAX_FRAME};
 use guest_driver::{Frame, Port};
 use virtqueue::net::{HDR_F_NEEDS_CSUM, HDR_GSO_NONE, HEADER_LEN, Header};
@@ -385,7 +385,7 @@ impl Work for Source {
             return Ok(false);
         }
         let sent = port.tx_burst(batch, format.len(), |i, slot| {
-            format.build(slot, kind, next + i as u64);
+            format.build::<EVERY_BYTE>(slot, kind, next + i as u64);
         })?;
         if kind == Kind::End {
             self.ended = sent == 1;
@@ -436,7 +436,7 @@ impl Sink {
     }
 
     fn check(&mut self, frame: &Frame, checked: &mut Checked) {
-        match self.format.check(frame) {
+        match self.format.check::<EVERY_BYTE>(frame) {
             Seen::Good(Kind::Data, number) => {
                 checked.verified += 1;
                 checked.out_of_sequence += u64::from(number != self.next);

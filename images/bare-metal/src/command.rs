@@ -6,7 +6,7 @@ use guest_driver::net_port::{Shape, TxShape};
 use guest_driver::vhost_pci::Junk;
 use guest_driver::virtio_iommu::access;
 
-use crate::frame::End;
+use crate::frame::{End, IMIX};
 use crate::study::Sweep;
 use crate::study::race::MAX_ROUNDS;
 use crate::study::scribble::Scribble;
@@ -63,6 +63,26 @@ impl Work {
     }
 }
 
+/// Which bytes of a frame are written and compared.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Payload {
+    /// All of them.
+    #[default]
+    EveryByte,
+    /// Those of its first line: headers, sequence number, and what else is there.
+    Headers,
+}
+
+/// Where the frames that are sent come from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Source {
+    /// They are written where the peer will find them.
+    #[default]
+    Build,
+    /// They are written in memory of the sender's own, and copied as a whole from there.
+    Copy,
+}
+
 /// One run of a workload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Run {
@@ -72,6 +92,12 @@ pub struct Run {
     pub work: Work,
     /// Bytes of a frame.
     pub size: usize,
+    /// Frames of three lengths instead, the simple Internet mix.
+    pub imix: bool,
+    /// Which bytes of a frame are written and compared.
+    pub payload: Payload,
+    /// Where the frames that are sent come from.
+    pub source: Source,
     /// Frames a burst.
     pub batch: usize,
     /// How long to send, in milliseconds.
@@ -102,6 +128,9 @@ impl Default for Run {
             id: 0,
             work: Work::Source,
             size: 64,
+            imix: false,
+            payload: Payload::default(),
+            source: Source::default(),
             batch: 32,
             ms: 100,
             warmup_ms: 5,
@@ -557,6 +586,18 @@ impl Command {
 }
 
 impl Run {
+    /// Bytes of so many frames; of a mix, on average.
+    #[must_use]
+    pub fn bytes(&self, frames: u64) -> u64 {
+        match self.imix {
+            true => {
+                let unit: usize = IMIX.iter().sum();
+                frames.saturating_mul(unit as u64) / IMIX.len() as u64
+            }
+            false => frames.saturating_mul(self.size as u64),
+        }
+    }
+
     /// Takes one `key=value` word.
     fn set<'a>(&mut self, word: &'a str) -> Result<(), BadWord<'a>> {
         let bad = BadWord(word);
@@ -566,7 +607,27 @@ impl Run {
         };
         match key {
             "id" => self.id = value.parse().map_err(|_| bad)?,
-            "size" => self.size = usize::try_from(within(60..=1518)?).map_err(|_| bad)?,
+            "size" => {
+                self.imix = value == "imix";
+                self.size = match self.imix {
+                    true => IMIX[0],
+                    false => usize::try_from(within(60..=1518)?).map_err(|_| bad)?,
+                }
+            }
+            "payload" => {
+                self.payload = match value {
+                    "every-byte" => Payload::EveryByte,
+                    "headers" => Payload::Headers,
+                    _ => return Err(bad),
+                }
+            }
+            "source" => {
+                self.source = match value {
+                    "build" => Source::Build,
+                    "copy" => Source::Copy,
+                    _ => return Err(bad),
+                }
+            }
             "batch" => self.batch = usize::try_from(within(1..=256)?).map_err(|_| bad)?,
             "ms" => self.ms = within(0..=86_400_000)?,
             "warmup_ms" => self.warmup_ms = within(0..=86_400_000)?,
@@ -724,268 +785,4 @@ fn number(text: &str) -> Option<u64> {
 }
 
 #[cfg(test)]
-mod tests {
-    extern crate std;
-    use super::*;
-    use std::vec::Vec;
-
-    #[test]
-    fn a_run_command_takes_every_key() {
-        let line = "run id=7 work=round-trip size=1518 batch=8 ms=20 warmup_ms=1 count=9 mode=irq timeout_ms=30 churn=1000 end=back-end queues=16 flips=50 mac=02:00:00:00:0a:ff addr=192.168.7.9/16";
-        let want = Run {
-            id: 7,
-            work: Work::RoundTrip,
-            size: 1518,
-            batch: 8,
-            ms: 20,
-            warmup_ms: 1,
-            count: 9,
-            interrupts: true,
-            timeout_ms: 30,
-            churn: 1000,
-            queues: 16,
-            flips: 50,
-            end: Some(End::BackEnd),
-            address: Address {
-                mac: [2, 0, 0, 0, 0x0a, 0xff],
-                ip: [192, 168, 7, 9],
-                prefix: 16,
-            },
-        };
-        assert_eq!(Command::parse(line), Ok(Some(Command::Run(want))));
-        assert_eq!(Command::parse("exit code=9"), Ok(Some(Command::Exit(9))));
-        assert_eq!(Command::parse("reset-rings"), Ok(Some(Command::ResetRings)));
-        assert_eq!(
-            Command::parse("reset-device"),
-            Ok(Some(Command::ResetDevice))
-        );
-        assert_eq!(Command::parse("  "), Ok(None));
-    }
-
-    #[test]
-    fn every_step_of_the_study_is_understood_and_keeps_its_name() {
-        let sweep = Sweep {
-            offset: 0x1000,
-            len: 64,
-            step: 16,
-            width: 4,
-            seed: 9,
-        };
-        for (line, want) in [
-            ("pages count=16", Study::Pages { count: 16 }),
-            ("attach", Study::Attach),
-            ("detach", Study::Detach),
-            (
-                "map iova=0x1000 gpa=0x2000 len=4096 perm=rw",
-                Study::Map {
-                    iova: 0x1000,
-                    gpa: 0x2000,
-                    len: 4096,
-                    flags: 3,
-                },
-            ),
-            (
-                "map perm=none len=1 gpa=2 iova=3",
-                Study::Map {
-                    iova: 3,
-                    gpa: 2,
-                    len: 1,
-                    flags: 0,
-                },
-            ),
-            (
-                "unmap iova=0x1000 len=0xffffffffffffffff",
-                Study::Unmap {
-                    iova: 0x1000,
-                    len: u64::MAX,
-                },
-            ),
-            (
-                "fill gpa=1 len=2 seed=3",
-                Study::Fill {
-                    gpa: 1,
-                    len: 2,
-                    seed: 3,
-                },
-            ),
-            (
-                "check gpa=1 len=2 seed=3",
-                Study::Check {
-                    gpa: 1,
-                    len: 2,
-                    seed: 3,
-                },
-            ),
-            ("faults", Study::Faults),
-            ("start", Study::Start),
-            (
-                "windows live=8192 count=100",
-                Study::Windows {
-                    live: 8192,
-                    count: 100,
-                },
-            ),
-            (
-                "race rounds=10 iova=1 gpa=2 sync=3",
-                Study::Victim {
-                    rounds: 10,
-                    iova: 1,
-                    gpa: 2,
-                    sync: 3,
-                },
-            ),
-            ("kicks count=7", Study::Kicks { count: 7 }),
-            (
-                "peek offset=0x1000 len=64 step=16 width=4 seed=9",
-                Study::Peek(sweep),
-            ),
-            (
-                "poke offset=0x1000 len=64",
-                Study::Poke(Sweep {
-                    step: 8,
-                    width: 8,
-                    seed: 0,
-                    ..sweep
-                }),
-            ),
-            (
-                "race offset=1 sync=2 ms=3",
-                Study::Attacker {
-                    offset: 1,
-                    sync: 2,
-                    ms: 3,
-                },
-            ),
-            ("calls count=7", Study::Calls { count: 7 }),
-            (
-                "messages what=garbage count=2",
-                Study::Messages {
-                    what: Junk::Garbage,
-                    count: 2,
-                },
-            ),
-        ] {
-            assert_eq!(Command::parse(line), Ok(Some(Command::Study(want))));
-            assert!(line.starts_with(want.name()));
-        }
-        for device in [false, true] {
-            for &what in Scribble::of(device) {
-                let line = std::format!("scribble what={} count=5 seed=1", what.name());
-                let want = Study::Scribble {
-                    what,
-                    count: 5,
-                    seed: 1,
-                };
-                assert_eq!(Command::parse(&line), Ok(Some(Command::Study(want))));
-            }
-        }
-    }
-
-    #[test]
-    fn the_command_line_says_how_the_iommu_is_used() {
-        for (word, mode) in [
-            ("", IommuMode::Static),
-            ("iommu=static", IommuMode::Static),
-            ("iommu=dynamic", IommuMode::Dynamic),
-            ("iommu=batch", IommuMode::Batch),
-            ("iommu=manual", IommuMode::Manual),
-        ] {
-            let boot = Boot::parse(word, |word| panic!("{word}"));
-            assert_eq!((boot.iommu, boot.iova), (mode, 0x1_0000_0000));
-        }
-        let boot = Boot::parse("iova=0x200000000", |word| panic!("{word}"));
-        assert_eq!(boot.iova, 0x2_0000_0000);
-        let mut unknown = Vec::new();
-        Boot::parse("iommu=perhaps iova=far", |word| unknown.push(word));
-        assert_eq!(unknown, ["iommu=perhaps", "iova=far"]);
-    }
-
-    #[test]
-    fn what_is_wrong_is_named() {
-        for (line, word) in [
-            ("run work=source size=59", "size=59"),
-            ("run work=source batch=0", "batch=0"),
-            ("run work=source batch=257", "batch=257"),
-            ("run work=dance", "work=dance"),
-            ("run work=source mode=maybe", "mode=maybe"),
-            ("run work=source id=65536", "id=65536"),
-            ("run size=64", "run size=64"),
-            ("stop", "stop"),
-            ("exit now", "now"),
-            ("reset-rings now", "now"),
-            ("reset-device now", "now"),
-            ("exit code=256", "code=256"),
-            ("attach now", "now"),
-            ("map iova=0 gpa=0 len=0 perm=r", "len=0"),
-            ("map iova=0 gpa=0 len=1 perm=x", "perm=x"),
-            ("map iova=0 gpa=0 len=1", "map iova=0 gpa=0 len=1"),
-            ("peek offset=0 len=8 width=3", "width=3"),
-            ("peek offset=0 len=8 step=0", "step=0"),
-            ("poke offset=0 len=8 color=red", "color=red"),
-            ("windows live=8193 count=1", "live=8193"),
-            ("race rounds=1048577 iova=0 gpa=0 sync=0", "rounds=1048577"),
-            ("race offset=0 sync=0", "race offset=0 sync=0"),
-            ("scribble what=nothing count=1 seed=0", "what=nothing"),
-            ("kicks count=0", "count=0"),
-            ("kicks count=1 seed=0", "seed=0"),
-            ("messages what=reply", "messages what=reply"),
-            ("run work=source churn=100001", "churn=100001"),
-            ("run work=source end=middle", "end=middle"),
-            ("run work=respond addr=10.0.0.1", "addr=10.0.0.1"),
-            ("run work=respond addr=10.0.0.1/33", "addr=10.0.0.1/33"),
-            ("run work=respond addr=10.0.0/24", "addr=10.0.0/24"),
-            ("run work=respond addr=0.0.0.0/8", "addr=0.0.0.0/8"),
-            ("run work=respond addr=224.0.0.1/8", "addr=224.0.0.1/8"),
-            (
-                "run work=respond mac=01:00:00:00:00:01",
-                "mac=01:00:00:00:00:01",
-            ),
-            (
-                "run work=respond mac=00:00:00:00:00:00",
-                "mac=00:00:00:00:00:00",
-            ),
-            ("run work=respond mac=02:00:00:00:01", "mac=02:00:00:00:01"),
-            (
-                "run work=respond mac=02:00:00:00:00:+1",
-                "mac=02:00:00:00:00:+1",
-            ),
-            ("run work=source queues=0", "queues=0"),
-            ("run work=source queues=17", "queues=17"),
-            ("run work=source flips=1001", "flips=1001"),
-        ] {
-            assert_eq!(Command::parse(line), Err(BadWord(word)));
-        }
-    }
-
-    #[test]
-    fn the_command_line_keeps_what_it_knows_and_reports_the_rest() {
-        let mut unknown = Vec::new();
-        let boot = Boot::parse(
-            "work=sink quiet ms=5 ecam=0xe0000000 tsc_khz=2596000 size=1",
-            |word| unknown.push(word),
-        );
-        assert_eq!((boot.ecam, boot.tsc_khz), (0xe000_0000, 2_596_000));
-        assert_eq!(
-            boot.run,
-            Some(Run {
-                work: Work::Sink,
-                ms: 5,
-                ..Run::default()
-            })
-        );
-        assert_eq!(unknown, ["quiet", "size=1"]);
-        let boot = Boot::parse("tx=indirect rx_buffer=512", |word| panic!("{word}"));
-        assert_eq!(
-            (boot.shape.tx, boot.shape.rx_buffer),
-            (TxShape::Indirect, 512)
-        );
-        let mut unknown = Vec::new();
-        Boot::parse("tx=fast rx_buffer=127 rx_buffer=1531", |word| {
-            unknown.push(word)
-        });
-        assert_eq!(unknown, ["tx=fast", "rx_buffer=127", "rx_buffer=1531"]);
-        assert_eq!(Boot::parse("work=control", |_| ()).run, None);
-        let boot = Boot::parse("queues=4 work=both", |word| panic!("{word}"));
-        assert_eq!((boot.queues, boot.run.map(|run| run.queues)), (4, Some(4)));
-    }
-}
+mod tests;

@@ -7,6 +7,14 @@ pub const MIN_FRAME: usize = 60;
 /// Longest.
 pub const MAX_FRAME: usize = guest_driver::port::MAX_FRAME;
 
+/// How many bytes of a frame are written and compared: all of them.
+pub const EVERY_BYTE: usize = MAX_FRAME;
+/// Those of the first line.
+pub const FIRST_LINE: usize = 64;
+
+/// The simple Internet mix, 7:4:1: lengths of bursts, one after the other. (A burst is of frames of one length.)
+pub const IMIX: [usize; 12] = [64, 570, 64, 64, 570, 64, 1518, 64, 570, 64, 64, 570];
+
 const HEADERS: usize = 42;
 /// The UDP port "discard".
 const PORT: u16 = 9;
@@ -158,13 +166,23 @@ impl Format {
         u32::from(self.run) | kind
     }
 
-    /// Writes a frame into a slot of [`Format::len`] bytes.
+    /// How many bytes of a frame's pattern are written and compared, where `MOST` of the frame are.
     #[inline(always)]
-    pub fn build(&self, slot: &mut Slot, kind: Kind, sequence: u64) {
+    fn pattern_len<const MOST: usize>(&self) -> usize {
+        if MOST < MAX_FRAME {
+            self.len.min(MOST) - PATTERN
+        } else {
+            self.len - PATTERN
+        }
+    }
+
+    /// Writes a frame into a slot of [`Format::len`] bytes, or the first `MOST` bytes of it ([`EVERY_BYTE`], [`FIRST_LINE`]).
+    #[inline(always)]
+    pub fn build<const MOST: usize>(&self, slot: &mut Slot, kind: Kind, sequence: u64) {
         slot.write(0, &self.headers);
         slot.put_u64(SEQUENCE, sequence);
         slot.put_u32(TAG, self.tag(kind));
-        slot.write(PATTERN, pattern(sequence, self.len - PATTERN));
+        slot.write(PATTERN, pattern(sequence, self.pattern_len::<MOST>()));
     }
 
     /// Gives a frame that was copied into a slot this format's headers.
@@ -173,10 +191,10 @@ impl Format {
         slot.write(0, &self.headers);
     }
 
-    /// Checks every byte of a received frame.
+    /// Checks the length of a received frame, and its first `MOST` bytes ([`EVERY_BYTE`], [`FIRST_LINE`]).
     #[inline(always)]
     #[must_use]
-    pub fn check(&self, frame: &Frame) -> Seen {
+    pub fn check<const MOST: usize>(&self, frame: &Frame) -> Seen {
         let (Some(sequence), Some(tag)) = (frame.u64(SEQUENCE), frame.u32(TAG)) else {
             return Seen::Corrupt;
         };
@@ -193,7 +211,7 @@ impl Format {
         };
         let whole = frame.len() == self.len
             && frame.matches(0, &self.headers)
-            && frame.matches(PATTERN, pattern(sequence, self.len - PATTERN));
+            && frame.matches(PATTERN, pattern(sequence, self.pattern_len::<MOST>()));
         if whole {
             Seen::Good(kind, sequence)
         } else {
@@ -217,6 +235,35 @@ fn checksum(bytes: &[u8]) -> u16 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_not_to_be_looked_at_is_neither_written_nor_compared() {
+        for (len, line) in [(60, 60), (64, 64), (1518, 64)] {
+            let format = Format::new(End::FrontEnd, len, 1);
+            let mut whole = [0xa5; MAX_FRAME];
+            format.build::<EVERY_BYTE>(&mut Slot::of(&mut whole[..len]), Kind::Data, 7);
+            let mut first = [0xa5; MAX_FRAME];
+            format.build::<FIRST_LINE>(&mut Slot::of(&mut first[..len]), Kind::Data, 7);
+            assert_eq!(first[..line], whole[..line]);
+            assert!(first[line..].iter().all(|&byte| byte == 0xa5));
+            let good = Seen::Good(Kind::Data, 7);
+            for at in 0..len {
+                whole[at] ^= 1;
+                let frame = Frame::of(&whole[..len]);
+                assert_ne!(format.check::<EVERY_BYTE>(&frame), good, "byte {at}");
+                assert_eq!(format.check::<FIRST_LINE>(&frame) == good, at >= line);
+                whole[at] ^= 1;
+            }
+            let short = Frame::of(&whole[..len - 1]);
+            assert_eq!(format.check::<FIRST_LINE>(&short), Seen::Corrupt);
+        }
+    }
+
+    #[test]
+    fn the_mix_has_seven_short_frames_to_four_middle_ones_to_a_long_one() {
+        let count = |len| IMIX.iter().filter(|&&it| it == len).count();
+        assert_eq!([64, 570, 1518].map(count), [7, 4, 1]);
+    }
 
     #[test]
     fn the_ip_header_sums_to_zero_and_lengths_agree() {

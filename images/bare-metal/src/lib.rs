@@ -15,7 +15,7 @@ pub mod respond;
 pub mod study;
 pub mod workload;
 
-pub use command::{Address, Command, Run, Study, Work};
+pub use command::{Address, Command, Payload, Run, Source, Study, Work};
 pub use record::Outcome;
 pub use workload::{Link, attempt, execute};
 

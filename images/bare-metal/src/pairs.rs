@@ -19,17 +19,9 @@ struct Flow {
 
 impl Flow {
     fn new<L: Link>(link: &L, run: &Run, number: u16, [send, receive]: [bool; 2]) -> Self {
-        let mut sender = send.then(|| Sender::new(link, run));
-        let mut receiver = receive.then(|| Receiver::new(link, run));
-        if let Some(sender) = &mut sender {
-            sender.format = sender.format.with_flow(number);
-        }
-        if let Some(receiver) = &mut receiver {
-            receiver.format = receiver.format.with_flow(number);
-        }
         Self {
-            sender,
-            receiver,
+            sender: send.then(|| Sender::new(link, run, number)),
+            receiver: receive.then(|| Receiver::new(link, run, number)),
             stopped_at: None,
         }
     }
@@ -45,7 +37,12 @@ impl Flow {
 
     /// A burst each way; returns whether there was nothing to do.
     #[inline(always)]
-    fn turn<L: Link>(&mut self, link: &mut L, pair: usize, run: &Run) -> Result<bool, Stopped> {
+    fn turn<L: Link, const MOST: usize>(
+        &mut self,
+        link: &mut L,
+        pair: usize,
+        run: &Run,
+    ) -> Result<bool, Stopped> {
         let Some(port) = link.pair(pair) else {
             // The others of a connection that is up are out of use, and come back.
             return if pair == 0 {
@@ -59,12 +56,15 @@ impl Flow {
             if sender.ended {
                 sender.done = port.drained().map_err(Stopped::Port)?;
             } else {
-                idle &= sender.burst(port, run.batch).map_err(Stopped::Port)? == 0;
+                idle &= sender
+                    .burst::<_, MOST>(port, run.batch)
+                    .map_err(Stopped::Port)?
+                    == 0;
             }
         }
         if let Some(receiver) = self.receiver.as_mut().filter(|r| r.ended.is_none()) {
             let frames = port.rx_burst(run.batch, |frame| {
-                receiver.take(frame);
+                receiver.take::<MOST>(frame);
             });
             idle &= frames.map_err(Stopped::Port)? == 0;
             if receiver.ended.is_some() {
@@ -86,7 +86,7 @@ impl Flow {
 
 /// As over one pair.
 #[inline(never)]
-pub(crate) fn traffic<L: Link>(
+pub(crate) fn traffic<L: Link, const MOST: usize>(
     link: &mut L,
     run: &Run,
     send: bool,
@@ -104,7 +104,7 @@ pub(crate) fn traffic<L: Link>(
     loop {
         let mut idle = true;
         for (pair, flow) in flows.iter_mut().enumerate() {
-            idle &= flow.turn(link, pair, run)?;
+            idle &= flow.turn::<L, MOST>(link, pair, run)?;
         }
         if !flows.iter().any(|flow| flow.sends() || flow.receives()) {
             break;

@@ -24,7 +24,7 @@ pub struct Received {
     pub frames: u64,
     /// Length of the timed part in ticks.
     pub ticks: u64,
-    /// All frames whose every byte was checked, and right.
+    /// All frames that were checked, and right.
     pub verified: u64,
     /// Sent, but never seen.
     pub lost: u64,
@@ -147,7 +147,6 @@ pub struct ResultRecord<'a>(pub &'a Run, pub &'a Outcome);
 impl fmt::Display for ResultRecord<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self(run, outcome) = self;
-        let size = run.size as u64;
         let name = if outcome.stopped { "stopped" } else { "result" };
         write!(
             f,
@@ -161,7 +160,7 @@ impl fmt::Display for ResultRecord<'_> {
                 ticks,
                 full,
             } = sent;
-            let bytes = frames * size;
+            let bytes = run.bytes(frames);
             write!(
                 f,
                 ",\"tx_frames\":{frames},\"tx_bytes\":{bytes},\"tx_ticks\":{ticks},\"tx_full\":{full}"
@@ -178,7 +177,7 @@ impl fmt::Display for ResultRecord<'_> {
                 corrupted,
                 torn,
             } = received;
-            let bytes = frames * size;
+            let bytes = run.bytes(frames);
             write!(
                 f,
                 ",\"rx_frames\":{frames},\"rx_bytes\":{bytes},\"rx_ticks\":{ticks},\"verified\":{verified}"

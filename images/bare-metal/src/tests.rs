@@ -13,11 +13,11 @@ use guest_driver::port::Error;
 use guest_driver::{Frame, Port, Slot};
 use virtqueue::linear::Linear;
 
-use crate::frame::{End, Format, Kind};
+use crate::frame::{EVERY_BYTE, End, Format, Kind, Seen};
 use crate::record::ResultRecord;
 use crate::study::windows::Churned;
 use crate::workload::{Receiver, Stopped};
-use crate::{Link, Outcome, Run, Work, attempt, execute};
+use crate::{Link, Outcome, Payload, Run, Source, Work, attempt, execute};
 
 struct Thread<P> {
     end: End,
@@ -139,16 +139,16 @@ fn what_begins_behind_the_end_is_not_timed() {
         warmup_ms: 5,
         ..run(Work::Sink)
     };
-    let mut receiver = Receiver::new(&link, &run);
+    let mut receiver = Receiver::new(&link, &run, 0);
     let format = Format::new(End::BackEnd, run.size, run.id);
     let sent = back.tx_burst(2, run.size, |i, slot| {
         let kind = if i == 0 { Kind::Data } else { Kind::End };
-        format.build(slot, kind, i as u64);
+        format.build::<EVERY_BYTE>(slot, kind, i as u64);
     });
     assert_eq!(sent, Ok(2));
     let mut frames = Vec::new();
     link.port
-        .rx_burst(2, |frame| frames.push(receiver.take(frame)))
+        .rx_burst(2, |frame| frames.push(receiver.take::<EVERY_BYTE>(frame)))
         .unwrap();
     assert_eq!(frames.len(), 2);
     // The other half of a run goes on for longer than this one had to warm up.
@@ -240,6 +240,140 @@ fn a_sink_that_hears_nothing_gives_up() {
     assert!(front.timeout && !front.is_clean());
 }
 
+#[test]
+fn frames_that_are_copied_or_looked_at_in_part_arrive_as_the_others_do() {
+    for payload in [Payload::EveryByte, Payload::Headers] {
+        for source in [Source::Build, Source::Copy] {
+            for (size, batch) in [(60, 1), (64, 32), (200, 7), (1518, 256)] {
+                let with = |work| Run {
+                    size,
+                    batch,
+                    payload,
+                    source,
+                    count: 5000,
+                    ..run(work)
+                };
+                let (front, back) = run_with(with(Work::Both), with(Work::Both), |port| port);
+                assert!(
+                    front.is_clean() && back.is_clean(),
+                    "{payload:?} {source:?}"
+                );
+                assert_eq!(front.received.unwrap().verified, 5000);
+                assert_eq!(back.received.unwrap().verified, 5000);
+                let (front, back) = run_with(with(Work::Echo), with(Work::Both), |port| port);
+                assert!(
+                    front.is_clean() && back.is_clean(),
+                    "{payload:?} {source:?}"
+                );
+                assert_eq!(back.received.unwrap().verified, 5000);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_mix_is_sent_in_its_proportions_whatever_room_the_ring_has() {
+    for source in [Source::Build, Source::Copy] {
+        // The ring has 64 entries: bursts end where it is full.
+        for batch in [1, 7, 48, 256] {
+            let unit = 12 * batch;
+            let mix = Run {
+                imix: true,
+                source,
+                batch,
+                count: 10 * unit as u64,
+                ..run(Work::Source)
+            };
+            let sink = Run {
+                work: Work::Sink,
+                ..mix
+            };
+            let seen = [const { AtomicU64::new(0) }; 3];
+            let (front, back) = run_with(sink, mix, |inner| Lengths { inner, seen: &seen });
+            assert!(front.is_clean() && back.is_clean(), "{front:?}");
+            assert_eq!(front.received.unwrap().verified, 10 * unit as u64);
+            // The end frame is short.
+            let [short, middle, long] = seen.map(AtomicU64::into_inner);
+            let batch = batch as u64;
+            assert_eq!(
+                [short - 1, middle, long],
+                [70 * batch, 40 * batch, 10 * batch]
+            );
+        }
+    }
+}
+
+#[test]
+fn a_mix_is_for_what_sends_and_receives_and_a_frame_of_no_length_of_it_is_corrupt() {
+    let mix = |work| Run {
+        imix: true,
+        ..run(work)
+    };
+    let bed = bed();
+    let (port, mut back): (JoinedFrontEnd<Silent>, JoinedBackEnd<Silent>) =
+        joined::join(bed.memory, 0, &join_config(), Silent, Silent, false).unwrap();
+    let mut link = Thread {
+        end: End::FrontEnd,
+        port,
+        start: Instant::now(),
+    };
+    for work in [Work::Echo, Work::RoundTrip] {
+        assert_eq!(execute(&mut link, &mix(work)).unwrap_err(), Stopped::NoMix);
+    }
+    let mut receiver = Receiver::new(&link, &mix(Work::Sink), 0);
+    let mut seen = Vec::new();
+    for len in [64, 570, 1518, 571] {
+        let format = Format::new(End::BackEnd, len, 3);
+        let sent = back.tx_burst(1, len, |_, slot| {
+            format.build::<EVERY_BYTE>(slot, Kind::Data, 0)
+        });
+        assert_eq!(sent, Ok(1));
+        link.port
+            .rx_burst(1, |frame| seen.push(receiver.take::<EVERY_BYTE>(frame)))
+            .unwrap();
+    }
+    let good = Seen::Good(Kind::Data, 0);
+    assert_eq!(seen, [good, good, good, Seen::Corrupt]);
+}
+
+/// Counts frames of 64, of 570 and of 1518 bytes that arrive.
+struct Lengths<'a> {
+    inner: JoinedFrontEnd<Silent>,
+    seen: &'a [AtomicU64; 3],
+}
+
+impl Port for Lengths<'_> {
+    fn tx_burst(
+        &mut self,
+        count: usize,
+        len: usize,
+        build: impl FnMut(usize, &mut Slot),
+    ) -> Result<usize, Error> {
+        self.inner.tx_burst(count, len, build)
+    }
+
+    fn rx_burst(&mut self, count: usize, mut receive: impl FnMut(&Frame)) -> Result<usize, Error> {
+        let seen = self.seen;
+        self.inner.rx_burst(count, |frame| {
+            let which = [64, 570, 1518].iter().position(|&len| len == frame.len());
+            seen[which.unwrap()].fetch_add(1, Ordering::Relaxed);
+            receive(frame);
+        })
+    }
+
+    fn drained(&mut self) -> Result<bool, Error> {
+        self.inner.drained()
+    }
+
+    fn arm(&mut self, rx: bool, tx: bool) -> bool {
+        self.inner.arm(rx, tx)
+    }
+
+    fn disarm(&mut self) {
+        self.inner.disarm();
+    }
+}
+
 /// What happens to data frames on their way into the front-end.
 #[derive(Clone, Copy)]
 enum Fault {
@@ -313,13 +447,22 @@ impl Port for Meddler {
 
 #[test]
 fn every_fault_is_counted_as_what_it_is() {
-    let meddle = |fault| {
-        let (front, _) = run_with(run(Work::Sink), run(Work::Source), |inner| Meddler {
+    let meddle_with = |fault, size, payload| {
+        let with = |work| Run {
+            size,
+            payload,
+            ..run(work)
+        };
+        let (front, _) = run_with(with(Work::Sink), with(Work::Source), |inner| Meddler {
             inner,
             fault,
             seen: AtomicU64::new(0),
             held: Vec::new(),
         });
+        front
+    };
+    let meddle = |fault| {
+        let front = meddle_with(fault, 64, Payload::EveryByte);
         let got = front.received.unwrap();
         assert!(!front.is_clean());
         (got.lost, got.duplicated, got.reordered, got.corrupted)
@@ -331,6 +474,14 @@ fn every_fault_is_counted_as_what_it_is() {
     for at in [0, 11, 20, 41, 54, 63] {
         assert_eq!(meddle(Fault::Corrupt(at)), (1, 0, 0, 1), "byte {at}");
     }
+    // Where only the first line is looked at, what is wrong behind it goes unseen, and nothing else does.
+    let unseen = |at, payload| meddle_with(Fault::Corrupt(at), 200, payload).is_clean();
+    for payload in [Payload::EveryByte, Payload::Headers] {
+        assert!(!unseen(0, payload) && !unseen(63, payload));
+        assert!(!meddle_with(Fault::Truncate, 200, payload).is_clean());
+    }
+    assert!(!unseen(64, Payload::EveryByte) && !unseen(199, Payload::EveryByte));
+    assert!(unseen(64, Payload::Headers) && unseen(199, Payload::Headers));
 }
 
 #[test]
@@ -407,7 +558,9 @@ impl Link for Left {
         }
         let format = Format::new(End::BackEnd, 64, 3);
         for (kind, sequence) in [(Kind::Data, 0), (Kind::Data, 1), (Kind::End, 2)] {
-            let sent = peer.tx_burst(1, 64, |_, slot| format.build(slot, kind, sequence));
+            let sent = peer.tx_burst(1, 64, |_, slot| {
+                format.build::<EVERY_BYTE>(slot, kind, sequence)
+            });
             assert_eq!(sent, Ok(1));
         }
         self.peer = None;
@@ -506,7 +659,7 @@ fn a_frame_torn_with_the_window_is_told_from_one_that_was_delivered_corrupt() {
     let format = Format::new(End::FrontEnd, sink.size, sink.id);
     front
         .tx_burst(3, sink.size, |i, slot| {
-            format.build(slot, Kind::Data, i as u64);
+            format.build::<EVERY_BYTE>(slot, Kind::Data, i as u64);
         })
         .unwrap();
     let mut frames = Vec::new();

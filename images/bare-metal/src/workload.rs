@@ -6,14 +6,14 @@ use alloc::vec::Vec;
 use core::fmt;
 
 use guest_driver::port::{self, MAX_BURST};
-use guest_driver::{Frame, Port};
+use guest_driver::{Frame, Port, Slot};
 
-use crate::frame::{End, Format, Kind, MAX_FRAME, Seen};
+use crate::frame::{EVERY_BYTE, End, FIRST_LINE, Format, IMIX, Kind, MAX_FRAME, Seen};
 use crate::histogram::Histogram;
 use crate::record::{Outcome, Received, Sent};
 use crate::respond::respond;
 use crate::study::windows::Churned;
-use crate::{Run, Work, pairs};
+use crate::{Payload, Run, Source, Work, pairs};
 
 /// What a workload runs on: a port, and the things that go on beside it.
 pub trait Link {
@@ -99,6 +99,8 @@ pub enum Stopped {
     NoChurn,
     /// There are not so many queue pairs, or not for this workload, or this end does not put them into use.
     NoPairs,
+    /// Frames of several lengths are not for this workload.
+    NoMix,
 }
 
 impl fmt::Display for Stopped {
@@ -110,6 +112,7 @@ impl fmt::Display for Stopped {
             Self::NoPairs => f.write_str(
                 "not so many queue pairs (several are for source, sink and both, flips for a front-end)",
             ),
+            Self::NoMix => f.write_str("size=imix is for source, sink and both"),
         }
     }
 }
@@ -142,21 +145,15 @@ pub fn attempt<L: Link>(link: &mut L, run: &Run, outcome: &mut Outcome) -> Resul
     if !(one || spread) || !link.use_pairs(queues) {
         return Err(Stopped::NoPairs);
     }
+    if run.imix && !spread {
+        return Err(Stopped::NoMix);
+    }
     if run.flips > 0 && (one || !link.start_flips(queues, run.flips)) {
         return Err(Stopped::NoPairs);
     }
-    let mut whole = |result: Result<Outcome, Stopped>| result.map(|whole| *outcome = whole);
-    let result = match run.work {
-        work if !one => {
-            let (send, receive) = (work != Work::Sink, work != Work::Source);
-            whole(pairs::traffic(link, run, send, receive))
-        }
-        Work::Echo => whole(echo(link, run)),
-        Work::RoundTrip => whole(round_trip(link, run)),
-        Work::Respond => whole(respond(link, run)),
-        Work::Source => traffic(link, run, (true, false), outcome),
-        Work::Sink => traffic(link, run, (false, true), outcome),
-        Work::Both => traffic(link, run, (true, true), outcome),
+    let result = match run.payload {
+        Payload::EveryByte => work::<L, EVERY_BYTE>(link, run, outcome),
+        Payload::Headers => work::<L, FIRST_LINE>(link, run, outcome),
     };
     if run.flips > 0 {
         link.end_flips();
@@ -169,6 +166,27 @@ pub fn attempt<L: Link>(link: &mut L, run: &Run, outcome: &mut Outcome) -> Resul
     }
     outcome.stopped = result.is_err();
     result
+}
+
+/// The workload itself, where the first `MOST` bytes of each frame are written and compared.
+fn work<L: Link, const MOST: usize>(
+    link: &mut L,
+    run: &Run,
+    outcome: &mut Outcome,
+) -> Result<(), Stopped> {
+    let mut whole = |result: Result<Outcome, Stopped>| result.map(|whole| *outcome = whole);
+    match run.work {
+        work if run.queues > 1 => {
+            let (send, receive) = (work != Work::Sink, work != Work::Source);
+            whole(pairs::traffic::<L, MOST>(link, run, send, receive))
+        }
+        Work::Echo => whole(echo::<L, MOST>(link, run)),
+        Work::RoundTrip => whole(round_trip::<L, MOST>(link, run)),
+        Work::Respond => whole(respond(link, run)),
+        Work::Source => traffic::<L, MOST>(link, run, (true, false), outcome),
+        Work::Sink => traffic::<L, MOST>(link, run, (false, true), outcome),
+        Work::Both => traffic::<L, MOST>(link, run, (true, true), outcome),
+    }
 }
 
 /// Runs `burst` on the port of a link.
@@ -196,9 +214,44 @@ impl Schedule {
     }
 }
 
+/// Frames in memory of the sender's own, ready to be copied: those from the next one on, each in its place.
+#[derive(Default)]
+struct Private {
+    /// One a frame of a burst; none where frames are built in place.
+    frames: Vec<Room>,
+    /// How many are ready.
+    ready: usize,
+}
+
+/// Room for a frame, on lines of its own.
+#[repr(align(64))]
+#[derive(Clone)]
+struct Room([u8; MAX_FRAME]);
+
+/// Bursts of several lengths, in turn.
+struct Mix {
+    formats: Vec<Format>,
+    /// Frames a burst.
+    batch: u64,
+}
+
+impl Mix {
+    /// Of what frame `next` is, and how many of `batch` frames from there on are alike: also where the ring was full in the middle of a burst, there are
+    /// as many of a length as the mix says.
+    fn at(&self, next: u64, batch: usize) -> Option<(&Format, usize)> {
+        let turn = next / self.batch % self.formats.len() as u64;
+        let alike = self.batch - next % self.batch;
+        let format = self.formats.get(usize::try_from(turn).ok()?)?;
+        Some((format, batch.min(usize::try_from(alike).ok()?)))
+    }
+}
+
 /// The sending half of a run.
 pub(crate) struct Sender {
-    pub(crate) format: Format,
+    format: Format,
+    /// Absent where all frames are of one length.
+    mix: Option<Mix>,
+    private: Private,
     next: u64,
     limit: u64,
     schedule: Schedule,
@@ -217,9 +270,22 @@ fn end<L: Link>(link: &L, run: &Run) -> End {
 }
 
 impl Sender {
-    pub(crate) fn new<L: Link>(link: &L, run: &Run) -> Self {
+    pub(crate) fn new<L: Link>(link: &L, run: &Run, flow: u16) -> Self {
+        let format = |len| Format::new(end(link, run), len, run.id).with_flow(flow);
+        let copied = match run.source {
+            Source::Build => 0,
+            Source::Copy => run.batch,
+        };
         Self {
-            format: Format::new(end(link, run), run.size, run.id),
+            format: format(run.size),
+            mix: run.imix.then(|| Mix {
+                formats: IMIX.iter().map(|&len| format(len)).collect(),
+                batch: run.batch as u64,
+            }),
+            private: Private {
+                frames: vec![Room([0; MAX_FRAME]); copied],
+                ready: 0,
+            },
             next: 0,
             limit: if run.count == 0 { u64::MAX } else { run.count },
             schedule: Schedule::from(link, run, link.now()),
@@ -252,26 +318,67 @@ impl Sender {
 
     /// Sends a burst; returns how many frames went.
     #[inline(always)]
-    pub(crate) fn burst<P: Port>(
+    pub(crate) fn burst<P: Port, const MOST: usize>(
         &mut self,
         port: &mut P,
         batch: usize,
     ) -> Result<usize, port::Error> {
-        let (format, next) = (&self.format, self.next);
+        let (mut format, next) = (&self.format, self.next);
         if self.ending {
             let sent = port.tx_burst(1, format.len(), |_, slot| {
-                format.build(slot, Kind::End, next)
+                format.build::<MOST>(slot, Kind::End, next)
             })?;
             self.ended = sent == 1;
             return Ok(sent);
         }
         let room = self.limit - next;
-        let batch = usize::try_from(room).map_or(batch, |room| room.min(batch));
-        let sent = port.tx_burst(batch, format.len(), |i, slot| {
-            format.build(slot, Kind::Data, next + i as u64)
-        })?;
+        let mut batch = usize::try_from(room).map_or(batch, |room| room.min(batch));
+        if let Some(mix) = &self.mix {
+            (format, batch) = mix.at(next, batch).unwrap_or((format, batch));
+        }
+        let sent = if self.private.frames.is_empty() {
+            port.tx_burst(batch, format.len(), |i, slot| {
+                format.build::<MOST>(slot, Kind::Data, next + i as u64)
+            })?
+        } else {
+            self.private.burst::<P, MOST>(port, batch, format, next)?
+        };
         self.next += sent as u64;
         self.stats.full += u64::from(sent < batch);
+        Ok(sent)
+    }
+}
+
+impl Private {
+    /// Makes the frames from `next` on ready, and copies them into slots.
+    #[inline(never)]
+    fn burst<P: Port, const MOST: usize>(
+        &mut self,
+        port: &mut P,
+        batch: usize,
+        format: &Format,
+        next: u64,
+    ) -> Result<usize, port::Error> {
+        let (len, rooms) = (format.len(), self.frames.len());
+        let first = usize::try_from(next % rooms as u64).unwrap_or(0);
+        let place = |i: usize| {
+            let at = first + i;
+            if at < rooms { at } else { at - rooms }
+        };
+        // A frame that the ring had no room for is ready still.
+        for i in self.ready..batch {
+            if let Some(room) = self.frames.get_mut(place(i)) {
+                let mut slot = Slot::of(&mut room.0[..len]);
+                format.build::<MOST>(&mut slot, Kind::Data, next + i as u64);
+            }
+        }
+        self.ready = self.ready.max(batch);
+        let sent = port.tx_burst(batch, len, |i, slot| {
+            if let Some(room) = self.frames.get(place(i)) {
+                slot.write(0, &room.0[..len]);
+            }
+        })?;
+        self.ready -= sent;
         Ok(sent)
     }
 }
@@ -283,7 +390,9 @@ const MAX_GAPS: usize = 1024;
 
 /// The receiving half of a run.
 pub(crate) struct Receiver {
-    pub(crate) format: Format,
+    format: Format,
+    /// Those of other lengths, where there are some.
+    others: Vec<Format>,
     next: u64,
     gaps: Vec<Gap>,
     /// When the first frame came, and when the timed part began, with what had been verified then.
@@ -298,9 +407,17 @@ pub(crate) struct Receiver {
 }
 
 impl Receiver {
-    pub(crate) fn new<L: Link>(link: &L, run: &Run) -> Self {
+    pub(crate) fn new<L: Link>(link: &L, run: &Run, flow: u16) -> Self {
+        let format = |len| Format::new(end(link, run).peer(), len, run.id).with_flow(flow);
+        let mut others = Vec::new();
+        for &len in IMIX.iter().filter(|&&len| run.imix && len != run.size) {
+            if !others.iter().any(|it: &Format| it.len() == len) {
+                others.push(format(len));
+            }
+        }
         Self {
-            format: Format::new(end(link, run).peer(), run.size, run.id),
+            format: format(run.size),
+            others,
             next: 0,
             gaps: Vec::with_capacity(MAX_GAPS),
             first: None,
@@ -316,10 +433,13 @@ impl Receiver {
         }
     }
 
-    /// Takes a frame that arrived; says what it was. It is checked once: it lies in memory that may change.
+    /// Takes a frame that arrived; says what it was. A byte is compared once: it lies in memory that may change.
     #[inline(always)]
-    pub(crate) fn take(&mut self, frame: &Frame) -> Seen {
-        let seen = self.format.check(frame);
+    pub(crate) fn take<const MOST: usize>(&mut self, frame: &Frame) -> Seen {
+        let mut seen = self.format.check::<MOST>(frame);
+        if seen == Seen::Corrupt {
+            seen = self.of_another_length::<MOST>(frame);
+        }
         match seen {
             Seen::Good(Kind::Data, sequence) => {
                 self.stats.verified += 1;
@@ -334,6 +454,13 @@ impl Receiver {
             Seen::Stale => {}
         }
         seen
+    }
+
+    /// What a frame is that is not what most are.
+    #[inline(never)]
+    fn of_another_length<const MOST: usize>(&self, frame: &Frame) -> Seen {
+        let format = self.others.iter().find(|it| it.len() == frame.len());
+        format.map_or(Seen::Corrupt, |format| format.check::<MOST>(frame))
     }
 
     #[cold]
@@ -392,15 +519,15 @@ impl Receiver {
 
 /// Source, sink, and both.
 #[inline(never)]
-fn traffic<L: Link>(
+fn traffic<L: Link, const MOST: usize>(
     link: &mut L,
     run: &Run,
     (send, receive): (bool, bool),
     outcome: &mut Outcome,
 ) -> Result<(), Stopped> {
-    let mut sender = send.then(|| Sender::new(link, run));
-    let mut receiver = receive.then(|| Receiver::new(link, run));
-    let result = exchange(link, run, &mut sender, &mut receiver);
+    let mut sender = send.then(|| Sender::new(link, run, 0));
+    let mut receiver = receive.then(|| Receiver::new(link, run, 0));
+    let result = exchange::<L, MOST>(link, run, &mut sender, &mut receiver);
     let stopped_at = match &result {
         Ok(Ended::Whole(at)) => *at,
         Ok(Ended::Timeout) | Err(_) => link.now(),
@@ -432,7 +559,7 @@ enum Ended {
 
 /// Sends and receives until both are done.
 #[inline(always)]
-fn exchange<L: Link>(
+fn exchange<L: Link, const MOST: usize>(
     link: &mut L,
     run: &Run,
     sender: &mut Option<Sender>,
@@ -449,7 +576,7 @@ fn exchange<L: Link>(
             if sender.ended {
                 sender.done = with_port(link, Port::drained)?;
             } else {
-                idle &= with_port(link, |port| sender.burst(port, run.batch))? == 0;
+                idle &= with_port(link, |port| sender.burst::<_, MOST>(port, run.batch))? == 0;
             }
         }
         if let Some(receiver) = receiver
@@ -459,7 +586,7 @@ fn exchange<L: Link>(
             let sound = receiver.stats.corrupted;
             let came = with_port(link, |port| {
                 port.rx_burst(run.batch, |frame| {
-                    receiver.take(frame);
+                    receiver.take::<MOST>(frame);
                 })
             })?;
             if came > 0 {
@@ -537,13 +664,13 @@ struct Bounce {
 
 /// Sends back what arrives, with this end's addresses, until the end frame has gone back.
 #[inline(never)]
-fn echo<L: Link>(link: &mut L, run: &Run) -> Result<Outcome, Stopped> {
+fn echo<L: Link, const MOST: usize>(link: &mut L, run: &Run) -> Result<Outcome, Stopped> {
     let back = Format::new(end(link, run), run.size, run.id);
     let mut bounce = Bounce {
         frames: vec![[0; MAX_FRAME]; run.batch.min(MAX_BURST)],
         held: 0,
     };
-    let mut receiver = Receiver::new(link, run);
+    let mut receiver = Receiver::new(link, run, 0);
     let timeout = run.timeout_ms * link.ticks_per_ms();
     let mut deadline = link.now() + timeout;
     let mut sent_total = 0u64;
@@ -551,7 +678,7 @@ fn echo<L: Link>(link: &mut L, run: &Run) -> Result<Outcome, Stopped> {
     let timed_out = 'run: loop {
         let n = with_port(link, |port| {
             port.rx_burst(run.batch, |frame| {
-                if matches!(receiver.take(frame), Seen::Good(..))
+                if matches!(receiver.take::<MOST>(frame), Seen::Good(..))
                     && let Some(room) = bounce.frames.get_mut(bounce.held)
                     && frame.read(0, &mut room[..back.len()])
                 {
@@ -650,9 +777,9 @@ fn both_ways<L: Link>(link: &L, mut receiver: Receiver, sent: u64, timeout: bool
 
 /// Sends one frame at a time and times its way to an echo and back.
 #[inline(never)]
-fn round_trip<L: Link>(link: &mut L, run: &Run) -> Result<Outcome, Stopped> {
+fn round_trip<L: Link, const MOST: usize>(link: &mut L, run: &Run) -> Result<Outcome, Stopped> {
     let format = Format::new(end(link, run), run.size, run.id);
-    let mut receiver = Receiver::new(link, run);
+    let mut receiver = Receiver::new(link, run, 0);
     let mut times = Box::new(Histogram::default());
     let schedule = Schedule::from(link, run, link.now());
     let timeout = run.timeout_ms * link.ticks_per_ms();
@@ -668,7 +795,7 @@ fn round_trip<L: Link>(link: &mut L, run: &Run) -> Result<Outcome, Stopped> {
         let deadline = sent_at + timeout;
         while with_port(link, |port| {
             port.tx_burst(1, format.len(), |_, slot| {
-                format.build(slot, kind, sequence)
+                format.build::<MOST>(slot, kind, sequence)
             })
         })? == 0
         {
@@ -681,7 +808,7 @@ fn round_trip<L: Link>(link: &mut L, run: &Run) -> Result<Outcome, Stopped> {
         while receiver.stats.verified == seen && receiver.ended.is_none() {
             let n = with_port(link, |port| {
                 port.rx_burst(1, |frame| {
-                    receiver.take(frame);
+                    receiver.take::<MOST>(frame);
                 })
             })?;
             if n == 0 && link.gone() {

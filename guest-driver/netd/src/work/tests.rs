@@ -291,7 +291,7 @@ fn source_sends_its_count_of_numbered_frames_and_one_that_says_so() {
         while ended.is_none() {
             rig.turn();
             rig.front
-                .rx_burst(256, |frame| match format.check(frame) {
+                .rx_burst(256, |frame| match format.check::<EVERY_BYTE>(frame) {
                     Seen::Good(Kind::Data, number) => {
                         assert_eq!(number, next);
                         next += 1;
@@ -313,7 +313,7 @@ fn sink(frames: &[(Kind, u64, Option<usize>)]) -> (Checked, bool) {
     let format = Format::new(End::FrontEnd, 100, 0);
     for &(kind, number, damage) in frames {
         let sent = rig.front.tx_burst(1, 100, |_, slot| {
-            format.build(slot, kind, number);
+            format.build::<EVERY_BYTE>(slot, kind, number);
             if let Some(at) = damage {
                 slot.write(at, &[0xee]);
             }
