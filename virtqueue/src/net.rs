@@ -1,5 +1,12 @@
 //! The virtio-net header and feature bits (VIRTIO 1.3 section 5.1), and the feature bits of rings and transports (section 6).
 
+mod offload;
+
+pub use offload::{
+    GUEST_LARGE, GUEST_OFFLOADS, HOST_OFFLOADS, MAX_FRAME, MAX_LARGE_FRAME, Offloads, consistent,
+    is_consistent,
+};
+
 /// Features that rings and transports negotiate (VIRTIO 1.3 section 6), as masks.
 pub mod features {
     /// VIRTIO_F_INDIRECT_DESC (section 6): a descriptor may hold a table of descriptors.
@@ -121,6 +128,17 @@ pub struct Header {
 }
 
 impl Header {
+    /// Nothing is left to the other side.
+    pub const NONE: Self = Self {
+        flags: 0,
+        gso_type: HDR_GSO_NONE,
+        hdr_len: 0,
+        gso_size: 0,
+        csum_start: 0,
+        csum_offset: 0,
+        num_buffers: 0,
+    };
+
     /// The header as it lies in memory (section 5.1.6).
     #[inline]
     pub const fn encode(&self) -> [u8; HEADER_LEN] {

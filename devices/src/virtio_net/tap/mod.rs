@@ -8,7 +8,6 @@
 //!
 //! The device uses guest physical addresses: it cannot be behind an IOMMU.
 
-mod header;
 mod kernel;
 mod memory;
 mod port;
@@ -23,7 +22,9 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use event_manager::{EventOps, MutEventSubscriber};
 use thiserror::Error;
-use virtqueue::net::{F_CSUM, F_GUEST_CSUM, F_GUEST_TSO4, F_GUEST_TSO6, F_HOST_TSO4, F_HOST_TSO6};
+use virtqueue::net::{
+    F_CSUM, F_GUEST_CSUM, F_GUEST_TSO4, F_GUEST_TSO6, F_HOST_TSO4, F_HOST_TSO6, is_consistent,
+};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::rings::RingError;
@@ -42,11 +43,6 @@ use worker::Worker;
 /// What a tap does with frames.
 const OFFLOADS: u64 =
     F_CSUM | F_HOST_TSO4 | F_HOST_TSO6 | F_GUEST_CSUM | F_GUEST_TSO4 | F_GUEST_TSO6;
-/// Features of [`OFFLOADS`] that need another of them (VIRTIO 1.3, section 5.1.3.1).
-const NEEDS: [(u64, u64); 2] = [
-    (F_HOST_TSO4 | F_HOST_TSO6, F_CSUM),
-    (F_GUEST_TSO4 | F_GUEST_TSO6, F_GUEST_CSUM),
-];
 
 /// Who serves the rings.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -258,9 +254,7 @@ impl VirtioDevice for TapNet {
     }
 
     fn accepts(&self, features: u64) -> bool {
-        NEEDS
-            .iter()
-            .all(|(these, need)| features & these == 0 || features & need != 0)
+        is_consistent(features)
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {

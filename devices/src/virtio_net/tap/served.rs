@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use event_manager::{EventOps, EventSet, Events};
-use virtqueue::net::{F_GUEST_CSUM, F_MRG_RXBUF, HEADER_LEN, Header, features};
+use virtqueue::net::{F_GUEST_CSUM, F_MRG_RXBUF, HEADER_LEN, Header, Offloads, features};
 use virtqueue::packed::Packed;
 use virtqueue::split::Split;
 use virtqueue::{Buffer, Chain, DeviceRing, Layout, RingConfig};
@@ -18,7 +18,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::memory::Ram;
-use super::{Counters, Engine, Fault, Port, header};
+use super::{Counters, Engine, Fault, Port};
 use crate::virtio::{QueueSetup, event};
 
 /// The longest packet, with its header: 64 KiB behind an Ethernet header with a VLAN tag.
@@ -241,8 +241,8 @@ impl Served {
         else {
             return Ok(Fate::Dropped);
         };
-        let Some(checked) = header::checked(Header::decode(*head), frame.len(), self.features)
-        else {
+        let offloads = Offloads::of_driver(self.features);
+        let Some(checked) = offloads.check(&Header::decode(*head), frame.len()) else {
             return Ok(Fate::Dropped);
         };
         *head = checked.encode();
