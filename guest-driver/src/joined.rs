@@ -2,6 +2,7 @@
 //! upper bound that benchmarks compare with, and the bed of tests.
 
 use virtqueue::linear::Linear;
+use virtqueue::net::F_MRG_RXBUF;
 use virtqueue::packed::Packed;
 use virtqueue::split::Split;
 use virtqueue::{Layout, RingConfig};
@@ -156,8 +157,9 @@ fn back<L: Layout, C: Notify + Clone>(
         })
     };
     let [rx, tx] = rings::<L>(start, join)?;
-    let mergeable = join.shape.mergeable;
-    Ok(PeerPort::new(memory, mergeable, vring(rx)?, vring(tx)?))
+    let mergeable = if join.shape.mergeable { F_MRG_RXBUF } else { 0 };
+    let features = mergeable | join.shape.offloads;
+    Ok(PeerPort::new(memory, features, vring(rx)?, vring(tx)?))
 }
 
 /// Where the two rings and their pools are: receive, transmit.

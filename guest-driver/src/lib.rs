@@ -25,6 +25,7 @@ mod net_control;
 pub mod net_port;
 pub mod pci;
 pub mod peer;
+mod pieces;
 pub mod platform;
 pub mod port;
 pub mod translated;

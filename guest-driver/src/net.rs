@@ -3,7 +3,10 @@
 use alloc::vec::Vec;
 
 use virtqueue::linear::Linear;
-use virtqueue::net::{F_CTRL_VQ, F_MAC, F_MQ, F_MRG_RXBUF, F_STATUS, features};
+use virtqueue::net::{
+    F_CSUM, F_CTRL_VQ, F_MAC, F_MQ, F_MRG_RXBUF, F_STATUS, GUEST_LARGE, GUEST_OFFLOADS,
+    HOST_OFFLOADS, consistent, features,
+};
 use virtqueue::packed::Packed;
 use virtqueue::split::Split;
 use virtqueue::{Layout, RingConfig};
@@ -11,6 +14,7 @@ use virtqueue::{Layout, RingConfig};
 use crate::Platform;
 use crate::mapper::{Fixed, Mapper};
 use crate::net_control::ControlQueue;
+use crate::net_port::offload::{MAX_DESCRIPTORS, buffers_of_longest};
 use crate::net_port::{NetPort, Shape};
 use crate::pci::Function;
 use crate::port::Either;
@@ -149,10 +153,12 @@ impl<M: Mapper> NetDevice<M> {
             } else {
                 USABLE
             };
-            (offered & features::VERSION_1 != 0).then_some(offered & mq)
+            let offloads = usable_offloads::<M>(&transport, offered, &shape);
+            (offered & features::VERSION_1 != 0).then_some(offered & (mq | offloads))
         })?;
         let shape = Shape {
             mergeable: features & F_MRG_RXBUF != 0,
+            offloads: features & (HOST_OFFLOADS | GUEST_OFFLOADS),
             ..shape
         };
         if let Some(earlier) = &earlier {
@@ -306,6 +312,23 @@ impl<M: Mapper> NetDevice<M> {
         self.features & F_STATUS == 0
             || self.transport.device().read_u16(CONFIG_STATUS) & STATUS_LINK_UP != 0
     }
+}
+
+/// What this driver can use of the offloads that are offered. No side leaves anything to the other where each buffer is mapped by itself, or segments of which
+/// a ring does not hold one.
+fn usable_offloads<M: Mapper>(transport: &Transport, offered: u64, shape: &Shape) -> u64 {
+    if M::DYNAMIC {
+        return 0;
+    }
+    let holds = |ring, descriptors| usize::from(transport.largest_queue(ring)) >= descriptors;
+    let mut usable = offered & (HOST_OFFLOADS | GUEST_OFFLOADS);
+    if offered & F_MRG_RXBUF == 0 || !holds(0, buffers_of_longest(shape.rx_buffer)) {
+        usable &= !GUEST_LARGE;
+    }
+    if !holds(1, MAX_DESCRIPTORS) {
+        usable &= !HOST_OFFLOADS | F_CSUM;
+    }
+    consistent(usable)
 }
 
 /// Takes back the buffers that the device had when it was reset: they are still mapped.

@@ -3,12 +3,14 @@
 //! Unsafe code: buffers are reached by address. Each block stands on the one check that [`NetPort::new`] makes of the whole pool.
 #![allow(unsafe_code)]
 
+pub(crate) mod offload;
+
 use alloc::boxed::Box;
 use alloc::vec;
 use alloc::vec::Vec;
 
 use virtqueue::linear::Linear;
-use virtqueue::net::HEADER_LEN;
+use virtqueue::net::{HEADER_LEN, Header, Offloads};
 use virtqueue::{Buffer, DriverRing, Used};
 
 use crate::bulk;
@@ -56,6 +58,8 @@ pub struct Shape {
     pub rx_buffer: u16,
     /// VIRTIO_NET_F_MRG_RXBUF was negotiated: a frame may be spread over several buffers.
     pub mergeable: bool,
+    /// The features that were negotiated of those that leave checksums and segmentation to the other side.
+    pub offloads: u64,
 }
 
 impl Default for Shape {
@@ -64,6 +68,7 @@ impl Default for Shape {
             tx: TxShape::Direct,
             rx_buffer: PACKET,
             mergeable: false,
+            offloads: 0,
         }
     }
 }
@@ -191,6 +196,8 @@ pub struct NetPort<D, N, M = Fixed> {
     tx_free: Vec<u16>,
     used: [Used; MAX_BURST],
     partial: Partial,
+    /// Where checksums or segmentation were negotiated, all frames go another way.
+    offload: Option<Box<offload::Offload>>,
 }
 
 // SAFETY: the pointers are into memory that belongs to no thread; the port is used by one at a time.
@@ -221,6 +228,13 @@ impl<D: DriverRing, N: Notify, M: Mapper> NetPort<D, N, M> {
         let rx = Half::new(memory, rx, mapper.clone())?;
         let tx = Half::new(memory, tx, mapper)?;
         let tx_free = (0..tx.ring.free()).collect();
+        let buffers = (rx.buffer_of.len(), tx.buffer_of.len());
+        // A frame over dozens of buffers that are mapped one by one is of no use to anybody.
+        let offload = if M::DYNAMIC {
+            None
+        } else {
+            offload::Offload::new(&shape, buffers.0, buffers.1)
+        };
         let mut port = Self {
             rx,
             tx,
@@ -239,6 +253,7 @@ impl<D: DriverRing, N: Notify, M: Mapper> NetPort<D, N, M> {
                 len: 0,
                 missing: 0,
             },
+            offload,
         };
         port.disarm();
         Ok(port)
@@ -294,7 +309,11 @@ impl<D: DriverRing, N: Notify, M: Mapper> NetPort<D, N, M> {
             self.tx.unmap(buffers)?;
         }
         for &used in self.used.iter().take(n) {
-            self.tx_free.push(self.tx.buffer(used));
+            let buffer = self.tx.buffer(used);
+            match &mut self.offload {
+                Some(offload) => offload.release(buffer, &mut self.tx_free),
+                None => self.tx_free.push(buffer),
+            }
         }
         Ok(n)
     }
@@ -426,6 +445,9 @@ impl<D: DriverRing, N: Notify, M: Mapper> Port for NetPort<D, N, M> {
         mut build: impl FnMut(usize, &mut Slot),
     ) -> Result<usize, PortError> {
         let len = len.min(MAX_FRAME);
+        if self.offload.is_some() {
+            return self.tx_with_header(Header::NONE, count, len, &mut build);
+        }
         let packet = u16::try_from(HEADER_LEN + len).unwrap_or(PACKET);
         let descriptors = if self.shape.tx == TxShape::Direct {
             count
@@ -462,6 +484,23 @@ impl<D: DriverRing, N: Notify, M: Mapper> Port for NetPort<D, N, M> {
         Ok(sent)
     }
 
+    fn offloads(&self) -> Offloads {
+        let offload = self.offload.as_ref();
+        offload.map_or(Offloads::default(), |offload| offload.send)
+    }
+
+    fn tx_offloaded(
+        &mut self,
+        header: &Header,
+        count: usize,
+        len: usize,
+        mut build: impl FnMut(usize, &mut Slot),
+    ) -> Result<usize, PortError> {
+        let header = self.offloads().check_segment(header, len);
+        let header = header.filter(|_| self.offload.is_some());
+        self.tx_with_header(header.ok_or(PortError::Offload)?, count, len, &mut build)
+    }
+
     #[inline(always)]
     fn rx_burst(
         &mut self,
@@ -469,6 +508,9 @@ impl<D: DriverRing, N: Notify, M: Mapper> Port for NetPort<D, N, M> {
         mut receive: impl FnMut(&Frame),
     ) -> Result<usize, PortError> {
         let count = count.min(MAX_BURST);
+        if self.offload.is_some() {
+            return self.rx_with_headers(count, &mut receive);
+        }
         let n = self.rx.ring.take(&mut self.used[..count])?;
         if n == 0 {
             return Ok(0);
@@ -498,7 +540,8 @@ impl<D: DriverRing, N: Notify, M: Mapper> Port for NetPort<D, N, M> {
     }
 
     fn arm(&mut self, rx: bool, tx: bool) -> bool {
-        let rx = rx && self.rx.ring.enable_calls();
+        let received = self.offload.as_ref().is_some_and(|o| o.has_received());
+        let rx = rx && (received || self.rx.ring.enable_calls());
         let tx = tx && self.tx.ring.enable_calls();
         rx || tx
     }

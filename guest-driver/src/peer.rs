@@ -4,11 +4,13 @@
 //! length that is used, by [`Linear::ptr`].
 #![allow(unsafe_code)]
 
+mod offload;
+
 use alloc::boxed::Box;
 use alloc::vec;
 
 use virtqueue::linear::Linear;
-use virtqueue::net::HEADER_LEN;
+use virtqueue::net::{F_MRG_RXBUF, HEADER_LEN, Header, Offloads};
 use virtqueue::{Buffer, Chain, DeviceRing};
 
 use crate::bulk;
@@ -61,13 +63,16 @@ pub struct PeerPort<V, N> {
     /// The front-end has its receive buffers mapped for writing only: looking at them is in vain, slow, and told to its guest as a fault.
     unreadable: bool,
     dropped: u64,
+    /// Where checksums or segmentation were negotiated, all frames go another way.
+    offload: Option<Box<offload::Offload>>,
 }
 
 impl<V: DeviceRing, N: Notify> PeerPort<V, N> {
-    /// A data path over the front-end's rings; the addresses in them are offsets of `window`.
+    /// A data path over the front-end's rings; the addresses in them are offsets of `window`. Of the `features` that were negotiated, those count that say
+    /// what frames and their headers are like.
     pub fn new(
         window: Linear,
-        mergeable: bool,
+        features: u64,
         to_peer: Vring<V, N>,
         from_peer: Vring<V, N>,
     ) -> Self {
@@ -78,10 +83,11 @@ impl<V: DeviceRing, N: Notify> PeerPort<V, N> {
             chains: [Chain::default(); MAX_BURST],
             buffers: [Buffer::default(); MAX_BUFFERS],
             scratch: vec![0; MAX_PACKET].into_boxed_slice(),
-            mergeable,
+            mergeable: features & F_MRG_RXBUF != 0,
             spreading: false,
             unreadable: false,
             dropped: 0,
+            offload: offload::Offload::new(features),
         };
         port.disarm();
         port
@@ -222,6 +228,9 @@ impl<V: DeviceRing, N: Notify> Port for PeerPort<V, N> {
         mut build: impl FnMut(usize, &mut Slot),
     ) -> Result<usize, Error> {
         let (len, count) = (len.min(MAX_FRAME), count.min(MAX_BURST));
+        if self.offload.is_some() {
+            return self.tx_with_header(Header::NONE, count, len, &mut build);
+        }
         let packet = HEADER_LEN + len;
         let written = u32::try_from(packet).unwrap_or(0);
         let mut wanted = if self.spreading { MAX_BURST } else { count };
@@ -282,8 +291,27 @@ impl<V: DeviceRing, N: Notify> Port for PeerPort<V, N> {
         Ok(sent)
     }
 
+    fn offloads(&self) -> Offloads {
+        let offload = self.offload.as_ref();
+        offload.map_or(Offloads::default(), |offload| offload.send)
+    }
+
+    fn tx_offloaded(
+        &mut self,
+        header: &Header,
+        count: usize,
+        len: usize,
+        mut build: impl FnMut(usize, &mut Slot),
+    ) -> Result<usize, Error> {
+        let header = self.offloads().check_segment(header, len);
+        self.tx_with_header(header.ok_or(Error::Offload)?, count, len, &mut build)
+    }
+
     #[inline(always)]
     fn rx_burst(&mut self, count: usize, mut receive: impl FnMut(&Frame)) -> Result<usize, Error> {
+        if self.offload.is_some() {
+            return self.rx_with_headers(count, &mut receive);
+        }
         let ring = &mut self.from_peer.ring;
         let n = ring.get(&mut self.chains[..count.min(MAX_BURST)], &mut self.buffers)?;
         if n == 0 {

@@ -7,6 +7,10 @@
 use core::fmt;
 use core::marker::PhantomData;
 
+use virtqueue::net::Header;
+pub use virtqueue::net::{MAX_FRAME, MAX_LARGE_FRAME, Offloads};
+
+use crate::pieces::{Piece, total, walk};
 use crate::{bulk, virtio_iommu};
 
 /// Whether `len` bytes from `offset` on are inside `total`.
@@ -18,8 +22,12 @@ fn holds(total: usize, offset: usize, len: usize) -> bool {
 /// A received frame, without the virtio-net header. It may lie in the peer's memory and change while it is looked at.
 #[derive(Debug)]
 pub struct Frame<'a> {
+    /// All of it, or the first stretch of it.
     ptr: *const u8,
     len: usize,
+    /// Where it goes on.
+    rest: &'a [Piece],
+    header: Option<Header>,
     _memory: PhantomData<&'a ()>,
 }
 
@@ -30,6 +38,8 @@ impl<'a> Frame<'a> {
         Self {
             ptr: bytes.as_ptr(),
             len: bytes.len(),
+            rest: &[],
+            header: None,
             _memory: PhantomData,
         }
     }
@@ -43,21 +53,61 @@ impl<'a> Frame<'a> {
         Self {
             ptr,
             len,
+            rest: &[],
+            header: None,
             _memory: PhantomData,
         }
+    }
+
+    /// A frame in shared memory, and its header, which has been checked.
+    ///
+    /// # Safety
+    /// As for [`Frame::new`].
+    #[inline(always)]
+    pub(crate) unsafe fn with_header(ptr: *const u8, len: usize, header: Header) -> Self {
+        Self {
+            ptr,
+            len,
+            rest: &[],
+            header: Some(header).filter(|header| *header != Header::NONE),
+            _memory: PhantomData,
+        }
+    }
+
+    /// A frame in several stretches of shared memory; `None` where there is none.
+    ///
+    /// # Safety
+    /// The pieces stay mapped for the frame's lifetime.
+    #[inline(always)]
+    pub(crate) unsafe fn in_pieces(pieces: &'a [Piece], header: Header) -> Option<Self> {
+        let (first, rest) = pieces.split_first()?;
+        // SAFETY: the caller's promise.
+        let first = unsafe { Self::with_header(first.ptr, first.len, header) };
+        Some(Self { rest, ..first })
+    }
+
+    /// What the sender left to be done, checked against the frame and the features; `None` where it left nothing.
+    #[inline(always)]
+    #[must_use]
+    pub fn header(&self) -> Option<Header> {
+        self.header
     }
 
     /// Length in bytes.
     #[inline(always)]
     #[must_use]
     pub fn len(&self) -> usize {
-        self.len
+        if self.rest.is_empty() {
+            self.len
+        } else {
+            self.len + total(self.rest)
+        }
     }
 
     /// Whether it is empty.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.len == 0
+        self.len() == 0
     }
 
     /// Copies bytes out, as many as `to` holds; `false` (and nothing copied) where the frame is shorter.
@@ -69,34 +119,83 @@ impl<'a> Frame<'a> {
             // SAFETY: `holds` keeps the range inside the frame; `to` is ours alone.
             unsafe { bulk::copy(to.as_mut_ptr(), self.ptr.add(offset), to.len()) };
         }
-        fits
+        fits || self.read_pieces(offset, to)
     }
 
     /// A little-endian word; `None` beyond the end.
     #[inline(always)]
     #[must_use]
     pub fn u64(&self, offset: usize) -> Option<u64> {
-        // SAFETY: `holds` keeps the load inside the frame.
-        self.holds(offset, 8)
-            .then(|| u64::from_le(unsafe { bulk::load(self.ptr.add(offset)) }))
+        if self.holds(offset, 8) {
+            // SAFETY: `holds` keeps the load inside the frame.
+            return Some(u64::from_le(unsafe { bulk::load(self.ptr.add(offset)) }));
+        }
+        let mut bytes = [0; 8];
+        self.read_pieces(offset, &mut bytes)
+            .then(|| u64::from_le_bytes(bytes))
     }
 
     /// A little-endian word; `None` beyond the end.
     #[inline(always)]
     #[must_use]
     pub fn u32(&self, offset: usize) -> Option<u32> {
-        // SAFETY: `holds` keeps the load inside the frame.
-        self.holds(offset, 4)
-            .then(|| u32::from_le(unsafe { bulk::load(self.ptr.add(offset)) }))
+        if self.holds(offset, 4) {
+            // SAFETY: `holds` keeps the load inside the frame.
+            return Some(u32::from_le(unsafe { bulk::load(self.ptr.add(offset)) }));
+        }
+        let mut bytes = [0; 4];
+        self.read_pieces(offset, &mut bytes)
+            .then(|| u32::from_le_bytes(bytes))
     }
 
     /// Whether the bytes from `offset` on are `expected`.
     #[inline(always)]
     #[must_use]
     pub fn matches(&self, offset: usize, expected: &[u8]) -> bool {
-        // SAFETY: `holds` keeps the range inside the frame.
-        self.holds(offset, expected.len())
-            && unsafe { bulk::equal(self.ptr.add(offset), expected.as_ptr(), expected.len()) }
+        if self.holds(offset, expected.len()) {
+            // SAFETY: `holds` keeps the range inside the frame.
+            return unsafe { bulk::equal(self.ptr.add(offset), expected.as_ptr(), expected.len()) };
+        }
+        !self.rest.is_empty()
+            && self.matches_with(offset, expected.len(), |at| {
+                expected.get(at..).unwrap_or(&[])
+            })
+    }
+
+    /// Whether `len` bytes from `offset` on are those that `expected` gives: from the byte of that number on, any number of them but none.
+    #[must_use]
+    pub fn matches_with<'b>(
+        &self,
+        offset: usize,
+        len: usize,
+        expected: impl Fn(usize) -> &'b [u8],
+    ) -> bool {
+        walk(self.pieces(), offset, len, |part, done| {
+            chunks(part, done, &expected, |at, expected| {
+                // SAFETY: the chunk lies in a part of the frame.
+                unsafe { bulk::equal(at, expected.as_ptr(), expected.len()) }
+            })
+        })
+    }
+
+    fn pieces(&self) -> impl Iterator<Item = Piece> + use<'a> {
+        let first = Piece {
+            ptr: self.ptr.cast_mut(),
+            len: self.len,
+        };
+        core::iter::once(first).chain(self.rest.iter().copied())
+    }
+
+    /// [`Frame::read`] of what is not in the first stretch alone.
+    fn read_pieces(&self, offset: usize, to: &mut [u8]) -> bool {
+        !self.rest.is_empty()
+            && holds(self.len(), offset, to.len())
+            && walk(self.pieces(), offset, to.len(), |part, done| {
+                let to = to.get_mut(done..done + part.len);
+                // SAFETY: the part lies in the frame; `to` is ours, and as long.
+                to.map(|to| unsafe { bulk::copy(to.as_mut_ptr(), part.ptr, part.len) })
+                    .is_some()
+            })
     }
 
     #[inline(always)]
@@ -105,11 +204,34 @@ impl<'a> Frame<'a> {
     }
 }
 
+/// Calls `each` with the parts of a piece and with as many bytes as each has, which `source` gives by their number; `done` is that of the piece's first.
+/// Stops where `each` says `false`, or the source has nothing; returns whether it did not.
+fn chunks<'b>(
+    part: Piece,
+    done: usize,
+    source: impl Fn(usize) -> &'b [u8],
+    mut each: impl FnMut(*mut u8, &'b [u8]) -> bool,
+) -> bool {
+    let mut at = 0;
+    while at < part.len {
+        let bytes = source(done + at);
+        let bytes = bytes.get(..part.len - at).unwrap_or(bytes);
+        if bytes.is_empty() || !each(part.ptr.wrapping_add(at), bytes) {
+            return false;
+        }
+        at += bytes.len();
+    }
+    true
+}
+
 /// Room for a frame that is being built, perhaps right in the peer's buffer.
 #[derive(Debug)]
 pub struct Slot<'a> {
+    /// All of it, or the first stretch of it.
     ptr: *mut u8,
     len: usize,
+    /// Where it goes on.
+    rest: &'a [Piece],
     _memory: PhantomData<&'a ()>,
 }
 
@@ -121,6 +243,7 @@ impl<'a> Slot<'a> {
         Self {
             ptr: bytes.as_mut_ptr(),
             len: bytes.len(),
+            rest: &[],
             _memory: PhantomData,
         }
     }
@@ -134,21 +257,38 @@ impl<'a> Slot<'a> {
         Self {
             ptr,
             len,
+            rest: &[],
             _memory: PhantomData,
         }
+    }
+
+    /// Room in several stretches of shared memory; `None` where there is none.
+    ///
+    /// # Safety
+    /// As for [`Slot::new`], for each piece.
+    #[inline(always)]
+    pub(crate) unsafe fn in_pieces(pieces: &'a [Piece]) -> Option<Self> {
+        let (first, rest) = pieces.split_first()?;
+        // SAFETY: the caller's promise.
+        let first = unsafe { Self::new(first.ptr, first.len) };
+        Some(Self { rest, ..first })
     }
 
     /// Length of the frame that is to be built, in bytes.
     #[inline(always)]
     #[must_use]
     pub fn len(&self) -> usize {
-        self.len
+        if self.rest.is_empty() {
+            self.len
+        } else {
+            self.len + total(self.rest)
+        }
     }
 
     /// Whether there is no room at all.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.len == 0
+        self.len() == 0
     }
 
     /// Copies bytes in; what does not fit is not written, and then `false` comes back.
@@ -159,7 +299,31 @@ impl<'a> Slot<'a> {
             // SAFETY: the range is inside the slot; `from` is ours.
             unsafe { bulk::copy(self.ptr.add(offset), from.as_ptr(), from.len()) };
         }
-        fits
+        fits || (!self.rest.is_empty()
+            && self.write_with(offset, from.len(), |at| from.get(at..).unwrap_or(&[])))
+    }
+
+    /// Copies in `len` bytes, which `source` gives: from the byte of that number on, any number of them but none. What does not fit is not written, and then
+    /// `false` comes back.
+    pub fn write_with<'b>(
+        &mut self,
+        offset: usize,
+        len: usize,
+        source: impl Fn(usize) -> &'b [u8],
+    ) -> bool {
+        let first = Piece {
+            ptr: self.ptr,
+            len: self.len,
+        };
+        let pieces = core::iter::once(first).chain(self.rest.iter().copied());
+        holds(self.len(), offset, len)
+            && walk(pieces, offset, len, |part, done| {
+                chunks(part, done, &source, |to, from| {
+                    // SAFETY: the chunk lies in a part of the slot; `from` is ours.
+                    unsafe { bulk::copy(to, from.as_ptr(), from.len()) };
+                    true
+                })
+            })
     }
 
     /// Writes a little-endian word; `false` (and nothing written) where it does not fit.
@@ -182,6 +346,8 @@ pub enum Error {
     Ring(virtqueue::Error),
     /// A buffer could not be mapped for the device, or not be taken away from it.
     Iommu(virtio_iommu::Error),
+    /// What was to be left to the peer was not negotiated, or does not fit the frame.
+    Offload,
 }
 
 impl fmt::Display for Error {
@@ -189,6 +355,7 @@ impl fmt::Display for Error {
         match self {
             Self::Ring(error) => write!(f, "ring: {error}"),
             Self::Iommu(error) => error.fmt(f),
+            Self::Offload => f.write_str("the peer does not take frames with this header"),
         }
     }
 }
@@ -220,6 +387,23 @@ pub trait Port {
         len: usize,
         build: impl FnMut(usize, &mut Slot),
     ) -> Result<usize, Error>;
+
+    /// What may be left to the peer.
+    fn offloads(&self) -> Offloads {
+        Offloads::default()
+    }
+
+    /// As [`Port::tx_burst`], with frames whose checksum or segmentation is left to the peer: `header` says what (its num_buffers does not count). They may be as long
+    /// as [`MAX_LARGE_FRAME`] where they are left to be segmented. Long ones become visible one by one. [`Error::Offload`] where [`Port::offloads`] has no such thing.
+    fn tx_offloaded(
+        &mut self,
+        _header: &Header,
+        _count: usize,
+        _len: usize,
+        _build: impl FnMut(usize, &mut Slot),
+    ) -> Result<usize, Error> {
+        Err(Error::Offload)
+    }
 
     /// Receives up to `count` frames, each shown to `receive`. Returns how many there were.
     fn rx_burst(&mut self, count: usize, receive: impl FnMut(&Frame)) -> Result<usize, Error>;
@@ -258,6 +442,26 @@ impl<A: Port, B: Port> Port for Either<A, B> {
         }
     }
 
+    fn offloads(&self) -> Offloads {
+        match self {
+            Self::Split(port) => port.offloads(),
+            Self::Packed(port) => port.offloads(),
+        }
+    }
+
+    fn tx_offloaded(
+        &mut self,
+        header: &Header,
+        count: usize,
+        len: usize,
+        build: impl FnMut(usize, &mut Slot),
+    ) -> Result<usize, Error> {
+        match self {
+            Self::Split(port) => port.tx_offloaded(header, count, len, build),
+            Self::Packed(port) => port.tx_offloaded(header, count, len, build),
+        }
+    }
+
     #[inline(always)]
     fn rx_burst(&mut self, count: usize, receive: impl FnMut(&Frame)) -> Result<usize, Error> {
         match self {
@@ -288,7 +492,5 @@ impl<A: Port, B: Port> Port for Either<A, B> {
     }
 }
 
-/// Largest frame, in bytes.
-pub const MAX_FRAME: usize = 1518;
 /// Largest burst.
 pub const MAX_BURST: usize = 256;

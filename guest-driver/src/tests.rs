@@ -16,6 +16,26 @@ use crate::net_port::{BUFFER_STRIDE, FRONT, Shape, TxShape};
 use crate::peer::{PeerPort, Vring};
 use crate::port::{Frame, MAX_FRAME, Port};
 
+/// Runs each of these for both layouts.
+macro_rules! both_layouts {
+    ($($name:ident),* $(,)?) => {
+        mod split_rings {
+            $(#[test]
+            fn $name() {
+                super::$name::<super::Split>();
+            })*
+        }
+        mod packed_rings {
+            $(#[test]
+            fn $name() {
+                super::$name::<super::Packed>();
+            })*
+        }
+    };
+}
+
+mod offload;
+
 /// Zeroed memory, aligned to a page, at device address 0x10000.
 struct Bed {
     _words: Vec<[u64; 512]>,
@@ -89,6 +109,7 @@ fn configs(size: u16) -> impl Iterator<Item = JoinConfig> {
                     tx,
                     rx_buffer,
                     mergeable,
+                    offloads: 0,
                 },
                 ..config
             })
@@ -203,6 +224,11 @@ const BUFFERS: u64 = START + 0x8000;
 
 impl<L: Layout> ByHand<L> {
     fn new() -> Self {
+        Self::new_with(0)
+    }
+
+    /// With these features.
+    fn new_with(features: u64) -> Self {
         let bed = Bed::new(0x20000);
         let config = |at: u64| RingConfig {
             size: 16,
@@ -219,7 +245,7 @@ impl<L: Layout> ByHand<L> {
             call: Silent,
             kicks: true,
         };
-        let back = PeerPort::new(bed.memory, false, vring(&rx), vring(&tx));
+        let back = PeerPort::new(bed.memory, features, vring(&rx), vring(&tx));
         Self {
             rx: L::driver(bed.memory, &rx).unwrap(),
             tx: L::driver(bed.memory, &tx).unwrap(),
@@ -366,24 +392,6 @@ fn every_frame_has_its_header_whatever_its_buffer_reads_as<L: Layout>() {
         );
         assert_eq!(hand.bytes(BUFFERS + offset + 12, 200), *frame);
     }
-}
-
-/// Runs each of these for both layouts.
-macro_rules! both_layouts {
-    ($($name:ident),* $(,)?) => {
-        mod split_rings {
-            $(#[test]
-            fn $name() {
-                super::$name::<super::Split>();
-            })*
-        }
-        mod packed_rings {
-            $(#[test]
-            fn $name() {
-                super::$name::<super::Packed>();
-            })*
-        }
-    };
 }
 
 both_layouts!(

@@ -600,10 +600,10 @@ impl VhostPci {
     }
 
     fn make_ports<L: Layout>(&self, pair: usize) -> Option<Ports<L>> {
-        let mergeable = self.connection.features & F_MRG_RXBUF != 0;
+        let features = self.connection.features;
         let to_peer = self.make_vring::<L>(2 * pair)?;
         let from_peer = self.make_vring::<L>(2 * pair + 1)?;
-        Some(PeerPort::new(self.window, mergeable, to_peer, from_peer))
+        Some(PeerPort::new(self.window, features, to_peer, from_peer))
     }
 
     fn make_vring<L: Layout>(&self, index: usize) -> Option<Vring<L::Device<Linear>, Doorbell>> {

@@ -276,8 +276,7 @@ impl Transport {
         index: u16,
         size: u16,
     ) -> Result<RingConfig, Error> {
-        self.common.write_u16(common::QUEUE_SELECT, index);
-        let most = self.common.read_u16(common::QUEUE_SIZE).min(size);
+        let most = self.largest_queue(index).min(size);
         // A split ring has a power of two: the largest below will do.
         let below = 1u16.checked_shl(most.checked_ilog2().unwrap_or(0));
         let (size, areas) = [Some(most), below]
@@ -301,6 +300,13 @@ impl Transport {
         };
         self.enable_queue(index, &config)?;
         Ok(config)
+    }
+
+    /// How many descriptors a queue can have at most; 0 where it is not there.
+    #[must_use]
+    pub fn largest_queue(&self, index: u16) -> u16 {
+        self.common.write_u16(common::QUEUE_SELECT, index);
+        self.common.read_u16(common::QUEUE_SIZE)
     }
 
     /// Tells the device where a queue is, and enables it.

@@ -220,6 +220,7 @@ fn join_config(rings: &RingSetup) -> JoinConfig {
             },
             rx_buffer: rings.rx_buffer.unwrap_or(shape.rx_buffer),
             mergeable: on(rings.mrg_rxbuf),
+            offloads: 0,
         },
     }
 }

@@ -11,6 +11,7 @@ use std::vec;
 use std::vec::Vec;
 
 use virtqueue::linear::Linear;
+use virtqueue::net::F_MRG_RXBUF;
 use virtqueue::packed::Packed;
 use virtqueue::split::Split;
 use virtqueue::{Buffer, DriverRing, Layout, RingConfig, Used};
@@ -214,7 +215,8 @@ fn bed<L: Layout>(shape: Shape) -> Bed<L> {
         call: Silent,
         kicks: false,
     };
-    let back = PeerPort::new(memory, shape.mergeable, vring(0), vring(1));
+    let mergeable = if shape.mergeable { F_MRG_RXBUF } else { 0 };
+    let back = PeerPort::new(memory, mergeable, vring(0), vring(1));
     Bed {
         _pages: words,
         ledger,
