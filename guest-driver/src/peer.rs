@@ -350,6 +350,10 @@ impl<V: DeviceRing, N: Notify> Port for PeerPort<V, N> {
         Ok(n)
     }
 
+    fn whole(&self) -> bool {
+        self.from_peer.ring.present()
+    }
+
     fn drained(&mut self) -> Result<bool, Error> {
         Ok(true) // what was sent lies in the front-end's own memory
     }

@@ -408,6 +408,12 @@ pub trait Port {
     /// Receives up to `count` frames, each shown to `receive`. Returns how many there were.
     fn rx_burst(&mut self, count: usize, receive: impl FnMut(&Frame)) -> Result<usize, Error>;
 
+    /// Whether what the last [`Port::rx_burst`] showed was there all the time. A burst that lies in the peer's memory is not one where that memory was taken away meanwhile: it
+    /// ends in ones (docs/device.md, section 10). Frames are passed on to somebody who cannot tell only after this.
+    fn whole(&self) -> bool {
+        true // one's own memory stays
+    }
+
     /// Whether the peer has taken everything that was sent, so that its memory may go away.
     fn drained(&mut self) -> Result<bool, Error>;
 
@@ -467,6 +473,13 @@ impl<A: Port, B: Port> Port for Either<A, B> {
         match self {
             Self::Split(port) => port.rx_burst(count, receive),
             Self::Packed(port) => port.rx_burst(count, receive),
+        }
+    }
+
+    fn whole(&self) -> bool {
+        match self {
+            Self::Split(port) => port.whole(),
+            Self::Packed(port) => port.whole(),
         }
     }
 

@@ -215,6 +215,9 @@ pub trait DeviceRing {
     fn disable_kicks(&mut self);
     /// Asks for a kick at the next available chain (sections 2.7.10 and 2.8.10). Returns whether chains are there already: then get them first.
     fn enable_kicks(&mut self) -> bool;
+    /// Whether the ring's memory is still there. Memory that was taken away from a device reads as ones (docs/device.md, section 10), which a ring that a driver keeps does not: so what was
+    /// read before this, out of memory that goes at the same moment, was what the driver had put there.
+    fn present(&self) -> bool;
     /// The ring's position, as VHOST_USER_GET_VRING_BASE reports it (vhost-user, not VIRTIO); [`Layout::device_at`] says what it is made of.
     fn base(&self) -> u32;
 }

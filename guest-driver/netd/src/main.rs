@@ -33,9 +33,9 @@ struct Args {
     /// Or measure
     #[arg(long, value_enum, group = "what")]
     io: Option<Io>,
-    /// How to wait for frames; if not given, adaptive over vfio and poll over sysfs
-    #[arg(long, value_enum)]
-    mode: Option<Mode>,
+    /// How to wait for frames
+    #[arg(long, value_enum, default_value = "adaptive")]
+    mode: Mode,
     /// Bytes of a frame of --io source and sink, 60 to 1518
     #[arg(long, value_name = "BYTES", default_value_t = 64, value_parser = clap::value_parser!(u16).range(60..=1518))]
     size: u16,
@@ -61,7 +61,7 @@ Exit status:
 enum Via {
     /// Through VFIO: behind an IOMMU, with interrupts
     Vfio,
-    /// Through the device's files in sysfs: without an IOMMU, polled; needs root and a page of 2 MiB
+    /// Through the device's files in sysfs: without an IOMMU, and without interrupts; needs root and a page of 2 MiB
     Sysfs,
 }
 
@@ -196,11 +196,7 @@ fn start(args: &Args, mut work: impl Work) -> Result<Stats, Error> {
     })?;
     let waiter = Waiter::new(stop, machine.take_interrupts());
     let options = Options {
-        mode: args.mode.unwrap_or(if waiter.has_interrupts() {
-            Mode::Adaptive
-        } else {
-            Mode::Poll
-        }),
+        mode: args.mode,
         time: args.seconds.map(|n| Duration::from_secs(n.into())),
         report: args.stats.map(|n| Duration::from_secs(n.into())),
     };

@@ -22,6 +22,8 @@ const LOOK_AT_REGISTERS: Duration = Duration::from_millis(10);
 const SPIN: Duration = Duration::from_micros(100);
 /// The window of a peer that is gone reads as a broken ring, a moment before the device says so.
 const GRACE: Duration = Duration::from_millis(100);
+/// A sleep that only the clock ends: without interrupts, adaptive mode looks at the peer's rings so often.
+const NAP: Duration = Duration::from_millis(1);
 /// A sleep ends at least this often.
 const LONGEST_SLEEP: Duration = Duration::from_secs(1);
 
@@ -32,7 +34,7 @@ pub enum Mode {
     Poll,
     /// Sleep until an interrupt
     Irq,
-    /// Look again for 100 µs, then sleep until an interrupt
+    /// Look again for 100 µs, then sleep until an interrupt; where there are none, for a millisecond
     Adaptive,
 }
 
@@ -62,7 +64,7 @@ pub enum Error {
     Wait(#[from] io::Error),
     /// Sleeping needs interrupts.
     #[error(
-        "no interrupts arrive from this device: only --mode poll works (--via vfio has interrupts)"
+        "no interrupts arrive from this device: --mode irq does not work (--via vfio has interrupts)"
     )]
     NoInterrupts,
 }
@@ -115,7 +117,7 @@ pub fn serve<D: Device, W: Work>(
     mut report: impl FnMut(&Report),
     mut note: impl FnMut(&str),
 ) -> Result<Stats, Error> {
-    if options.mode != Mode::Poll && !waiter.has_interrupts() {
+    if options.mode == Mode::Irq && !waiter.has_interrupts() {
         return Err(Error::NoInterrupts);
     }
     let mut served = Served {
@@ -206,19 +208,20 @@ impl<D: Device, W: Work> Served<'_, D, W> {
                 let longest = until.map_or(LONGEST_SLEEP, |at| {
                     LONGEST_SLEEP.min(at.saturating_duration_since(now))
                 });
-                let woken = match (sleep, self.device.port().is_some()) {
-                    // Nothing but the clock ends this without interrupts.
-                    (true, false) if !self.waiter.has_interrupts() => {
-                        self.waiter.wait(longest.min(look_every), None)?
-                    }
-                    (true, _) => self.sleep(longest)?,
-                    (false, _) => self.waiter.wait(Duration::ZERO, None)?,
+                let woken = match sleep {
+                    true if self.waiter.has_interrupts() => self.sleep(longest)?,
+                    true => self.nap(longest)?,
+                    false => self.waiter.wait(Duration::ZERO, None)?,
                 };
                 if woken.stop {
                     return Ok(());
                 }
-                look = woken.config;
-                next_look = Instant::now() + look_every;
+                let now = Instant::now();
+                // An interrupt says when to look.
+                if self.waiter.has_interrupts() || now >= next_look {
+                    look = woken.config;
+                    next_look = now + look_every;
+                }
                 if sleep {
                     idle_since = None;
                 }
@@ -260,6 +263,15 @@ impl<D: Device, W: Work> Served<'_, D, W> {
         let woken = waiter.wait(longest, wants.fd);
         port.disarm();
         woken
+    }
+
+    /// Sleeps for a moment, or until there is something to read: nothing of the device's ends a sleep without interrupts.
+    fn nap(&mut self, longest: Duration) -> io::Result<crate::wait::Woken> {
+        if self.device.port().is_none() {
+            return self.waiter.wait(longest.min(LOOK_AT_REGISTERS), None);
+        }
+        self.stats.sleeps += 1;
+        self.waiter.wait(longest.min(NAP), self.work.wants().fd)
     }
 
     /// A turn of the work, where there is a port; returns whether anything moved.

@@ -33,6 +33,8 @@ pub struct Dropped {
     pub refused: u64,
     /// Were on the way to the peer when it left.
     pub no_peer: u64,
+    /// The peer left while they were looked at: perhaps they were not whole any more.
+    pub torn: u64,
     /// The peer's buffers held no frame, or none that fits them.
     pub malformed: u64,
 }

@@ -4,11 +4,12 @@
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixDatagram;
+use std::ptr::NonNull;
 use std::sync::{Arc, Mutex};
 
-use guest_driver::Port;
-use guest_driver::joined::{self, JoinConfig, JoinedBackEnd, JoinedFrontEnd};
+use guest_driver::joined::{self, JoinConfig, JoinedBackEnd, JoinedFrontEnd, Silent};
 use guest_driver::net_port::Shape;
+use guest_driver::port::{self, Frame, Port, Slot};
 use guest_driver::virtio_pci::Notify;
 use virtqueue::linear::Linear;
 
@@ -22,11 +23,90 @@ pub(crate) fn join<C: Notify + Clone, K: Notify + Clone>(
     kicks: K,
     calls: C,
 ) -> (JoinedFrontEnd<K>, JoinedBackEnd<C>) {
+    let (front, back, _) = join_in(config, kicks, calls);
+    (front, back)
+}
+
+/// The same, and all that is shared.
+pub(crate) fn join_in<C: Notify + Clone, K: Notify + Clone>(
+    config: &JoinConfig,
+    kicks: K,
+    calls: C,
+) -> (JoinedFrontEnd<K>, JoinedBackEnd<C>, Shared) {
     let len = joined::memory_needed(config).unwrap();
-    let base = crate::sys::map_locked(usize::try_from(len).unwrap(), false).unwrap();
+    let bytes = usize::try_from(len).unwrap();
+    let base = crate::sys::map_locked(bytes, false).unwrap();
     // SAFETY: mapped for ever, and reached through this only.
     let memory = unsafe { Linear::new(base.as_ptr(), START, len) };
-    joined::join(memory, START, config, kicks, calls, true).unwrap()
+    let (front, back) = joined::join(memory, START, config, kicks, calls, true).unwrap();
+    (front, back, Shared(base, bytes))
+}
+
+/// What two ends share: where it is, and how many bytes.
+#[derive(Clone, Copy)]
+pub(crate) struct Shared(NonNull<u8>, usize);
+
+impl Shared {
+    /// As a back-end sees it when its window was taken away.
+    fn vanish(self) {
+        // SAFETY: mapped for ever, and in use by this thread only.
+        unsafe { self.0.write_bytes(0xff, self.1) };
+    }
+}
+
+/// A back-end whose window is taken away while it looks at a burst, before the frame with this number.
+pub(crate) struct Vanishing {
+    pub(crate) port: JoinedBackEnd<Silent>,
+    pub(crate) memory: Shared,
+    pub(crate) at: usize,
+}
+
+impl Port for Vanishing {
+    fn tx_burst(
+        &mut self,
+        _count: usize,
+        _len: usize,
+        _build: impl FnMut(usize, &mut Slot),
+    ) -> Result<usize, port::Error> {
+        Ok(0)
+    }
+
+    fn rx_burst(
+        &mut self,
+        count: usize,
+        mut receive: impl FnMut(&Frame),
+    ) -> Result<usize, port::Error> {
+        let Self { port, memory, at } = self;
+        let mut number = 0;
+        let received = port.rx_burst(count, |frame| {
+            if number == *at {
+                memory.vanish();
+            }
+            number += 1;
+            receive(frame);
+        });
+        if number > *at {
+            // Writes into a window that is gone vanish.
+            memory.vanish();
+        }
+        received
+    }
+
+    fn whole(&self) -> bool {
+        self.port.whole()
+    }
+
+    fn drained(&mut self) -> Result<bool, port::Error> {
+        self.port.drained()
+    }
+
+    fn arm(&mut self, rx: bool, tx: bool) -> bool {
+        self.port.arm(rx, tx)
+    }
+
+    fn disarm(&mut self) {
+        self.port.disarm();
+    }
 }
 
 /// Every way in which rings and buffers differ for a back-end.

@@ -58,7 +58,7 @@ pub trait Work {
     fn done(&self, stats: &Stats) -> bool;
 }
 
-/// Packets that wait for room in the peer's ring.
+/// Packets on their way.
 struct Queue {
     packets: Box<[[u8; PACKET]]>,
     lens: [usize; BATCH],
@@ -94,6 +94,14 @@ impl Queue {
             *slot = len;
             self.tail += 1;
         }
+    }
+
+    /// Takes the packet that waited longest, and says how long its frame is.
+    fn pop(&mut self) -> Option<(&[u8], usize)> {
+        let at = self.head;
+        let len = *self.lens.get(at..self.tail)?.first()?;
+        self.head += 1;
+        Some((self.packets.get(at)?.get(..HEADER_LEN + len)?, len))
     }
 
     /// Throws away what is in it; returns how many that were.
@@ -135,8 +143,8 @@ impl Queue {
 pub struct Bridge<N> {
     nic: N,
     queue: Queue,
-    /// One packet on its way to the interface; its header is zero: no offload.
-    out: Box<[u8; PACKET]>,
+    /// Packets on their way to the interface; their headers are zero: no offload.
+    arrived: Queue,
     /// The longest frame that the interface takes.
     longest: usize,
     count: Option<u64>,
@@ -148,12 +156,24 @@ impl<N: Nic> Bridge<N> {
         let mut bridge = Self {
             nic,
             queue: Queue::new(),
-            out: Box::new([0; PACKET]),
+            arrived: Queue::new(),
             longest: MAX_FRAME,
             count,
         };
         bridge.refresh();
         bridge
+    }
+
+    /// Hands what has arrived to the interface.
+    fn deliver(&mut self, stats: &mut Stats) -> Result<(), Stop> {
+        while let Some((packet, len)) = self.arrived.pop() {
+            match self.nic.write(packet) {
+                Ok(()) => stats.from_peer.add(len),
+                Err(error) if is_gone(&error) => return Err(Stop::Nic(error)),
+                Err(_) => stats.dropped.refused += 1,
+            }
+        }
+        Ok(())
     }
 
     /// Takes up to a batch of packets from the interface.
@@ -185,28 +205,24 @@ impl<N: Nic> Bridge<N> {
 
 impl<N: Nic> Work for Bridge<N> {
     fn turn<P: Port>(&mut self, port: &mut P, stats: &mut Stats) -> Result<bool, Stop> {
-        let Self {
-            nic, out, longest, ..
-        } = self;
-        let mut gone = None;
+        let (arrived, longest) = (&mut self.arrived, self.longest);
         let received = port.rx_burst(BATCH, |frame| {
             let len = frame.len();
-            let packet = match out.get_mut(..HEADER_LEN + len) {
-                Some(packet) if len <= *longest => packet,
+            let packet = match arrived.room() {
+                Some(packet) if len <= longest => packet,
                 _ => return stats.dropped.too_long += 1,
             };
-            let copied = packet
-                .get_mut(HEADER_LEN..)
-                .is_some_and(|to| frame.read(0, to));
-            match nic.write(packet) {
-                Ok(()) if copied => stats.from_peer.add(len),
-                Err(error) if is_gone(&error) => gone = Some(error),
-                _ => stats.dropped.refused += 1,
+            if packet
+                .get_mut(HEADER_LEN..HEADER_LEN + len)
+                .is_some_and(|to| frame.read(0, to))
+            {
+                arrived.push(len);
             }
         })?;
-        if let Some(error) = gone {
-            return Err(Stop::Nic(error));
+        if received > 0 && !port.whole() {
+            stats.dropped.torn += self.arrived.clear();
         }
+        self.deliver(stats)?;
         let read = self.queue.is_empty() && self.fill(stats)?;
         let sent = self.queue.send(port, stats)?;
         Ok(received > 0 || read || sent)
@@ -454,14 +470,19 @@ impl Sink {
 
 impl Work for Sink {
     fn turn<P: Port>(&mut self, port: &mut P, stats: &mut Stats) -> Result<bool, Stop> {
-        let Stats {
-            from_peer, checked, ..
-        } = stats;
-        let checked = checked.get_or_insert_default();
+        let checked = stats.checked.get_or_insert_default();
+        let before = (self.next, self.ended, *checked);
+        let mut flow = stats.from_peer;
         let received = port.rx_burst(BATCH, |frame| {
-            from_peer.add(frame.len());
+            flow.add(frame.len());
             self.check(frame, checked);
         })?;
+        if received > 0 && !port.whole() {
+            (self.next, self.ended, *checked) = before;
+            stats.dropped.torn += flow.frames - stats.from_peer.frames;
+        } else {
+            stats.from_peer = flow;
+        }
         Ok(received > 0)
     }
 

@@ -495,6 +495,14 @@ impl<M: Memory> DeviceRing for Device<M> {
     }
 
     #[inline]
+    fn present(&self) -> bool {
+        // Behind all that was read so far.
+        M::Region::fence(Acquire);
+        // Flags that no descriptor has, and a number beyond any ring.
+        self.areas.desc.load_u64(8, Relaxed) != u64::MAX
+    }
+
+    #[inline]
     fn base(&self) -> u32 {
         u32::from(self.next.0) | u32::from(self.published.0) << 16
     }

@@ -361,6 +361,14 @@ impl<M: Memory> DeviceRing for Device<M> {
     }
 
     #[inline]
+    fn present(&self) -> bool {
+        // Behind all that was read so far.
+        M::Region::fence(Acquire);
+        // A descriptor's number, from the first chain on; zero before.
+        self.areas.avail.load_u16(avail_entry(0), Relaxed) < self.size
+    }
+
+    #[inline]
     fn base(&self) -> u32 {
         u32::from(self.next)
     }

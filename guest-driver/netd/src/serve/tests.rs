@@ -182,11 +182,12 @@ fn beside<W: Work + Send>(
     })
 }
 
-const MODES: [(Mode, bool); 4] = [
+const MODES: [(Mode, bool); 5] = [
     (Mode::Poll, false),
     (Mode::Poll, true),
     (Mode::Irq, true),
     (Mode::Adaptive, true),
+    (Mode::Adaptive, false),
 ];
 
 #[test]
@@ -347,20 +348,34 @@ fn the_broken_rings_of_a_peer_that_turns_out_to_be_gone_are_not_held_against_it(
 }
 
 #[test]
-fn a_mode_that_sleeps_is_refused_without_interrupts() {
-    for mode in [Mode::Irq, Mode::Adaptive] {
-        let (mut puppet, waiter, _hands) = rig(false);
-        let mut work = Drop::new(None);
-        let result = serve(
-            &mut puppet,
-            &mut work,
-            &waiter,
-            &options(mode),
-            |_| (),
-            |_| (),
-        );
-        assert!(matches!(result, Err(Error::NoInterrupts)));
-    }
+fn to_wait_for_interrupts_is_refused_where_there_are_none() {
+    let (mut puppet, waiter, _hands) = rig(false);
+    let mut work = Drop::new(None);
+    let options = options(Mode::Irq);
+    let result = serve(&mut puppet, &mut work, &waiter, &options, |_| (), |_| ());
+    assert!(matches!(result, Err(Error::NoInterrupts)));
+}
+
+#[test]
+fn an_idle_link_without_interrupts_costs_a_look_a_millisecond() {
+    let (nic, _kernel) = socket();
+    let start = Instant::now();
+    let (stats, _) = beside(
+        rig(false),
+        Bridge::new(nic, None),
+        Mode::Adaptive,
+        |hands| {
+            let mut front = hands.connect(&JoinConfig::default());
+            thread::sleep(Duration::from_millis(300));
+            // A frame that comes in the middle of it is seen.
+            assert_eq!(send(&mut front, &[frame(1, 60)]), 1);
+            until(|| front.drained().unwrap());
+        },
+    );
+    assert_eq!((stats.from_peer.frames, stats.links), (1, 1));
+    assert!(stats.sleeps > 0, "it slept");
+    let most = u64::try_from(start.elapsed().as_millis()).unwrap();
+    assert!(stats.sleeps <= most, "{} sleeps in {most} ms", stats.sleeps);
 }
 
 #[test]

@@ -355,3 +355,50 @@ fn sink_sees_what_is_lost_doubled_overtaken_or_changed() {
     }
     assert!(!sink(&[good(0)]).1, "more may come");
 }
+
+#[test]
+fn frames_of_a_burst_during_which_the_window_went_go_nowhere() {
+    for config in configs() {
+        for at in 0..3 {
+            let gone = |work: &mut dyn FnMut(&mut Vanishing, &mut Stats)| {
+                let (mut front, port, memory) = join_in(&config, Silent, Silent);
+                let format = Format::new(End::FrontEnd, 100, 0);
+                let sent = front.tx_burst(3, 100, |i, slot| {
+                    format.build::<MAX_FRAME>(slot, Kind::Data, i as u64);
+                });
+                assert_eq!(sent, Ok(3));
+                let mut stats = Stats::default();
+                work(&mut Vanishing { port, memory, at }, &mut stats);
+                assert_eq!((stats.dropped.torn, stats.from_peer.frames), (3, 0));
+                stats
+            };
+            let (nic, kernel) = socket();
+            let mut bridge = Bridge::new(nic, None);
+            gone(&mut |port, stats| assert!(bridge.turn(port, stats).unwrap()));
+            assert!(packets(&kernel).is_empty(), "{config:?}");
+            let mut sink = Sink::new(100, None);
+            let stats = gone(&mut |port, stats| assert!(sink.turn(port, stats).unwrap()));
+            assert_eq!(stats.checked, Some(Checked::default()), "{config:?}");
+        }
+    }
+}
+
+#[test]
+fn frames_of_a_burst_behind_which_the_ring_is_there_are_passed_on() {
+    for config in configs() {
+        let (nic, kernel) = socket();
+        let (mut front, port, memory) = join_in(&config, Silent, Silent);
+        let frames = [frame(1, 100), frame(2, 60)];
+        assert_eq!(send(&mut front, &frames), 2);
+        let mut port = Vanishing {
+            port,
+            memory,
+            at: usize::MAX,
+        };
+        let mut stats = Stats::default();
+        let mut bridge = Bridge::new(nic, None);
+        assert!(bridge.turn(&mut port, &mut stats).unwrap());
+        assert_eq!(packets(&kernel), frames.map(|frame| packet(&frame)));
+        assert_eq!((stats.dropped.torn, stats.from_peer.frames), (0, 2));
+    }
+}
