@@ -77,10 +77,11 @@ fn net_flag(socket: &Path, rings: &RingSetup) -> OsString {
 fn rings(args: &PairArgs) -> Result<RingSetup, Failure> {
     let layout = args.ring.unwrap_or(Layout::Split);
     let size = queue_size(&args.both.queue_size, &[layout])?;
-    if args.rings.queues > 1 && args.direction == Direction::RoundTrip {
+    if args.rings.queues > 1 && !args.direction.is_stream() {
         return Err(usage(format!(
-            "--queues {}: a round trip goes over one pair",
-            args.rings.queues
+            "--queues {}: --direction {} goes over one pair",
+            args.rings.queues,
+            args.direction.name()
         )));
     }
     Ok(RingSetup {
@@ -115,6 +116,9 @@ fn cmdlines(args: &PairArgs, rings: &RingSetup) -> [String; 2] {
             args.mode.name(),
         )
     });
+    if args.direction == Direction::Idle {
+        lines[1 - FRONT_END] += " rate=1";
+    }
     if let Some(queues) = rings.queues {
         lines[1 - FRONT_END] += &format!(" queues={queues}");
     }
@@ -132,7 +136,7 @@ pub fn run(args: &PairArgs) -> Result<u8> {
     let allowed = sys::allowed_cores().context("cannot read the affinity mask")?;
     // Two guests that poll need a core each; two that sleep can share one.
     let cores = match (args.mode, allowed.len()) {
-        (Mode::Irq, 1) if args.both.cores.is_none() => None,
+        (Mode::Irq | Mode::Adaptive, 1) if args.both.cores.is_none() => None,
         _ => Some(args.both.cores(&allowed)?),
     };
     let signals = Signals::install().context("cannot handle signals")?;

@@ -78,6 +78,19 @@ pub fn thread_cpu_ns() -> io::Result<u64> {
     clock_ns(libc::CLOCK_THREAD_CPUTIME_ID)
 }
 
+/// Gives the calling thread a network namespace of its own, in which nothing is up yet.
+pub fn own_network() -> io::Result<()> {
+    // SAFETY: no memory is passed; only this thread's namespace changes.
+    check(unsafe { libc::unshare(libc::CLONE_NEWNET) })?;
+    Ok(())
+}
+
+/// The calling thread's number.
+pub fn thread_id() -> libc::pid_t {
+    // SAFETY: it takes nothing and cannot fail.
+    unsafe { libc::gettid() }
+}
+
 /// Asks for SIGTERM when the process `parent` ends; fails if it already has.
 pub fn die_with_parent(parent: u32) -> io::Result<()> {
     // SAFETY: this option takes a signal number and touches no memory.

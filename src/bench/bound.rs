@@ -7,7 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
-use bare_metal::frame::End;
+use bare_metal::frame::{End, IMIX};
 use bare_metal::{Link, Outcome, Run, Work, execute};
 use guest_driver::Port;
 use guest_driver::joined::{self, JoinConfig};
@@ -20,6 +20,7 @@ use super::pairs::BoundSample;
 use super::plan::Case;
 use super::record::{Rtt, SampleResult, WorkResult};
 use super::session::RECEIVER_MS;
+use crate::cli::frames::{Payload, Size, Source};
 use crate::cli::rings::{RingSetup, Tx};
 use crate::cli::{Direction, Mode};
 use crate::sys;
@@ -128,10 +129,24 @@ impl Bound {
         })
     }
 
-    /// One sample.
+    /// One sample. There is no bound of two ends that wait.
     pub fn sample(&mut self, setup: &Setup, case: &Case) -> Result<BoundSample> {
+        if case.direction == Direction::Idle {
+            return Ok(BoundSample::none());
+        }
+        if case.load.is_none() {
+            return self.run(setup, case, None);
+        }
+        let whole = self.run(setup, &case.whole_load(), None)?;
+        let rate = case.rate(whole.result.mpps);
+        let mut sample = self.run(setup, case, rate)?;
+        sample.of_load(rate, &whole.result);
+        Ok(sample)
+    }
+
+    fn run(&mut self, setup: &Setup, case: &Case, rate: Option<u64>) -> Result<BoundSample> {
         let (to_back, to_front) = (Bell::default(), Bell::default());
-        let [back_run, front_run] = runs(setup, case, self.pairs);
+        let [back_run, front_run] = runs(setup, case, self.pairs, rate);
         let Self {
             memory,
             config,
@@ -197,7 +212,8 @@ impl Bound {
         Ok(BoundSample {
             result: SampleResult::new(case.direction, &ends, self.tsc_khz)
                 .context("the upper bound")?,
-            shares: (setup.mode == Mode::Poll).then_some([back_share, front_share]),
+            shares: (case.how.mode == Mode::Poll).then_some([back_share, front_share]),
+            offered_mpps: None,
         })
     }
 }
@@ -226,24 +242,44 @@ fn join_config(rings: &RingSetup) -> JoinConfig {
 }
 
 /// The two ends' workloads, as a guest's would be, back-end first.
-fn runs(setup: &Setup, case: &Case, pairs: u16) -> [Run; 2] {
+fn runs(setup: &Setup, case: &Case, pairs: u16, rate: Option<u64>) -> [Run; 2] {
     let works = match case.direction {
-        Direction::BeToFe => [Work::Source, Work::Sink],
+        Direction::BeToFe | Direction::Idle => [Work::Source, Work::Sink],
         Direction::FeToBe => [Work::Sink, Work::Source],
         Direction::Both => [Work::Both, Work::Both],
         Direction::RoundTrip => [Work::RoundTrip, Work::Echo],
+        Direction::Echo => [Work::Both, Work::Echo],
+    };
+    let (size, imix) = match case.size {
+        Size::Bytes(bytes) => (usize::from(bytes), false),
+        Size::Imix => (IMIX[0], true),
     };
     works.map(|work| Run {
         work,
-        size: usize::from(case.size),
+        size,
+        imix,
+        payload: match case.how.payload {
+            Payload::EveryByte => bare_metal::Payload::EveryByte,
+            Payload::Headers => bare_metal::Payload::Headers,
+        },
+        source: match case.how.source {
+            Source::Build => bare_metal::Source::Build,
+            Source::Copy => bare_metal::Source::Copy,
+        },
+        mode: match case.how.mode {
+            Mode::Poll => bare_metal::Mode::Poll,
+            Mode::Irq => bare_metal::Mode::Irq,
+            Mode::Adaptive => bare_metal::Mode::Adaptive,
+        },
+        // The echo sends when something came.
+        rate: rate.filter(|_| work == Work::RoundTrip).unwrap_or(0),
         batch: usize::from(case.batch),
         ms: setup.ms,
         warmup_ms: setup.warmup_ms,
-        interrupts: setup.mode == Mode::Irq,
         timeout_ms: RECEIVER_MS,
-        queues: match case.direction {
-            Direction::RoundTrip => 1,
-            _ => pairs,
+        queues: match case.direction.is_stream() {
+            true => pairs,
+            false => 1,
         },
         ..Run::default()
     })
@@ -274,6 +310,7 @@ fn result(outcome: &Outcome) -> WorkResult {
         rtt: outcome.round_trips.as_ref().map(|times| Rtt {
             count: times.count(),
             p50: times.quantile(500),
+            p90: times.quantile(900),
             p99: times.quantile(990),
             p999: times.quantile(999),
             max: times.max(),
@@ -285,12 +322,13 @@ fn result(outcome: &Outcome) -> WorkResult {
 mod tests {
     use super::*;
     use crate::cli::Path;
+    use crate::cli::frames::How;
     use crate::cli::iommu::Iommu;
     use crate::cli::rings::{Layout, Ring};
     use clap::ValueEnum;
     use vmm::{HugePages, MemoryConfig};
 
-    fn setup(mode: Mode) -> Option<Setup> {
+    fn setup() -> Option<Setup> {
         let [a, b, ..] = sys::allowed_cores().unwrap()[..] else {
             return None;
         };
@@ -298,7 +336,7 @@ mod tests {
             back_iommu: false,
             ms: 20,
             warmup_ms: 1,
-            mode,
+            how: How::USUAL,
             cores: [a, b],
             rings: RingSetup {
                 size: 64,
@@ -321,21 +359,25 @@ mod tests {
 
     #[track_caller]
     fn every_way(mode: Mode, change: impl Fn(&mut RingSetup)) {
-        let Some(setup) = setup(mode) else { return };
+        let Some(setup) = setup() else { return };
+        let how = How { mode, ..How::USUAL };
         for layout in [Layout::Split, Layout::Packed] {
             for in_order in [false, true] {
                 let ring = Ring { layout, in_order };
                 let mut rings = setup.rings.with(ring);
                 change(&mut rings);
                 let mut bound = Bound::new(&setup, &rings, tsc_khz()).unwrap();
-                for &direction in Direction::value_variants() {
+                let sends = |direction: &&Direction| **direction != Direction::Idle;
+                for &direction in Direction::value_variants().iter().filter(sends) {
                     let case = Case {
                         ring,
                         iommu: Iommu::Off,
                         path: Path::Window,
                         direction,
-                        size: 200,
+                        size: Size::Bytes(200),
                         batch: 8,
+                        how,
+                        load: None,
                     };
                     // On a busy host a thread may hardly run in so short a time; nothing may be lost for that.
                     let timed = (0..20).find_map(|_| {
@@ -355,6 +397,74 @@ mod tests {
     #[test]
     fn the_upper_bound_moves_frames_every_way_over_every_ring_and_loses_none() {
         every_way(Mode::Poll, |_| ());
+    }
+
+    #[test]
+    fn the_upper_bound_does_with_frames_what_the_guests_do() {
+        let Some(setup) = setup() else { return };
+        let ring = Ring {
+            layout: Layout::Packed,
+            in_order: true,
+        };
+        let mut bound = Bound::new(&setup, &setup.rings.with(ring), tsc_khz()).unwrap();
+        let case = Case {
+            ring,
+            iommu: Iommu::Off,
+            path: Path::Window,
+            direction: Direction::BeToFe,
+            size: Size::Bytes(1518),
+            batch: 8,
+            how: How::USUAL,
+            load: None,
+        };
+        let with = |payload, source| How {
+            payload,
+            source,
+            mode: Mode::Adaptive,
+        };
+        for (size, how) in [
+            (Size::Bytes(1518), with(Payload::Headers, Source::Build)),
+            (Size::Bytes(1518), with(Payload::EveryByte, Source::Copy)),
+            (Size::Imix, with(Payload::Headers, Source::Copy)),
+        ] {
+            let result = bound
+                .sample(&setup, &Case { size, how, ..case })
+                .unwrap()
+                .result;
+            assert!(
+                !result.faults.any() && result.verified > 0,
+                "{size} {how:?} {result:?}"
+            );
+        }
+        let trips = Case {
+            direction: Direction::RoundTrip,
+            size: Size::Bytes(64),
+            ..case
+        };
+        for load in [0, 50] {
+            let case = Case {
+                load: Some(load),
+                ..trips
+            };
+            // On a busy host a thread may hardly run in so short a time.
+            let timed = (0..20).find_map(|_| {
+                let sample = bound.sample(&setup, &case).unwrap();
+                assert!(!sample.result.faults.any(), "{sample:?}");
+                sample.result.timed.then_some(sample)
+            });
+            let sample = timed.expect("one sample of twenty has a time");
+            let offered = sample.offered_mpps.unwrap();
+            assert!(offered > 0.0 && (load > 0 || offered == 0.1), "{offered}");
+            // Whatever was due in those 20 ms was sent.
+            let due = offered * 1e6 * 0.020;
+            let times = sample.result.frames as f64;
+            assert!((times - due).abs() <= 0.01 * due + 2.0, "{times} of {due}");
+        }
+        let idle = Case {
+            direction: Direction::Idle,
+            ..case
+        };
+        assert!(bound.sample(&setup, &idle).unwrap().result.timed);
     }
 
     #[test]

@@ -6,12 +6,14 @@ mod peers;
 mod plan;
 mod probe;
 pub mod record;
+mod relayed;
 mod report;
 mod requests;
 mod session;
 mod stats;
 pub mod table;
 mod testpmd;
+mod veth;
 mod vs;
 mod windows;
 
@@ -24,9 +26,10 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use vmm::MemoryConfig;
 
 use crate::cli::bench::{BenchArgs, Sweep};
+use crate::cli::frames::How;
 use crate::cli::iommu::Iommu;
 use crate::cli::rings::{Layout, RingSetup};
-use crate::cli::{Mode, Path, machine};
+use crate::cli::{Path, machine};
 use crate::exit;
 use crate::json::JsonFile;
 use crate::sys::{self, Signals};
@@ -57,8 +60,8 @@ pub struct Setup {
     pub ms: u64,
     /// How long is sent before it.
     pub warmup_ms: u64,
-    /// How the receivers wait.
-    pub mode: Mode,
+    /// What the guests do with frames: the first of all that was asked for.
+    pub how: How,
     /// Whether the back-end VMs have a virtio-iommu for their own devices.
     pub back_iommu: bool,
     /// The back-end's core, the front-end's.
@@ -78,7 +81,7 @@ pub fn run(args: &BenchArgs) -> Result<u8> {
         Ok(Setup {
             ms: args.sample_ms(),
             warmup_ms: WARM_UP_MS,
-            mode: args.mode,
+            how: args.hows().first().copied().unwrap_or(How::USUAL),
             back_iommu: args.back.iommu_back.is_on(),
             cores: args.both.cores(&allowed)?,
             rings: args.ring_setup()?,
@@ -92,7 +95,7 @@ pub fn run(args: &BenchArgs) -> Result<u8> {
         }
         None => None,
     };
-    let (for_session, setup) = (setup(args)?, setup(args)?);
+    let (for_session, for_peers, setup) = (setup(args)?, setup(args)?, setup(args)?);
     let json = args.json.as_deref().map(JsonFile::create).transpose()?;
     let signals = Rc::new(Signals::install().context("cannot handle signals")?);
 
@@ -101,13 +104,14 @@ pub fn run(args: &BenchArgs) -> Result<u8> {
         return windows::run(args, for_session, samples, &signals, json);
     }
     let kinds = args.kinds()?;
-    let mut peers = Peers::start(args.peer_list()?, args.peer_ring, &setup, &signals)?;
+    let mut peers = Peers::start(args, Rc::new(for_peers), &signals)?;
     let mut sessions = Sessions::start(for_session, &kinds, &args.both.memory, &signals)?;
     let (mut vs, mut second_setup) = (None, None);
     if let Some((other, kind, setup, again)) = second {
         vs = Some(Vs::start(other, setup, kind, &signals)?);
         second_setup = Some(again);
     }
+    let before = sessions.probe()?;
     let mut beside = WithPeers {
         lab: &mut sessions,
         peers: &mut peers,
@@ -121,14 +125,16 @@ pub fn run(args: &BenchArgs) -> Result<u8> {
         samples,
         limit(args, started),
     )?;
+    let distance = [before, sessions.probe()?];
     let tsc_khz = sessions.tsc_khz();
     sessions.finish()?;
     let peers = peers.finish();
     let second = vs.map(Vs::finish).transpose()?.unwrap_or_default();
     let requests = requests(args, &setup, &signals)?;
 
-    let mut report =
-        Report::new(&setup, tsc_khz, &measured, &requests).with_peers(&measured, &peers);
+    let mut report = Report::new(&setup, tsc_khz, &measured, &requests)
+        .with_core_distance(distance)
+        .with_peers(&measured, &peers);
     if let (Some(flags), Some(setup)) = (&args.vs, &second_setup) {
         report = report.with_vs(flags, setup, &measured, &second);
     }
@@ -240,6 +246,8 @@ fn describe(case: &Case) -> String {
         direction,
         size,
         batch,
+        how,
+        load,
     } = case;
     let ring = match (ring.layout, ring.in_order) {
         (Layout::Split, false) => String::new(),
@@ -253,8 +261,20 @@ fn describe(case: &Case) -> String {
         Path::Window => "",
         Path::Relay => ", relay",
     };
+    let how = match *how {
+        How::USUAL => String::new(),
+        How {
+            payload,
+            source,
+            mode,
+        } => {
+            let (payload, source, mode) = (payload.name(), source.name(), mode.name());
+            format!(", {payload}, {source}, {mode}")
+        }
+    };
+    let load = load.map_or_else(String::new, |load| format!(" at {load} % load"));
     let direction = direction.name();
-    format!("{direction} {size} B, batch {batch}{ring}{iommu}{path}")
+    format!("{direction}{load} {size} B, batch {batch}{ring}{iommu}{path}{how}")
 }
 
 /// One line about all frames.
@@ -367,6 +387,7 @@ mod tests {
     use super::*;
     use crate::bench::pairs::{BoundSample, Pair, VmSample};
     use crate::cli::Direction;
+    use crate::cli::frames::{Payload, Size};
     use crate::cli::rings::Ring;
 
     fn measured(pairs: usize, faults: Faults) -> Measured {
@@ -385,8 +406,10 @@ mod tests {
                 iommu: Iommu::Off,
                 path: Path::Window,
                 direction: Direction::Both,
-                size: 64,
+                size: Size::Bytes(64),
                 batch: 32,
+                how: How::USUAL,
+                load: None,
             },
             pairs: vec![pair; pairs],
             moved: 0,
@@ -442,6 +465,11 @@ mod tests {
             in_order: false,
         };
         assert_eq!(describe(&case), "both 64 B, batch 32");
+        case.how.payload = Payload::Headers;
+        case.direction = Direction::RoundTrip;
+        case.load = Some(50);
+        let name = "round-trip at 50 % load 64 B, batch 32, headers, build, poll";
+        assert_eq!(describe(&case), name);
     }
 
     #[test]

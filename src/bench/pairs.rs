@@ -8,7 +8,9 @@ use super::plan::Case;
 use super::probe::Distance;
 use super::record::{Faults, SampleResult};
 use super::stats::median;
-use crate::cli::Path;
+use crate::cli::frames::How;
+use crate::cli::iommu::Iommu;
+use crate::cli::{Mode, Path};
 
 /// A thread that had less than this of its core was disturbed.
 pub const LEAST_SHARE: f64 = 0.92;
@@ -54,6 +56,41 @@ pub struct VmSample {
     pub kvm_exits: BTreeMap<String, u64>,
     /// How many cores all processes together kept busy.
     pub busy_cores: f64,
+    /// Under a load: million frames that were due in a second.
+    pub offered_mpps: Option<f64>,
+}
+
+/// What a sample under a load has besides: the rate, and what went wrong when the whole load was measured.
+fn of_load(result: &mut SampleResult, rate: Option<u64>, whole: &SampleResult) -> Option<f64> {
+    result.faults += whole.faults;
+    result.verified += whole.verified;
+    result.timed &= whole.timed;
+    rate.map(|rate| rate as f64 / 1e6)
+}
+
+impl VmSample {
+    /// It was taken at so many frames a second, of what an echo reached.
+    pub fn of_load(&mut self, rate: Option<u64>, whole: &SampleResult) {
+        self.offered_mpps = of_load(&mut self.result, rate, whole);
+    }
+}
+
+impl BoundSample {
+    /// As [`VmSample::of_load`].
+    pub fn of_load(&mut self, rate: Option<u64>, whole: &SampleResult) {
+        self.offered_mpps = of_load(&mut self.result, rate, whole);
+    }
+
+    /// Of what has no bound.
+    pub fn none() -> Self {
+        Self {
+            result: SampleResult {
+                timed: true,
+                ..SampleResult::default()
+            },
+            ..Self::default()
+        }
+    }
 }
 
 /// One sample of the upper bound.
@@ -63,6 +100,8 @@ pub struct BoundSample {
     pub result: SampleResult,
     /// How much of its core each thread had, back-end first; absent where the threads sleep.
     pub shares: Option<[f64; 2]>,
+    /// Under a load: million frames that were due in a second.
+    pub offered_mpps: Option<f64>,
 }
 
 /// A sample of each that belong together.
@@ -170,7 +209,7 @@ impl Measured {
 
 /// Whether a sample of the case counts only where each virtual CPU had its core.
 pub fn gated(case: &Case) -> bool {
-    !case.iommu.per_frame() && case.path == Path::Window
+    !case.iommu.per_frame() && case.path == Path::Window && case.how.mode == Mode::Poll
 }
 
 /// How many rounds have a good pair of each case, and good samples of what is sampled beside them.
@@ -186,8 +225,13 @@ fn whole_rounds(lab: &dyn Lab, all: &[Measured]) -> usize {
         .count()
 }
 
+/// What cases of a group are compared by.
+fn compared_by(case: &Case) -> (Iommu, Path, How) {
+    (case.iommu, case.path, case.how)
+}
+
 /// Samples cases in turn, one pair each, until each has `samples` good pairs, or three times as many were tried, or `may_retry` says no.
-/// Where the cases differ in the IOMMU or in the path, or others are sampled beside them, they are compared with each other round by round: then each is sampled until there are `samples`
+/// Where the cases differ in the IOMMU, in the path, or in what the guests do, or others are sampled beside them, they are compared with each other round by round: then each is sampled until there are `samples`
 /// rounds in which all were good. `progress` is called after each pair.
 pub fn measure(
     lab: &mut dyn Lab,
@@ -201,7 +245,7 @@ pub fn measure(
     let compared = beside.is_some()
         || cases
             .windows(2)
-            .any(|pair| (pair[0].iommu, pair[0].path) != (pair[1].iommu, pair[1].path));
+            .any(|pair| compared_by(&pair[0]) != compared_by(&pair[1]));
     for round in 0..TRIES * samples {
         if compared && (whole_rounds(lab, &all) == samples || (round >= samples && !may_retry())) {
             break;
@@ -239,7 +283,7 @@ mod tests {
     use super::*;
     use crate::bench::record::Latency;
     use crate::cli::Direction;
-    use crate::cli::iommu::Iommu;
+    use crate::cli::frames::{Payload, Size};
     use crate::cli::rings::{Layout, Ring};
 
     const CASE: Case = Case {
@@ -250,8 +294,10 @@ mod tests {
         iommu: Iommu::Off,
         path: Path::Window,
         direction: Direction::BeToFe,
-        size: 64,
+        size: Size::Bytes(64),
         batch: 32,
+        how: How::USUAL,
+        load: None,
     };
 
     /// Plays back probes and shares; counts what it was asked for.
@@ -314,6 +360,7 @@ mod tests {
                     ..SampleResult::default()
                 },
                 shares: Some([share, 1.0]),
+                offered_mpps: None,
             })
         }
     }
@@ -370,6 +417,49 @@ mod tests {
         };
         assert_eq!(rounds(&all[0]), [0, 2, 3]);
         assert_eq!(rounds(&all[1]), [1, 2, 3]);
+    }
+
+    #[test]
+    fn what_guests_do_is_compared_round_by_round_too_and_loads_are_not() {
+        let headers = Case {
+            how: How {
+                payload: Payload::Headers,
+                ..How::USUAL
+            },
+            ..CASE
+        };
+        let loaded = Case {
+            load: Some(10),
+            ..CASE
+        };
+        for (other, tries) in [(headers, 3), (loaded, 2)] {
+            let mut fake = Fake {
+                // The first pair of the second case is of no use.
+                vm_shares: vec![1.0, 0.5, 1.0, 1.0, 1.0, 1.0],
+                ..Fake::default()
+            };
+            let all = measure(&mut fake, &[CASE, other], 2, &mut || true, &mut |_| ()).unwrap();
+            let first = all[0].pairs.len() + all[0].disturbed;
+            assert_eq!((first, all[1].pairs.len()), (tries, 2));
+        }
+    }
+
+    #[test]
+    fn faults_of_the_whole_load_count_where_a_part_of_it_is_measured() {
+        let whole = SampleResult {
+            verified: 7,
+            faults: Faults {
+                lost: 1,
+                ..Faults::default()
+            },
+            ..SampleResult::default()
+        };
+        let mut sample = VmSample::default();
+        sample.result.timed = true;
+        sample.of_load(Some(2_500_000), &whole);
+        assert_eq!((sample.result.faults.lost, sample.result.verified), (1, 7));
+        assert_eq!(sample.offered_mpps, Some(2.5));
+        assert!(!sample.result.timed);
     }
 
     #[test]
@@ -472,7 +562,7 @@ mod tests {
             },
             bound: BoundSample {
                 result: with(150.0),
-                shares: None,
+                ..BoundSample::default()
             },
             probe_ns: 100.0,
             round: 0,

@@ -3,16 +3,19 @@
 use std::rc::Rc;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use vmm::HugePages;
 
 use super::Setup;
 use super::pairs::{BoundSample, Lab, VmSample, had_not_its_core, moved};
 use super::plan::{Case, Way};
 use super::probe::Distance;
+use super::relayed::Relayed;
 use super::stats::median;
 use super::testpmd::{Config, Pair, Programs};
-use crate::cli::bench::PeerName;
+use super::veth::Veth;
+use crate::cli::bench::{BenchArgs, PeerName};
+use crate::cli::frames::{How, Size};
 use crate::sys::Signals;
 
 /// What a peer is measured with: all of a [`Case`] that means something to it.
@@ -27,11 +30,14 @@ pub struct PeerCase {
 }
 
 impl PeerCase {
-    /// `None` where frames go both ways: no peer can do that.
+    /// `None` where frames go both ways, or are of several lengths: no peer can do that.
     pub fn of(case: &Case) -> Option<Self> {
+        let Size::Bytes(size) = case.size else {
+            return None;
+        };
         Some(Self {
             way: Way::of(case.direction)?,
-            size: case.size,
+            size,
             batch: case.batch,
         })
     }
@@ -44,8 +50,10 @@ pub struct PeerSample {
     pub mpps: f64,
     /// Frames received.
     pub frames: u64,
-    /// How much of its core each end had, back-end first.
-    pub shares: [f64; 2],
+    /// How much of its core each end had, back-end first, where each should have all of it.
+    pub shares: Option<[f64; 2]>,
+    /// How many cores all of it kept busy.
+    pub busy_cores: f64,
     /// Whether something was timed.
     pub timed: bool,
 }
@@ -54,14 +62,20 @@ pub struct PeerSample {
 pub trait Rival {
     /// Which.
     fn name(&self) -> PeerName;
-    /// Entries of its rings.
-    fn ring(&self) -> u16;
+    /// What it does with frames.
+    fn how(&self) -> How;
+    /// Entries of its rings, where it has some.
+    fn ring(&self) -> Option<u16>;
+    /// Whether it can do that.
+    fn does(&self, _case: &PeerCase) -> bool {
+        true
+    }
     /// One sample.
     fn sample(&mut self, case: &PeerCase) -> Result<PeerSample>;
-    /// How its two processes were called, back-end first.
-    fn commands(&self) -> [String; 2];
+    /// How its processes were called, back-end first.
+    fn commands(&self) -> Vec<String>;
     /// What each is told for a case.
-    fn inputs(&self, case: &PeerCase) -> [Vec<String>; 2];
+    fn inputs(&self, case: &PeerCase) -> Vec<Vec<String>>;
 }
 
 /// A sample that counts.
@@ -87,14 +101,16 @@ impl PeerRound {
 pub struct PeerMeasured {
     /// Which peer.
     pub name: PeerName,
-    /// Entries of its rings.
-    pub ring: u16,
+    /// What it does with frames.
+    pub how: How,
+    /// Entries of its rings, where it has some.
+    pub ring: Option<u16>,
     /// Which case.
     pub case: PeerCase,
     /// How its processes were called.
-    pub commands: [String; 2],
+    pub commands: Vec<String>,
     /// What they were told.
-    pub inputs: [Vec<String>; 2],
+    pub inputs: Vec<Vec<String>>,
     /// The samples that count.
     pub rounds: Vec<PeerRound>,
     /// Samples in which the cores moved.
@@ -112,30 +128,35 @@ pub struct Peers {
 
 impl Peers {
     /// Starts those that were asked for.
-    pub fn start(
-        names: &[PeerName],
-        ring: u16,
-        setup: &Setup,
-        signals: &Rc<Signals>,
-    ) -> Result<Self> {
+    pub fn start(args: &BenchArgs, setup: Rc<Setup>, signals: &Rc<Signals>) -> Result<Self> {
         let mut peers = Self::default();
-        if names.is_empty() {
-            return Ok(peers);
-        }
-        let programs = Programs::find(std::env::var_os("PATH").as_deref())?;
+        let names = args.peer_list()?;
         let config = Config {
             cores: setup.cores,
-            ring,
+            ring: args.peer_ring,
             // Memory of the guests' kind.
             huge: setup.memory.hugepages != HugePages::Off,
             length: Duration::from_millis(setup.ms),
             warmup: Duration::from_millis(setup.warmup_ms),
         };
         for (index, &name) in names.iter().enumerate() {
-            if !names[..index].contains(&name) {
-                let pair = Pair::start(&programs, name, config, Some(signals))?;
-                peers.running.push(Box::new(pair));
+            if names[..index].contains(&name) {
+                continue;
             }
+            let rival: Box<dyn Rival> = match name {
+                PeerName::DpdkVhost | PeerName::Memif | PeerName::MemifZc => {
+                    let programs = Programs::find(std::env::var_os("PATH").as_deref())?;
+                    Box::new(Pair::start(&programs, name, config, Some(signals))?)
+                }
+                PeerName::Relay => {
+                    let rings = args.ring_list();
+                    let ring = *rings.first().context("there are no rings")?;
+                    let (setup, memory) = (Rc::clone(&setup), &args.both.memory);
+                    Box::new(Relayed::start(setup, ring, memory, signals)?)
+                }
+                PeerName::Veth => Box::new(Veth::start(&setup, Some(signals))?),
+            };
+            peers.running.push(rival);
         }
         Ok(peers)
     }
@@ -152,7 +173,7 @@ impl Peers {
         case: PeerCase,
         round: usize,
     ) -> Result<()> {
-        for rival in &mut self.running {
+        for rival in self.running.iter_mut().filter(|rival| rival.does(&case)) {
             let first = probe()?;
             let sample = rival.sample(&case)?;
             let probes = [first, probe()?];
@@ -167,6 +188,7 @@ impl Peers {
                 None => {
                     self.measured.push(PeerMeasured {
                         name,
+                        how: rival.how(),
                         ring: rival.ring(),
                         case,
                         commands: rival.commands(),
@@ -181,7 +203,7 @@ impl Peers {
             let measured = &mut self.measured[index];
             if moved(&probes) {
                 measured.moved += 1;
-            } else if !sample.timed || sample.shares.into_iter().any(had_not_its_core) {
+            } else if !sample.timed || shares.into_iter().flatten().any(had_not_its_core) {
                 measured.disturbed += 1;
             } else {
                 measured.rounds.push(PeerRound {
@@ -195,7 +217,8 @@ impl Peers {
     }
 
     fn all_good(&self, case: PeerCase, round: usize) -> bool {
-        self.running.iter().all(|rival| {
+        let mut running = self.running.iter().filter(|rival| rival.does(&case));
+        running.all(|rival| {
             self.measured.iter().any(|it| {
                 (it.name, it.case) == (rival.name(), case)
                     && it.rounds.iter().any(|it| it.round == round)

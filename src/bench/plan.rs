@@ -1,9 +1,10 @@
 //! What is measured, and in which order.
 
 use crate::cli::bench::{BenchArgs, Kind, Sweep};
+use crate::cli::frames::{How, Size};
 use crate::cli::iommu::Iommu;
 use crate::cli::rings::Ring;
-use crate::cli::{Direction, Path};
+use crate::cli::{Direction, Mode, Path};
 
 /// One figure to measure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,9 +18,14 @@ pub struct Case {
     /// Which way frames go.
     pub direction: Direction,
     /// Bytes of a frame, without FCS.
-    pub size: u16,
+    pub size: Size,
     /// Frames a burst; 1 for a round trip.
     pub batch: u16,
+    /// What the guests do with them.
+    pub how: How,
+    /// Round trips of frames that are sent when they are due: at so many percent of the rate that an echo reaches. Otherwise a frame is sent
+    /// when the one before it has come back.
+    pub load: Option<u8>,
 }
 
 impl Case {
@@ -31,24 +37,54 @@ impl Case {
             path: self.path,
         }
     }
+
+    /// What a load is a part of.
+    pub fn whole_load(&self) -> Self {
+        Self {
+            direction: Direction::Echo,
+            load: None,
+            ..*self
+        }
+    }
+
+    /// Frames that are due in a second, where an echo brings back `mpps` million.
+    pub fn rate(&self, mpps: f64) -> Option<u64> {
+        match (self.load?, self.how.mode) {
+            (0, Mode::Poll) => Some(IDLE_RATE),
+            (0, Mode::Irq | Mode::Adaptive) => Some(SLEEPY_RATE),
+            (load, _) => {
+                #[expect(clippy::cast_possible_truncation, reason = "whole frames are meant")]
+                let rate = (mpps * f64::from(load) * 1e4).max(1.0) as u64;
+                Some(rate)
+            }
+        }
+    }
 }
 
-/// Which way frames go, where they go one way.
+/// What no load is: so many frames a second, each of which is back before the next is due.
+const IDLE_RATE: u64 = 100_000;
+/// The same where an interrupt has to come first.
+const SLEEPY_RATE: u64 = 500;
+
+/// Which way frames go, where each that arrives is one that was sent for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Way {
     /// Back-end to front-end.
     BeToFe,
     /// Front-end to back-end.
     FeToBe,
+    /// Back-end to front-end and back.
+    Echo,
 }
 
 impl Way {
-    /// `None` where they go both ways.
+    /// `None` where they go both ways at once, one at a time, or not at all.
     pub fn of(direction: Direction) -> Option<Self> {
         match direction {
             Direction::BeToFe => Some(Self::BeToFe),
             Direction::FeToBe => Some(Self::FeToBe),
-            Direction::Both | Direction::RoundTrip => None,
+            Direction::Echo => Some(Self::Echo),
+            Direction::Both | Direction::RoundTrip | Direction::Idle => None,
         }
     }
 
@@ -57,6 +93,7 @@ impl Way {
         match self {
             Self::BeToFe => Direction::BeToFe,
             Self::FeToBe => Direction::FeToBe,
+            Self::Echo => Direction::Echo,
         }
     }
 }
@@ -77,56 +114,83 @@ const DIRECTIONS: [Direction; 4] = [
 ];
 const SWEEP_DIRECTIONS: [Direction; 2] = [Direction::BeToFe, Direction::FeToBe];
 
-/// The cases that the flags ask for, none twice. Those of a group differ in the VMs only: they are sampled in turn,
-/// so that each sees the same minutes of the machine.
+/// The cases that the flags ask for, none twice. Those of a group differ in the VMs, in what the guests do, and in the load only: they are
+/// sampled in turn, so that each sees the same minutes of the machine.
 pub fn plan(args: &BenchArgs, kinds: &[Kind]) -> Vec<Vec<Case>> {
     let sweep = args.sweep == Some(Sweep::Rings);
+    let usual = |sizes: &[u16]| sizes.iter().map(|&size| Size::Bytes(size)).collect();
     let sizes = match &args.sizes {
-        Some(sizes) => sizes.as_slice(),
-        None if sweep => &SWEEP_SIZES,
-        None if args.quick => &QUICK_SIZES,
-        None => &SIZES,
+        Some(sizes) => sizes.clone(),
+        None if sweep => usual(&SWEEP_SIZES),
+        None if args.quick => usual(&QUICK_SIZES),
+        None => usual(&SIZES),
     };
     let directions = match &args.directions {
         Some(directions) => directions.as_slice(),
         None if sweep => &SWEEP_DIRECTIONS,
         None => &DIRECTIONS,
     };
+    let hows = args.hows();
     let mut groups: Vec<Vec<Case>> = Vec::new();
-    for &size in sizes {
+    let mut add = |direction: Direction, size: Size, batch: u16, loads: &[Option<u8>]| {
+        let mut group: Vec<Case> = Vec::new();
+        for &load in loads {
+            for how in hows.iter().map(|how| how.in_direction(direction)) {
+                let cases = kinds.iter().map(|&Kind { ring, iommu, path }| Case {
+                    ring,
+                    iommu,
+                    path,
+                    direction,
+                    size,
+                    batch,
+                    how,
+                    load,
+                });
+                for case in cases {
+                    if !group.contains(&case) {
+                        group.push(case);
+                    }
+                }
+            }
+        }
+        if !groups.contains(&group) {
+            groups.push(group);
+        }
+    };
+    let loads: Vec<Option<u8>> = args
+        .latency_load
+        .iter()
+        .flatten()
+        .copied()
+        .map(Some)
+        .collect();
+    for &size in &sizes {
         for batch in batches(args, size) {
             for &direction in directions {
-                // One frame is on its way at a time in a round trip, so a batch means nothing.
-                let batch = if direction == Direction::RoundTrip {
-                    1
-                } else {
-                    batch
-                };
-                let group: Vec<Case> = kinds
-                    .iter()
-                    .map(|&Kind { ring, iommu, path }| Case {
-                        ring,
-                        iommu,
-                        path,
-                        direction,
-                        size,
-                        batch,
-                    })
-                    .collect();
-                if !groups.contains(&group) {
-                    groups.push(group);
+                match direction {
+                    // One frame is on its way at a time in a round trip, so a batch means nothing.
+                    Direction::RoundTrip if size != Size::Imix => add(direction, size, 1, &[None]),
+                    // Nor does a size where nobody sends.
+                    Direction::Idle => add(direction, Size::Bytes(SIZES[0]), 1, &[None]),
+                    // What comes back is of one length.
+                    Direction::RoundTrip | Direction::Echo if size == Size::Imix => {}
+                    _ => add(direction, size, batch, &[None]),
                 }
+            }
+            let asked = args.batches.is_some() || batch == BATCH;
+            if !loads.is_empty() && asked && size != Size::Imix {
+                add(Direction::RoundTrip, size, batch, &loads);
             }
         }
     }
     groups
 }
 
-fn batches(args: &BenchArgs, size: u16) -> Vec<u16> {
+fn batches(args: &BenchArgs, size: Size) -> Vec<u16> {
     match &args.batches {
         Some(batches) => batches.clone(),
         None if args.sweep.is_some() => SWEEP_BATCHES.to_vec(),
-        None if args.quick || size != SIZES[0] => vec![BATCH],
+        None if args.quick || size != Size::Bytes(SIZES[0]) => vec![BATCH],
         None => [&[BATCH], &OTHER_BATCHES[..]].concat(),
     }
 }
@@ -135,7 +199,7 @@ fn batches(args: &BenchArgs, size: u16) -> Vec<u16> {
 pub fn request_batches(args: &BenchArgs) -> Vec<u16> {
     let mut all = Vec::new();
     if args.sweep == Some(Sweep::Rings) {
-        for batch in batches(args, SWEEP_SIZES[0]) {
+        for batch in batches(args, Size::Bytes(SWEEP_SIZES[0])) {
             if !all.contains(&batch) {
                 all.push(batch);
             }
@@ -153,10 +217,10 @@ pub fn samples(args: &BenchArgs) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cli::frames::{Payload, Source};
     use crate::cli::rings::{Layout, Tx};
     use crate::cli::{Cli, Command};
     use clap::Parser;
-    use clap::ValueEnum;
 
     fn bench(args: &[&str]) -> BenchArgs {
         match Cli::try_parse_from([&["vhost-pci", "bench"], args].concat()) {
@@ -181,8 +245,8 @@ mod tests {
     fn quick_is_two_sizes_in_every_direction() {
         let (cases, samples) = planned(&["--quick"]);
         assert_eq!((cases.len(), samples), (8, 5));
-        for &direction in Direction::value_variants() {
-            for size in [64, 1518] {
+        for direction in DIRECTIONS {
+            for size in [64, 1518].map(Size::Bytes) {
                 let found = cases
                     .iter()
                     .any(|case| case.direction == direction && case.size == size);
@@ -199,7 +263,7 @@ mod tests {
         assert!(
             cases
                 .iter()
-                .all(|case| case.size == 64 || case.batch == 32 || case.batch == 1)
+                .all(|case| case.size == Size::Bytes(64) || case.batch == 32 || case.batch == 1)
         );
         assert!(cases.iter().all(|case| case.ring.name() == "split"));
         assert!(request_batches(&bench(&[])).is_empty());
@@ -304,12 +368,109 @@ mod tests {
     }
 
     #[test]
+    fn what_guests_do_takes_turns_as_far_as_it_means_something() {
+        let args = bench(&[
+            "--payload",
+            "every-byte,headers",
+            "--source",
+            "build,copy",
+            "--mode",
+            "poll,adaptive",
+            "--sizes",
+            "64",
+            "--batches",
+            "32",
+            "--directions",
+            "be-to-fe,round-trip,echo,idle",
+        ]);
+        let groups = grouped(&args);
+        let sizes: Vec<usize> = groups.iter().map(Vec::len).collect();
+        assert_eq!(sizes, [8, 4, 8, 2]);
+        let hows: Vec<How> = groups[1].iter().map(|case| case.how).collect();
+        let poll = How::USUAL;
+        let headers = How {
+            payload: Payload::Headers,
+            ..poll
+        };
+        let adaptive = |how| How {
+            mode: Mode::Adaptive,
+            ..how
+        };
+        assert_eq!(hows, [poll, headers, adaptive(poll), adaptive(headers)]);
+        assert!(
+            groups[1]
+                .iter()
+                .all(|case| case.how.source == Source::Build)
+        );
+        assert!(
+            grouped(&bench(&[]))
+                .concat()
+                .iter()
+                .all(|case| case.how == poll)
+        );
+    }
+
+    #[test]
+    fn a_mix_goes_one_way_or_both_and_does_not_come_back() {
+        let args = ["--sizes", "imix", "--batches", "32", "--latency-load", "50"];
+        let ways: Vec<Direction> = planned(&args).0.iter().map(|case| case.direction).collect();
+        assert_eq!(
+            ways,
+            [Direction::BeToFe, Direction::FeToBe, Direction::Both]
+        );
+    }
+
+    #[test]
+    fn loads_take_turns_and_are_parts_of_what_an_echo_reaches() {
+        let of = [
+            "--directions",
+            "be-to-fe",
+            "--sizes",
+            "64",
+            "--latency-load",
+            "0,10,90",
+        ];
+        let groups = grouped(&bench(&of));
+        let (last, others) = groups.split_last().unwrap();
+        // The usual batch only, where no other is asked for.
+        assert!(groups.len() == 7 && last.len() == 1);
+        let loaded = others.iter().find(|group| group.len() == 3).unwrap();
+        assert!(
+            loaded
+                .iter()
+                .all(|case| case.direction == Direction::RoundTrip && case.batch == 32)
+        );
+        let rates: Vec<_> = loaded.iter().map(|case| case.rate(20.0)).collect();
+        assert_eq!(rates, [Some(100_000), Some(2_000_000), Some(18_000_000)]);
+        assert_eq!(last[0].rate(20.0), None);
+        let whole = loaded[1].whole_load();
+        assert_eq!(
+            (whole.direction, whole.load, whole.batch),
+            (Direction::Echo, None, 32)
+        );
+        let asleep = Case {
+            how: How {
+                mode: Mode::Irq,
+                ..How::USUAL
+            },
+            ..loaded[0]
+        };
+        assert_eq!(asleep.rate(20.0), Some(500));
+        assert!(Cli::try_parse_from(["vhost-pci", "bench", "--latency-load", "101"]).is_err());
+    }
+
+    #[test]
     fn the_sweep_has_four_rings_seven_batches_and_two_directions() {
         let args = bench(&["--sweep", "rings"]);
         let groups = grouped(&args);
         assert_eq!((groups.len(), samples(&args)), (14, 5));
         assert!(groups.iter().all(|group| group.len() == 4));
-        assert!(groups.concat().iter().all(|case| case.size == 64));
+        assert!(
+            groups
+                .concat()
+                .iter()
+                .all(|case| case.size == Size::Bytes(64))
+        );
         assert_eq!(request_batches(&args), SWEEP_BATCHES);
         assert_eq!(args.sample_ms(), 50);
 
@@ -331,6 +492,7 @@ mod tests {
         let (on, off) = (Some(true), Some(false));
         assert_eq!(of(&[]), (off, off, off, Some(Tx::Direct)));
         assert_eq!(of(&["--mode", "irq"]).0, on);
+        assert_eq!(of(&["--mode", "poll,adaptive"]).0, on);
         assert_eq!(of(&["--mode", "irq", "--event-idx", "off"]).0, off);
         assert_eq!(of(&["--rx-buffer", "512"]).1, on);
         assert_eq!(of(&["--indirect", "on"]).3, Some(Tx::Indirect));

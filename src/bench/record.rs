@@ -92,6 +92,8 @@ pub struct Rtt {
     pub count: u64,
     /// Median.
     pub p50: u64,
+    /// 90 %.
+    pub p90: u64,
     /// 99 %.
     pub p99: u64,
     /// 99.9 %.
@@ -166,6 +168,8 @@ impl AddAssign for Faults {
 pub struct Latency {
     /// Median.
     pub p50: f64,
+    /// 90 %.
+    pub p90: f64,
     /// 99 %.
     pub p99: f64,
     /// 99.9 %.
@@ -216,10 +220,12 @@ impl SampleResult {
             Direction::BeToFe => &[front],
             Direction::FeToBe => &[back],
             Direction::Both => &[back, front],
-            Direction::RoundTrip => &[],
+            Direction::Echo => &[back],
+            Direction::RoundTrip | Direction::Idle => &[],
         };
         sample.churn = front.churn;
-        sample.timed = true;
+        // Where nobody sends, one frame goes over before that.
+        sample.timed = direction != Direction::Idle || front.verified > 0;
         for end in receivers {
             sample.frames += end.rx_frames;
             if end.rx_frames > 0 && end.rx_ticks > 0 {
@@ -235,6 +241,7 @@ impl SampleResult {
             sample.frames = rtt.count;
             sample.latency = Some(Latency {
                 p50: ns(rtt.p50),
+                p90: ns(rtt.p90),
                 p99: ns(rtt.p99),
                 p999: ns(rtt.p999),
                 max: ns(rtt.max),
@@ -293,6 +300,7 @@ mod tests {
         let rate = |direction| SampleResult::new(direction, &ends, 2_000_000).unwrap();
         assert!((rate(Direction::BeToFe).mpps - 30.0).abs() < 1e-9);
         assert!((rate(Direction::FeToBe).mpps - 10.0).abs() < 1e-9);
+        assert!((rate(Direction::Echo).mpps - 10.0).abs() < 1e-9);
         let both = rate(Direction::Both);
         assert!((both.mpps - 40.0).abs() < 1e-9);
         assert_eq!((both.frames, both.verified), (40_000, 40_000));
@@ -348,6 +356,7 @@ mod tests {
             rtt: Some(Rtt {
                 count: 9,
                 p50: 200,
+                p90: 300,
                 p99: 400,
                 p999: 600,
                 max: 2000,
@@ -362,6 +371,7 @@ mod tests {
         .unwrap();
         let latency = sample.latency.unwrap();
         assert!((latency.p50 - 100.0).abs() < 1e-9 && (latency.max - 1000.0).abs() < 1e-9);
+        assert!((latency.p90 - 150.0).abs() < 1e-9);
         assert_eq!(sample.frames, 9);
     }
 }

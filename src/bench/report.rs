@@ -7,10 +7,12 @@ use serde::Serialize;
 use vmm::HugePages;
 
 mod peers;
+mod variants;
 mod vs;
 
 use super::Setup;
 pub use peers::{PeerEntry, ToPeerEntry};
+pub use variants::VariantEntry;
 pub use vs::Vs;
 
 use super::pairs::{LEAST_SHARE, Measured, Pair, gated, moved};
@@ -19,6 +21,7 @@ use super::probe::Distance;
 use super::record::{Faults, Latency};
 use super::requests::{self, Requests, Where};
 use super::stats::{Spread, median, round};
+use crate::cli::frames::{How, Size};
 use crate::cli::iommu::Iommu;
 use crate::cli::rings::{Layout, Ring, RingSetup, Tx};
 use crate::cli::{Direction, Mode, Path};
@@ -38,6 +41,9 @@ pub struct Report {
     /// What the window spares: the same through it and through the relay, taken in turn; one entry a case and distance.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub paths: Vec<PathEntry>,
+    /// What the guests do with frames beside what they do first, taken in turn; one entry a case and distance.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub variants: Vec<VariantEntry>,
     /// Other ways to exchange frames, one entry a peer, case and distance.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub peers: Vec<PeerEntry>,
@@ -61,10 +67,12 @@ pub struct RatioEntry {
     pub direction: Direction,
     pub ring: Layout,
     pub in_order: bool,
-    pub frame_size: u16,
+    pub frame_size: Size,
     pub batch: u16,
     pub iommu: Iommu,
     over: Iommu,
+    #[serde(flatten)]
+    pub how: How,
     pub distance: Distance,
     pub ratio: Spread,
 }
@@ -75,8 +83,10 @@ pub struct PathEntry {
     pub direction: Direction,
     pub ring: Layout,
     pub in_order: bool,
-    pub frame_size: u16,
+    pub frame_size: Size,
     pub batch: u16,
+    #[serde(flatten)]
+    pub how: How,
     pub distance: Distance,
     /// Rate through the window to rate through the relay (round trip: time through the relay to time through the window, p50).
     pub speed: Spread,
@@ -117,6 +127,9 @@ pub struct Environment {
     #[serde(skip_serializing_if = "Option::is_none")]
     cpu_model: Option<String>,
     cores: [usize; 2],
+    /// A cache line from core to core and back, in ns, before the first sample and behind the last.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    core_distance_ns: Option<[f64; 2]>,
     #[serde(skip_serializing_if = "Option::is_none")]
     governor: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -130,6 +143,7 @@ pub struct Environment {
     unix_time: u64,
     memory: Memory,
     queue_size: u16,
+    /// The first of all that was asked for; each figure has its own.
     mode: Mode,
     sample_ms: u64,
 }
@@ -149,8 +163,17 @@ pub struct Entry {
     #[serde(flatten)]
     pub ring: RingColumns,
     pub iommu: Iommu,
-    pub frame_size: u16,
+    pub frame_size: Size,
     pub batch: u16,
+    #[serde(flatten)]
+    pub how: How,
+    /// Round trips of frames that are sent when they are due: at so many percent of what an echo reaches, and that is so many million a second.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub load_percent: Option<u8>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub offered_mpps: Option<Spread>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bound_offered_mpps: Option<Spread>,
     queue_pairs: u16,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub distance: Option<Distance>,
@@ -180,7 +203,7 @@ pub struct Entry {
     bound_latency_p50_ns: Option<Spread>,
     dropped_samples: Dropped,
     /// What a virtual CPU had to have of its core for a sample to count; absent where that was not asked, because the devices' threads
-    /// have work to do on the same cores.
+    /// have work to do on the same cores, or the guests sleep.
     #[serde(skip_serializing_if = "Option::is_none")]
     least_vcpu_share: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -190,6 +213,9 @@ pub struct Entry {
     /// Of all processes together.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cpu_ns_per_frame: Option<Spread>,
+    /// Where nobody sends: what all processes together use, in percent of a core.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub idle_cpu_percent: Option<Spread>,
 }
 
 /// Which rings it is of.
@@ -269,6 +295,7 @@ impl Report {
                 .collect(),
             ratios: ratios(measured),
             paths: paths(measured),
+            variants: variants::entries(measured),
             peers: Vec::new(),
             to_peers: Vec::new(),
             vs: None,
@@ -277,6 +304,12 @@ impl Report {
                 requests::counters().unwrap_or_else(|| "cache-misses, user mode".to_owned())
             }),
         }
+    }
+
+    /// With how far apart the cores were before the first sample and behind the last.
+    pub fn with_core_distance(mut self, ns: [f64; 2]) -> Self {
+        self.environment.core_distance_ns = Some(ns.map(round));
+        self
     }
 }
 
@@ -296,6 +329,7 @@ impl Environment {
             kernel: host::kernel(),
             cpu_model: host::cpu_model(),
             cores: setup.cores,
+            core_distance_ns: None,
             governor: host::governor(&setup.cores),
             isolated_cores: host::isolated_cores().filter(|cores| !cores.is_empty()),
             hugepages_2m: host::hugepages_2m(),
@@ -315,7 +349,7 @@ impl Environment {
                 prefault: setup.memory.prefault,
             },
             queue_size: setup.rings.size,
-            mode: setup.mode,
+            mode: setup.how.mode,
             sample_ms: setup.ms,
         }
     }
@@ -355,7 +389,8 @@ fn entry(setup: &Setup, measured: &Measured, distance: Option<Distance>, pairs: 
     let each = |value: &dyn Fn(&Pair) -> f64| -> Vec<f64> {
         pairs.iter().map(|pair| value(pair)).collect()
     };
-    let rates = case.direction != Direction::RoundTrip;
+    let idle = case.direction == Direction::Idle;
+    let rates = !idle && case.direction != Direction::RoundTrip;
     let spread = |value: &dyn Fn(&Pair) -> f64| Spread::of(each(value)).filter(|_| rates);
     let vm_times: Vec<Latency> = pairs
         .iter()
@@ -366,7 +401,7 @@ fn entry(setup: &Setup, measured: &Measured, distance: Option<Distance>, pairs: 
         .filter_map(|pair| pair.bound.result.latency)
         .collect();
     let ratios: Vec<f64> = pairs.iter().filter_map(|pair| pair.ratio()).collect();
-    let bits = f64::from(case.size) * 8.0;
+    let bits = case.size.mean() * 8.0;
     Entry {
         direction: case.direction,
         path: case.path,
@@ -374,6 +409,10 @@ fn entry(setup: &Setup, measured: &Measured, distance: Option<Distance>, pairs: 
         iommu: case.iommu,
         frame_size: case.size,
         batch: case.batch,
+        how: case.how,
+        load_percent: case.load,
+        offered_mpps: Spread::of(pairs.iter().filter_map(|pair| pair.vm.offered_mpps)),
+        bound_offered_mpps: Spread::of(pairs.iter().filter_map(|pair| pair.bound.offered_mpps)),
         queue_pairs: setup.rings.pairs(case.direction),
         distance,
         probe_ns: median(&each(&|pair| pair.probe_ns)).map(round),
@@ -397,6 +436,7 @@ fn entry(setup: &Setup, measured: &Measured, distance: Option<Distance>, pairs: 
         exits: (!pairs.is_empty()).then(|| exits(pairs)),
         cpu: cpu(pairs),
         cpu_ns_per_frame: Spread::of(pairs.iter().filter_map(|pair| pair.cpu_ns_per_frame())),
+        idle_cpu_percent: Spread::of(each(&|pair| pair.vm.busy_cores * 100.0)).filter(|_| idle),
     }
 }
 
@@ -424,6 +464,7 @@ fn ratios(measured: &[Measured]) -> Vec<RatioEntry> {
                 batch: case.batch,
                 iommu: case.iommu,
                 over: Iommu::Off,
+                how: case.how,
                 distance,
                 ratio,
             }));
@@ -457,6 +498,7 @@ fn paths(measured: &[Measured]) -> Vec<PathEntry> {
                 in_order: case.ring.in_order,
                 frame_size: case.size,
                 batch: case.batch,
+                how: case.how,
                 distance,
                 speed,
                 cpu: Spread::of(cpu),
@@ -534,6 +576,7 @@ fn latency(times: &[Latency]) -> Option<Latency> {
     };
     Some(Latency {
         p50: middle(|time| time.p50)?,
+        p90: middle(|time| time.p90)?,
         p99: middle(|time| time.p99)?,
         p999: middle(|time| time.p999)?,
         max: round(times.iter().map(|time| time.max).fold(0.0, f64::max)),

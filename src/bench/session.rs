@@ -53,6 +53,8 @@ pub struct Session {
     tsc_khz: u64,
     bound: Option<Bound>,
     id: u16,
+    /// How its processes were called.
+    commands: Vec<String>,
     /// Windows a second that the front-end's guest makes come and go while it runs a workload.
     churn: u64,
     // Declared last: the socket's directory goes when the VMs are gone.
@@ -70,9 +72,19 @@ impl Session {
             back: setup.back_iommu,
         };
         let sockets = ["a.sock", "b.sock"].map(|name| directory.path().join(name));
+        let mut commands = Vec::new();
+        let mut called = |command: &str, args: &[OsString]| {
+            let words = args.iter().map(|arg| arg.to_string_lossy());
+            let words: Vec<_> = [command.into()].into_iter().chain(words).collect();
+            commands.push(format!("vhost-pci {}", words.join(" ")));
+        };
         let relay = match path {
             Path::Window => None,
-            Path::Relay => Some(VmProcess::relay(&relay_args(&sockets, setup.cores)?)?),
+            Path::Relay => {
+                let args = relay_args(&sockets, setup.cores)?;
+                called("relay", &args);
+                Some(VmProcess::relay(&args)?)
+            }
         };
         let mut args = match path {
             Path::Window => {
@@ -87,6 +99,9 @@ impl Session {
         for args in &mut args[with_rings..] {
             args.push(format!("--cmdline={}", words.trim()).into());
         }
+        for args in &args {
+            called("run", args);
+        }
         let start = |side: usize| Guest::start(NAMES[side], &args[side]);
         let mut session = Self {
             sides: [start(0)?, start(1)?],
@@ -99,6 +114,7 @@ impl Session {
             tsc_khz: 0,
             bound: None,
             id: 0,
+            commands,
             churn: 0,
             _directory: Some(directory),
         };
@@ -230,22 +246,26 @@ impl Session {
         Ok(results.map(Option::unwrap_or_default))
     }
 
-    fn command(&self, case: &Case, side: usize) -> String {
-        let Setup {
-            ms,
-            warmup_ms,
-            mode,
-            ..
-        } = *self.setup;
+    /// How its processes were called, the relay first where there is one.
+    pub fn commands(&self) -> &[String] {
+        &self.commands
+    }
+
+    /// What a guest is told for a case.
+    pub fn command(&self, case: &Case, side: usize, rate: Option<u64>) -> String {
+        let Setup { ms, warmup_ms, .. } = *self.setup;
         let work = case.direction.work()[side];
         let mut line = format!(
-            "run id={} work={work} queues={} size={} batch={} ms={ms} warmup_ms={warmup_ms} mode={} timeout_ms={RECEIVER_MS}",
+            "run id={} work={work} queues={} size={} batch={} ms={ms} warmup_ms={warmup_ms} {} timeout_ms={RECEIVER_MS}",
             self.id,
             self.rings.pairs(case.direction),
             case.size,
             case.batch,
-            mode.name(),
+            case.how.words(),
         );
+        if let Some(rate) = rate.filter(|_| side != FRONT_END) {
+            line.push_str(&format!(" rate={rate}"));
+        }
         if side != FRONT_END && self.kind.path == Path::Relay {
             line.push_str(" end=back-end");
         }
@@ -352,15 +372,39 @@ impl Lab for Session {
     }
 
     fn guests(&mut self, case: &Case) -> Result<VmSample> {
+        if case.load.is_none() {
+            // Where nobody sends, one frame shows that everything is there, and the next would be due too late.
+            return self.run(case, (case.direction == Direction::Idle).then_some(1));
+        }
+        // What the load is a part of, at this moment: the cores may have moved since another.
+        let whole = self.run(&case.whole_load(), None)?;
+        let rate = case.rate(whole.result.mpps);
+        let mut sample = self.run(case, rate)?;
+        sample.of_load(rate, &whole.result);
+        Ok(sample)
+    }
+
+    fn bound(&mut self, case: &Case) -> Result<BoundSample> {
+        let bound = match &mut self.bound {
+            Some(bound) => bound,
+            none => none.insert(Bound::new(&self.setup, &self.rings, self.tsc_khz)?),
+        };
+        bound.sample(&self.setup, case)
+    }
+}
+
+impl Session {
+    /// One run of both guests; `rate`: so many frames are due in a second.
+    fn run(&mut self, case: &Case, rate: Option<u64>) -> Result<VmSample> {
         let before = self.stats()?;
         self.id = self.id.wrapping_add(1);
         // The receiver first: then the sender does not start against a full ring.
         let order = match case.direction {
-            Direction::BeToFe | Direction::RoundTrip => [1, 0],
             Direction::FeToBe | Direction::Both => [0, 1],
+            _ => [1, 0],
         };
         for side in order {
-            let command = self.command(case, side);
+            let command = self.command(case, side, rate);
             self.send(side, &command)?;
         }
         // Two looks, well inside the time in which both work. This thread sleeps the rest of it.
@@ -376,7 +420,7 @@ impl Lab for Session {
 
         let (shares, others_percent) = first.between(&second);
         let known =
-            self.setup.mode == Mode::Poll && self.sides.iter().all(|side| side.process.is_some());
+            case.how.mode == Mode::Poll && self.sides.iter().all(|side| side.process.is_some());
         Ok(VmSample {
             result: SampleResult::new(case.direction, &results, self.tsc_khz)?,
             shares: known.then_some(shares),
@@ -390,15 +434,8 @@ impl Lab for Session {
                 |vcpu| &vcpu.kvm,
                 |name| name.ends_with("exits"),
             ),
+            offered_mpps: None,
         })
-    }
-
-    fn bound(&mut self, case: &Case) -> Result<BoundSample> {
-        let bound = match &mut self.bound {
-            Some(bound) => bound,
-            none => none.insert(Bound::new(&self.setup, &self.rings, self.tsc_khz)?),
-        };
-        bound.sample(&self.setup, case)
     }
 }
 

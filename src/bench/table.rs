@@ -3,9 +3,10 @@
 use super::probe::Distance;
 use super::record::{Faults, Latency};
 use super::report::{
-    Entry, PathEntry, PeerEntry, RatioEntry, Report, RequestEntry, ToPeerEntry, Vs,
+    Entry, PathEntry, PeerEntry, RatioEntry, Report, RequestEntry, ToPeerEntry, VariantEntry, Vs,
 };
 use super::stats::Spread;
+use crate::cli::frames::{How, Size};
 use crate::cli::iommu::Iommu;
 use crate::cli::rings::Ring;
 use crate::cli::{Direction, Path};
@@ -18,6 +19,9 @@ bound: the same ring code between two host threads on the same cores, sampled in
 ratio: guests to bound, pair of samples by pair, median (round trip: bound to guests, p50).
 to off: with the IOMMU to without, samples taken in turn, pair by pair, median [min .. max] (round trip: p50 without to with).
 to vs: the first pair of VMs to the one with the flags of --vs, taken in turn, pair by pair, median [min .. max].
+to first: what the guests do with frames to what they do in the first line of it, taken in turn, pair by pair, median [min .. max].
+bytes: every-byte: every byte is written and compared; headers: the first 64. from: build: written in place; copy: copied from memory of the sender's own.
+load: frames are sent when they are due, and timed from then, at so many percent of what an echo (sent back in bursts) reaches; of the bound's own for the bound.
 peers: no virtual machines; frames that arrived, by the peer's own counters; nobody looked at their bytes.
 CPU ns: time a frame of all processes together; window to relay: taken in turn, pair by pair, median [min .. max].
 ns a request: through the ring alone, no payload touched; xN: N requests at once.
@@ -63,6 +67,39 @@ fn times(times: &Latency) -> String {
         .join(" / ")
 }
 
+fn five_times(times: &Latency) -> String {
+    [times.p50, times.p90, times.p99, times.p999, times.max]
+        .map(number)
+        .join(" / ")
+}
+
+/// What the guests do, in columns: those in which the figures differ, or are not as usual.
+#[derive(Clone, Copy)]
+struct HowColumns {
+    payload: bool,
+    source: bool,
+    mode: bool,
+}
+
+impl HowColumns {
+    fn of(hows: impl Iterator<Item = How> + Clone) -> Self {
+        let usual = How::USUAL;
+        Self {
+            payload: hows.clone().any(|how| how.payload != usual.payload),
+            source: hows.clone().any(|how| how.source != usual.source),
+            mode: hows.clone().any(|how| how.mode != usual.mode),
+        }
+    }
+
+    fn cells(self, how: How) -> [Option<String>; 3] {
+        [
+            self.payload.then(|| how.payload.name().to_owned()),
+            self.source.then(|| how.source.name().to_owned()),
+            self.mode.then(|| how.mode.name().to_owned()),
+        ]
+    }
+}
+
 fn or_dash<T>(value: Option<T>, show: impl FnOnce(T) -> String) -> String {
     value.map_or_else(|| "-".to_owned(), show)
 }
@@ -90,6 +127,7 @@ pub fn render(report: &Report) -> String {
     }
     parts.extend(ratios(&report.ratios));
     parts.extend(paths(&report.paths));
+    parts.extend(variants(&report.variants));
     parts.extend(to_peers(&report.to_peers));
     parts.extend(requests(&report.requests));
     if let Some(counters) = &report.counters {
@@ -109,14 +147,23 @@ fn figures(entries: &[Entry], peers: &[PeerEntry]) -> Vec<String> {
     let any_relay = entries.iter().any(|entry| entry.path == Path::Relay);
     let any_peer = !peers.is_empty();
     let path = |entry: &Entry| (any_relay || any_peer).then(|| entry.path.name().to_owned());
-    let (rates, trips): (Vec<&Entry>, Vec<&Entry>) = entries
-        .iter()
-        .partition(|entry| entry.direction != Direction::RoundTrip);
+    let hows = entries.iter().map(|entry| entry.how);
+    let hows = HowColumns::of(hows.chain(peers.iter().map(|peer| peer.how)));
+    let kept = |wanted: &dyn Fn(&Entry) -> bool| -> Vec<&Entry> {
+        entries.iter().filter(|entry| wanted(entry)).collect()
+    };
+    let is_trip = |entry: &Entry| entry.direction == Direction::RoundTrip;
+    let is_idle = |entry: &Entry| entry.direction == Direction::Idle;
+    let rates = kept(&|entry| !is_trip(entry) && !is_idle(entry));
+    let trips = kept(&|entry| is_trip(entry) && entry.load_percent.is_none());
+    let loaded = kept(&|entry| is_trip(entry) && entry.load_percent.is_some());
+    let idle = kept(&is_idle);
     let rates: Vec<Row> = rates
         .iter()
         .enumerate()
         .flat_map(|(index, entry)| {
             let (ratio, distance, faults) = common(entry);
+            let [payload, source, mode] = hows.cells(entry.how);
             let row = vec![
                 Some(entry.direction.name().to_owned()),
                 ring(entry),
@@ -124,6 +171,9 @@ fn figures(entries: &[Entry], peers: &[PeerEntry]) -> Vec<String> {
                 path(entry),
                 Some(entry.frame_size.to_string()),
                 Some(entry.batch.to_string()),
+                payload,
+                source,
+                mode,
                 Some(or_dash(entry.mpps.as_ref(), spread)),
                 Some(or_dash(entry.gbps.as_ref(), |gbps| number(gbps.median))),
                 (any_relay || any_peer)
@@ -141,10 +191,11 @@ fn figures(entries: &[Entry], peers: &[PeerEntry]) -> Vec<String> {
                 .skip(index + 1)
                 .any(|next| case(next) == case(entry));
             let here = |peer: &&PeerEntry| {
-                !more && (peer.direction, peer.frame_size, peer.batch) == case(entry)
+                let size = Size::Bytes(peer.frame_size);
+                !more && (peer.direction, size, peer.batch) == case(entry)
             };
             let peers = peers.iter().filter(here);
-            let peers = peers.map(|peer| peer_row(peer, !one_ring, any_iommu));
+            let peers = peers.map(|peer| peer_row(peer, !one_ring, any_iommu, hows));
             std::iter::once(row).chain(peers).collect::<Vec<Row>>()
         })
         .collect();
@@ -152,15 +203,59 @@ fn figures(entries: &[Entry], peers: &[PeerEntry]) -> Vec<String> {
         .into_iter()
         .map(|entry| {
             let (ratio, distance, faults) = common(entry);
+            let [payload, _, mode] = hows.cells(entry.how);
             vec![
                 Some(entry.direction.name().to_owned()),
                 ring(entry),
                 iommu(entry),
                 path(entry),
                 Some(entry.frame_size.to_string()),
+                payload,
+                mode,
                 Some(or_dash(entry.latency_ns.as_ref(), times)),
                 Some(or_dash(entry.bound_latency_ns.as_ref(), times)),
                 Some(ratio),
+                Some(distance),
+                Some(faults),
+            ]
+        })
+        .collect();
+    let loaded: Vec<Row> = loaded
+        .into_iter()
+        .map(|entry| {
+            let (ratio, distance, faults) = common(entry);
+            let [payload, _, mode] = hows.cells(entry.how);
+            vec![
+                Some(entry.direction.name().to_owned()),
+                ring(entry),
+                iommu(entry),
+                path(entry),
+                Some(entry.frame_size.to_string()),
+                payload,
+                mode,
+                Some(or_dash(entry.load_percent, |load| format!("{load} %"))),
+                Some(or_dash(entry.offered_mpps.as_ref(), |mpps| {
+                    number(mpps.median)
+                })),
+                Some(or_dash(entry.latency_ns.as_ref(), five_times)),
+                Some(or_dash(entry.bound_latency_ns.as_ref(), five_times)),
+                Some(ratio),
+                Some(distance),
+                Some(faults),
+            ]
+        })
+        .collect();
+    let idle: Vec<Row> = idle
+        .into_iter()
+        .map(|entry| {
+            let (_, distance, faults) = common(entry);
+            vec![
+                Some(entry.direction.name().to_owned()),
+                ring(entry),
+                iommu(entry),
+                path(entry),
+                Some(entry.how.mode.name().to_owned()),
+                Some(or_dash(entry.idle_cpu_percent.as_ref(), spread)),
                 Some(distance),
                 Some(faults),
             ]
@@ -176,6 +271,9 @@ fn figures(entries: &[Entry], peers: &[PeerEntry]) -> Vec<String> {
             "path",
             "size",
             "batch",
+            "bytes",
+            "from",
+            "mode",
             "Mpps",
             "Gbit/s",
             "CPU ns",
@@ -193,6 +291,8 @@ fn figures(entries: &[Entry], peers: &[PeerEntry]) -> Vec<String> {
             "iommu",
             "path",
             "size",
+            "bytes",
+            "mode",
             "p50 / p99 / p99.9 / max ns",
             "bound",
             "ratio",
@@ -201,17 +301,50 @@ fn figures(entries: &[Entry], peers: &[PeerEntry]) -> Vec<String> {
         ];
         parts.push(table(&head, trips));
     }
+    if !loaded.is_empty() {
+        let head = [
+            "direction",
+            "ring",
+            "iommu",
+            "path",
+            "size",
+            "bytes",
+            "mode",
+            "load",
+            "Mpps",
+            "p50 / p90 / p99 / p99.9 / max ns",
+            "bound",
+            "ratio",
+            "distance",
+            loss,
+        ];
+        parts.push(table(&head, loaded));
+    }
+    if !idle.is_empty() {
+        let head = [
+            "direction",
+            "ring",
+            "iommu",
+            "path",
+            "mode",
+            "CPU of all processes, % of a core",
+            "distance",
+            loss,
+        ];
+        parts.push(table(&head, idle));
+    }
     parts
 }
 
 /// What a figure shares with those of the peers beside it.
-fn case(entry: &Entry) -> (Direction, u16, u16) {
+fn case(entry: &Entry) -> (Direction, Size, u16) {
     (entry.direction, entry.frame_size, entry.batch)
 }
 
 /// A peer's line among those of the VMs.
-fn peer_row(peer: &PeerEntry, ring: bool, iommu: bool) -> Row {
+fn peer_row(peer: &PeerEntry, ring: bool, iommu: bool, hows: HowColumns) -> Row {
     let dash = || "-".to_owned();
+    let [payload, source, mode] = hows.cells(peer.how);
     vec![
         Some(peer.direction.name().to_owned()),
         ring.then(dash),
@@ -219,6 +352,9 @@ fn peer_row(peer: &PeerEntry, ring: bool, iommu: bool) -> Row {
         Some(peer.name.name().to_owned()),
         Some(peer.frame_size.to_string()),
         Some(peer.batch.to_string()),
+        payload,
+        source,
+        mode,
         Some(or_dash(peer.mpps.as_ref(), spread)),
         Some(or_dash(peer.gbps.as_ref(), |gbps| number(gbps.median))),
         Some(or_dash(peer.cpu_ns_per_frame.as_ref(), |cpu| {
@@ -276,8 +412,47 @@ fn paths(entries: &[PathEntry]) -> Option<String> {
         "ring",
         "size",
         "batch",
+        "bytes",
+        "from",
+        "mode",
         "speed, window to relay",
         "CPU a frame, window to relay",
+        "pairs",
+        "distance",
+    ];
+    let hows = HowColumns::of(entries.iter().map(|entry| entry.how));
+    let rows = entries.iter().map(|entry| {
+        let (layout, in_order) = (entry.ring, entry.in_order);
+        let [payload, source, mode] = hows.cells(entry.how);
+        vec![
+            Some(entry.direction.name().to_owned()),
+            Some(Ring { layout, in_order }.name()),
+            Some(entry.frame_size.to_string()),
+            Some(entry.batch.to_string()),
+            payload,
+            source,
+            mode,
+            Some(ratio_spread(&entry.speed)),
+            Some(or_dash(entry.cpu.as_ref(), ratio_spread)),
+            Some(entry.speed.samples.len().to_string()),
+            Some(entry.distance.name().to_owned()),
+        ]
+    });
+    (!entries.is_empty()).then(|| table(&head, rows.collect()))
+}
+
+/// What the guests do: a line a case and distance.
+fn variants(entries: &[VariantEntry]) -> Option<String> {
+    let head = [
+        "direction",
+        "ring",
+        "size",
+        "batch",
+        "load",
+        "bytes",
+        "from",
+        "mode",
+        "speed, to first",
         "pairs",
         "distance",
     ];
@@ -288,8 +463,11 @@ fn paths(entries: &[PathEntry]) -> Option<String> {
             Ring { layout, in_order }.name(),
             entry.frame_size.to_string(),
             entry.batch.to_string(),
+            or_dash(entry.load_percent, |load| format!("{load} %")),
+            entry.how.payload.name().to_owned(),
+            entry.how.source.name().to_owned(),
+            entry.how.mode.name().to_owned(),
             ratio_spread(&entry.speed),
-            or_dash(entry.cpu.as_ref(), ratio_spread),
             entry.speed.samples.len().to_string(),
             entry.distance.name().to_owned(),
         ]
@@ -326,6 +504,9 @@ fn to_peers(entries: &[ToPeerEntry]) -> Option<String> {
         "iommu",
         "size",
         "batch",
+        "bytes",
+        "from",
+        "mode",
         "peer",
         "speed, window to peer",
         "pairs",
@@ -339,6 +520,9 @@ fn to_peers(entries: &[ToPeerEntry]) -> Option<String> {
             entry.iommu.name().to_owned(),
             entry.frame_size.to_string(),
             entry.batch.to_string(),
+            entry.how.payload.name().to_owned(),
+            entry.how.source.name().to_owned(),
+            entry.how.mode.name().to_owned(),
             entry.name.name().to_owned(),
             ratio_spread(&entry.speed),
             entry.speed.samples.len().to_string(),
@@ -354,24 +538,33 @@ fn ratios(entries: &[RatioEntry]) -> Option<String> {
         "ring",
         "size",
         "batch",
+        "bytes",
+        "from",
+        "mode",
         "iommu",
         "to off",
         "pairs",
         "distance",
     ];
-    rows(&head, entries, |entry| {
+    let hows = HowColumns::of(entries.iter().map(|entry| entry.how));
+    let rows = entries.iter().map(|entry| {
         let (layout, in_order) = (entry.ring, entry.in_order);
+        let [payload, source, mode] = hows.cells(entry.how);
         vec![
-            entry.direction.name().to_owned(),
-            Ring { layout, in_order }.name(),
-            entry.frame_size.to_string(),
-            entry.batch.to_string(),
-            entry.iommu.name().to_owned(),
-            ratio_spread(&entry.ratio),
-            entry.ratio.samples.len().to_string(),
-            entry.distance.name().to_owned(),
+            Some(entry.direction.name().to_owned()),
+            Some(Ring { layout, in_order }.name()),
+            Some(entry.frame_size.to_string()),
+            Some(entry.batch.to_string()),
+            payload,
+            source,
+            mode,
+            Some(entry.iommu.name().to_owned()),
+            Some(ratio_spread(&entry.ratio)),
+            Some(entry.ratio.samples.len().to_string()),
+            Some(entry.distance.name().to_owned()),
         ]
-    })
+    });
+    (!entries.is_empty()).then(|| table(&head, rows.collect()))
 }
 
 /// The request times: a line a place, ring and distance, a column a batch.
@@ -447,6 +640,16 @@ pub fn align(head: &[&str], rows: &[Vec<String>]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_what_is_not_as_usual_everywhere_is_a_column() {
+        let mut other = How::USUAL;
+        let cells = |hows: &[How]| HowColumns::of(hows.iter().copied()).cells(How::USUAL);
+        assert_eq!(cells(&[other]), [None, None, None]);
+        other.payload = crate::cli::frames::Payload::Headers;
+        let name = Some("every-byte".to_owned());
+        assert_eq!(cells(&[How::USUAL, other]), [name, None, None]);
+    }
 
     #[test]
     fn columns_line_up() {

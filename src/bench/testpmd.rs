@@ -18,6 +18,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use super::peers::{PeerCase, PeerSample, Rival};
 use super::plan::Way;
 use crate::cli::bench::PeerName;
+use crate::cli::frames::How;
 use crate::exit::Failure;
 use crate::sys::{self, Signals};
 use crate::tempdir::TempDir;
@@ -151,7 +152,7 @@ impl Pair {
         let [back_input, front_input] = &inputs;
         let (from, to, from_input, to_input) = match case.way {
             Way::BeToFe => (&mut self.back, &mut self.front, back_input, front_input),
-            Way::FeToBe => (&mut self.front, &mut self.back, front_input, back_input),
+            Way::FeToBe | Way::Echo => (&mut self.front, &mut self.back, front_input, back_input),
         };
         // The receiver first: then the sender does not start against a full ring.
         for line in to_input {
@@ -175,6 +176,8 @@ impl Pair {
         let modes = match case.way {
             Way::BeToFe => ["txonly", "rxonly"],
             Way::FeToBe => ["rxonly", "txonly"],
+            // It sends and takes what comes; the other swaps the addresses and sends back what there is room for.
+            Way::Echo => ["flowgen", "macswap"],
         };
         modes.map(|mode| {
             vec![
@@ -192,8 +195,12 @@ impl Rival for Pair {
         self.name
     }
 
-    fn ring(&self) -> u16 {
-        self.config.ring
+    fn how(&self) -> How {
+        self.name.how()
+    }
+
+    fn ring(&self) -> Option<u16> {
+        Some(self.config.ring)
     }
 
     fn sample(&mut self, case: &PeerCase) -> Result<PeerSample> {
@@ -201,12 +208,14 @@ impl Rival for Pair {
             .with_context(|| format!("--peers {}", self.name.name()))
     }
 
-    fn commands(&self) -> [String; 2] {
-        [&self.back, &self.front].map(|one| one.command.clone())
+    fn commands(&self) -> Vec<String> {
+        [&self.back, &self.front]
+            .map(|one| one.command.clone())
+            .to_vec()
     }
 
-    fn inputs(&self, case: &PeerCase) -> [Vec<String>; 2] {
-        Self::inputs(self, case)
+    fn inputs(&self, case: &PeerCase) -> Vec<Vec<String>> {
+        Self::inputs(self, case).to_vec()
     }
 }
 
@@ -251,16 +260,17 @@ impl Look {
         PeerSample {
             mpps: frames as f64 / length.max(1e-9) / 1e6,
             frames,
-            shares: match way {
+            shares: Some(match way {
                 Way::BeToFe => [from, to],
-                Way::FeToBe => [to, from],
-            },
+                Way::FeToBe | Way::Echo => [to, from],
+            }),
+            busy_cores: from + to,
             timed: frames > 0 && exact,
         }
     }
 }
 
-/// The devices, back-end first.
+/// The devices, back-end first; of a peer that has none, no names.
 fn devices(name: PeerName, socket: &Path, ring: u16) -> [String; 2] {
     let socket = socket.display();
     let memif = |role: &str| {
@@ -278,6 +288,7 @@ fn devices(name: PeerName, socket: &Path, ring: u16) -> [String; 2] {
         ],
         PeerName::Memif => [memif("server"), memif("client")],
         PeerName::MemifZc => [memif("server"), memif("client,zero-copy=yes")],
+        PeerName::Relay | PeerName::Veth => Default::default(),
     }
 }
 

@@ -19,6 +19,7 @@ use super::stats::{Spread, median, round};
 use super::table::{align, number};
 use super::{Setup, progress_bar};
 use crate::cli::bench::{BenchArgs, Kind};
+use crate::cli::frames::{How, Size};
 use crate::cli::iommu::Iommu;
 use crate::cli::rings::Ring;
 use crate::cli::{Direction, Path};
@@ -37,7 +38,7 @@ const CHURN: u64 = 1000;
 /// How long the guest may take for one command.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// What the traffic is where the flags do not say.
-const SIZE: u16 = 64;
+const SIZE: Size = Size::Bytes(64);
 const BATCH: u16 = 32;
 
 /// The whole file.
@@ -94,7 +95,7 @@ struct Split {
 #[derive(Debug, Serialize)]
 struct ChurnEntry {
     direction: Direction,
-    frame_size: u16,
+    frame_size: Size,
     batch: u16,
     windows_per_second: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -219,19 +220,19 @@ fn cases(args: &BenchArgs, ring: Ring) -> Vec<Case> {
         .directions
         .as_deref()
         .unwrap_or(&[Direction::BeToFe, Direction::FeToBe]);
-    let first = |list: &Option<Vec<u16>>, usual| {
-        let list = list.as_deref().unwrap_or_default();
-        list.first().copied().unwrap_or(usual)
-    };
+    let sizes = args.sizes.as_deref().unwrap_or_default();
+    let batches = args.batches.as_deref().unwrap_or_default();
     let mut cases: Vec<Case> = Vec::new();
-    for &direction in directions.iter().filter(|it| **it != Direction::RoundTrip) {
+    for &direction in directions.iter().filter(|it| it.is_stream()) {
         let case = Case {
             ring,
             iommu: Iommu::Static,
             path: Path::Window,
             direction,
-            size: first(&args.sizes, SIZE),
-            batch: first(&args.batches, BATCH),
+            size: sizes.first().copied().unwrap_or(SIZE),
+            batch: batches.first().copied().unwrap_or(BATCH),
+            how: args.hows().first().copied().unwrap_or(How::USUAL),
+            load: None,
         };
         if !cases.contains(&case) {
             cases.push(case);

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, ValueEnum};
 use serde::Serialize;
 
+use super::frames::{How, Payload, Size, Source};
 use super::iommu::{BackArgs, Iommu};
 use super::machine::BothArgs;
 use super::rings::{Layout, Ring, RingArgs, RingSetup, Switch, Tx, queue_size};
@@ -33,6 +34,10 @@ pub enum PeerName {
     Memif,
     /// The same, without a copy at the end of the front-end
     MemifZc,
+    /// Two VMs and `vhost-pci relay`, as with --path relay
+    Relay,
+    /// Two network namespaces, a pair of veth devices, and UDP sockets (needs root and iproute2)
+    Veth,
 }
 
 impl PeerName {
@@ -42,6 +47,24 @@ impl PeerName {
             Self::DpdkVhost => "dpdk-vhost",
             Self::Memif => "memif",
             Self::MemifZc => "memif-zc",
+            Self::Relay => "relay",
+            Self::Veth => "veth",
+        }
+    }
+
+    /// What it does with frames; the relay's guests do what those beside it do. testpmd and the sockets neither write nor look at what lies behind the
+    /// headers. All but one of them copy the whole frame.
+    pub fn how(self) -> How {
+        How {
+            payload: Payload::Headers,
+            source: match self {
+                Self::MemifZc => Source::Build,
+                _ => Source::Copy,
+            },
+            mode: match self {
+                Self::Veth => Mode::Irq,
+                _ => Mode::Poll,
+            },
         }
     }
 }
@@ -66,9 +89,10 @@ pub struct BenchArgs {
     /// An experiment; other flags change it
     #[arg(long, value_enum, value_name = "NAME", conflicts_with = "quick")]
     pub sweep: Option<Sweep>,
-    /// Bytes of a frame, without FCS [default: 64,128,256,512,1024,1280,1518; quick: 64,1518; sweep: 64]
-    #[arg(long, value_name = "BYTES,…", value_delimiter = ',', value_parser = clap::value_parser!(u16).range(60..=1518))]
-    pub sizes: Option<Vec<u16>>,
+    /// Bytes of a frame, without FCS, or imix (64, 570 and 1518 bytes, 7:4:1) [default: 64,128,256,512,1024,1280,1518; quick: 64,1518;
+    /// sweep: 64]
+    #[arg(long, value_name = "BYTES,…", value_delimiter = ',', value_parser = Size::parse)]
+    pub sizes: Option<Vec<Size>>,
     /// Frames a burst, each with every size [default: 32 with every size, and 1,4,8,16,64 with size 64; quick: 32; sweep:
     /// 1,2,4,8,16,32,64]
     #[arg(long, value_name = "N,…", value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..=256))]
@@ -82,9 +106,37 @@ pub struct BenchArgs {
     /// Length of a sample, in milliseconds [default: 100; sweep: 50, windows: 200]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=60_000))]
     pub ms: Option<u64>,
-    /// How the guests wait for frames
-    #[arg(long, value_enum, default_value = "poll")]
-    pub mode: Mode,
+    /// Round trips besides, of frames that are sent when they are due, at so many percent of the rate at which --directions echo goes; 0:
+    /// one every 10 µs (in modes that sleep, 2 ms). Timed from when the frame was due [default: none]
+    #[arg(long, value_name = "PERCENT,…", value_delimiter = ',', value_parser = clap::value_parser!(u8).range(0..=100), conflicts_with = "sweep")]
+    pub latency_load: Option<Vec<u8>>,
+    /// How the guests wait for frames, sampled in turn
+    #[arg(
+        long,
+        value_enum,
+        value_name = "MODE,…",
+        value_delimiter = ',',
+        default_value = "poll"
+    )]
+    pub mode: Vec<Mode>,
+    /// Which bytes of a frame are written and compared, sampled in turn
+    #[arg(
+        long,
+        value_enum,
+        value_name = "BYTES,…",
+        value_delimiter = ',',
+        default_value = "every-byte"
+    )]
+    pub payload: Vec<Payload>,
+    /// Where the frames that are sent come from, sampled in turn
+    #[arg(
+        long,
+        value_enum,
+        value_name = "FROM,…",
+        value_delimiter = ',',
+        default_value = "build"
+    )]
+    pub source: Vec<Source>,
     /// Layouts of the rings; a pair of VMs is booted for each, and they are sampled in turn [default: split; sweep: split,packed]
     #[arg(long, value_enum, value_name = "LAYOUT,…", value_delimiter = ',')]
     pub ring: Option<Vec<Layout>>,
@@ -112,7 +164,7 @@ pub struct BenchArgs {
         conflicts_with = "sweep"
     )]
     pub path: Option<Vec<Path>>,
-    /// Other ways to exchange frames on the same two cores, one way, sampled in turn with the VMs; they have to be installed [default:
+    /// Other ways to exchange frames on the same two cores, one way or there and back, sampled in turn with the VMs; they have to be installed [default:
     /// none]
     #[arg(
         long,
@@ -206,22 +258,49 @@ impl BenchArgs {
 
     /// The one configuration of each of two pairs that are compared.
     pub fn one_kind(&self) -> Result<Kind, Failure> {
-        match self.kinds()?[..] {
-            [kind] => Ok(kind),
+        match (&self.kinds()?[..], &self.hows()[..]) {
+            (&[kind], [_]) => Ok(kind),
             _ => Err(usage(
-                "--vs compares one pair of VMs with one other: one of --ring, of --in-order and of --iommu each",
+                "--vs compares one pair of VMs with one other: one of --ring, --in-order, --iommu, --mode, --payload and --source each",
             )),
         }
     }
 
-    /// The peers. None of them does what is not one way.
+    /// What the guests do with frames, none twice.
+    pub fn hows(&self) -> Vec<How> {
+        let mut hows = Vec::new();
+        for &mode in &self.mode {
+            for &payload in &self.payload {
+                for &source in &self.source {
+                    let how = How {
+                        payload,
+                        source,
+                        mode,
+                    };
+                    if !hows.contains(&how) {
+                        hows.push(how);
+                    }
+                }
+            }
+        }
+        hows
+    }
+
+    /// The peers. None of them does what goes both ways at once or one at a time.
     pub fn peer_list(&self) -> Result<&[PeerName], Failure> {
         let peers = self.peers.as_deref().unwrap_or_default();
-        let one_way =
-            |direction: &Direction| matches!(direction, Direction::BeToFe | Direction::FeToBe);
+        if peers.contains(&PeerName::Relay) && self.back.iommu_back.is_on() {
+            return Err(usage(
+                "--peers relay: there is no back-end VM for --iommu-back",
+            ));
+        }
+        let can = |direction: &Direction| {
+            use Direction::{BeToFe, Echo, FeToBe};
+            matches!(direction, BeToFe | FeToBe | Echo)
+        };
         match &self.directions {
-            Some(directions) if !peers.is_empty() && !directions.iter().any(one_way) => Err(usage(
-                "--peers: they are measured with --directions be-to-fe and fe-to-be only",
+            Some(directions) if !peers.is_empty() && !directions.iter().any(can) => Err(usage(
+                "--peers: they are measured with --directions be-to-fe, fe-to-be and echo only",
             )),
             _ => Ok(peers),
         }
@@ -278,7 +357,8 @@ impl BenchArgs {
         let size = queue_size(&self.both.queue_size, &layouts)?;
         let mut setup = RingSetup::new(&self.rings, size)?;
         let indirect = *setup.indirect.get_or_insert(setup.tx == Some(Tx::Indirect));
-        setup.event_idx.get_or_insert(self.mode == Mode::Irq);
+        let sleeps = self.mode.iter().any(|&mode| mode != Mode::Poll);
+        setup.event_idx.get_or_insert(sleeps);
         // Buffers that are too short for a frame are of no use without it.
         setup.mrg_rxbuf.get_or_insert(setup.rx_buffer.is_some());
         setup

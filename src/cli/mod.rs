@@ -1,6 +1,7 @@
 //! The command line.
 
 pub mod bench;
+pub mod frames;
 pub mod iommu;
 pub mod isolation;
 pub mod keys;
@@ -67,6 +68,10 @@ pub enum Direction {
     Both,
     /// The back-end VM sends one frame at a time, the front-end sends it back
     RoundTrip,
+    /// The back-end VM sends bursts, the front-end sends each frame back
+    Echo,
+    /// Nobody sends, both VMs wait
+    Idle,
 }
 
 impl Direction {
@@ -77,7 +82,14 @@ impl Direction {
             Self::FeToBe => "fe-to-be",
             Self::Both => "both",
             Self::RoundTrip => "round-trip",
+            Self::Echo => "echo",
+            Self::Idle => "idle",
         }
+    }
+
+    /// Whether frames go one way, or both independently of each other.
+    pub fn is_stream(self) -> bool {
+        matches!(self, Self::BeToFe | Self::FeToBe | Self::Both)
     }
 
     /// The guests' workloads: the back-end's, the front-end's.
@@ -87,6 +99,8 @@ impl Direction {
             Self::FeToBe => ["sink", "source"],
             Self::Both => ["both", "both"],
             Self::RoundTrip => ["round-trip", "echo"],
+            Self::Echo => ["both", "echo"],
+            Self::Idle => ["source", "sink"],
         }
     }
 }
@@ -120,6 +134,8 @@ pub enum Mode {
     Poll,
     /// It sleeps until an interrupt comes
     Irq,
+    /// It polls while there is traffic, and sleeps when there has been none for a while
+    Adaptive,
 }
 
 impl Mode {
@@ -128,6 +144,7 @@ impl Mode {
         match self {
             Self::Poll => "poll",
             Self::Irq => "irq",
+            Self::Adaptive => "adaptive",
         }
     }
 }

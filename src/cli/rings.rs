@@ -80,7 +80,7 @@ impl Tx {
 /// What is the same for all rings.
 #[derive(Clone, Debug, Args)]
 pub struct RingArgs {
-    /// VIRTIO_F_EVENT_IDX: notifications are asked for by index [default: on; bench: on with --mode irq only]
+    /// VIRTIO_F_EVENT_IDX: notifications are asked for by index [default: on; bench: on with --mode irq and adaptive only]
     #[arg(long, value_enum, value_name = "on|off", hide_possible_values = true)]
     pub event_idx: Option<Switch>,
     /// VIRTIO_NET_F_MRG_RXBUF: a frame may lie in several receive buffers [default: on; bench: off]
@@ -220,9 +220,10 @@ impl RingSetup {
 
     /// Over how many queue pairs frames of this direction go.
     pub fn pairs(&self, direction: Direction) -> u16 {
-        match direction {
-            Direction::RoundTrip => 1,
-            _ => self.queues.unwrap_or(1),
+        if direction.is_stream() {
+            self.queues.unwrap_or(1)
+        } else {
+            1
         }
     }
 
@@ -315,7 +316,9 @@ mod tests {
         );
         assert_eq!(setup.guest_words(), "tx=chain rx_buffer=512 queues=4");
         assert_eq!(setup.pairs(Direction::Both), 4);
-        assert_eq!(setup.pairs(Direction::RoundTrip), 1);
+        for direction in [Direction::RoundTrip, Direction::Echo, Direction::Idle] {
+            assert_eq!(setup.pairs(direction), 1);
+        }
     }
 
     #[test]

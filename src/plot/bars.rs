@@ -1,6 +1,6 @@
 //! Charts of bars: percentiles and ratios, which have no number on an x axis.
 
-use super::panels::{Bar, Colour, Line, Panel, base_iommu, cores, most_frequent};
+use super::panels::{Bar, Colour, Line, Panel, base_iommu, cores, done_alike, most_frequent};
 use super::read::{Entry, Latency, Report, Spread};
 
 /// More would be too thin to read.
@@ -9,6 +9,7 @@ const MOST_BARS: usize = 12;
 /// Latencies, the cost of the vIOMMU, the window beside the relay, and beside each peer.
 pub fn panels(report: &Report) -> Vec<Panel> {
     let mut panels = latencies(report);
+    panels.extend(loads(report));
     for way in ["be-to-fe", "fe-to-be", "both", "round-trip"] {
         let here = report.ratios.iter().filter(|it| it.of.direction == way);
         panels.extend(ratios(
@@ -59,6 +60,9 @@ pub fn panels(report: &Report) -> Vec<Panel> {
     panels
 }
 
+/// One of the percentiles.
+type Percentile = fn(&Latency) -> Option<f64>;
+
 struct Ratio<'a> {
     distance: &'a str,
     label: String,
@@ -88,14 +92,85 @@ fn ratios<'a>(slug: &str, title: &str, all: impl Iterator<Item = Ratio<'a>>) -> 
     chunks(slug, &title, "ratio; 1 is as good", &bars, left_out)
 }
 
+/// Round trips, with a load or without one.
+fn trips(report: &Report, loaded: bool) -> Vec<&Entry> {
+    let base = base_iommu(&report.results);
+    let results = report.results.iter();
+    let here = results
+        .filter(|it| it.latency_ns.is_some() && it.path == "window" && it.iommu == base)
+        .filter(|it| it.load_percent.is_some() == loaded);
+    done_alike(here.collect())
+}
+
+/// A percentile of round trips against the load: one panel a percentile, frame size, batch and ring, a bar a load of the VMs and of the bound.
+fn loads(report: &Report) -> Vec<Panel> {
+    let here = trips(report, true);
+    let Some(distance) = most_frequent(here.iter().map(|it| it.distance.clone())) else {
+        return Vec::new();
+    };
+    let mut left_out = here.iter().filter(|it| it.distance != distance).count();
+    let here: Vec<&Entry> = here
+        .into_iter()
+        .filter(|it| it.distance == distance)
+        .collect();
+    let of = |it: &Entry| (it.frame_size, it.batch, Line::of(&it.ring, it.in_order));
+    let mut kinds = Vec::new();
+    for entry in &here {
+        if !kinds.contains(&of(entry)) {
+            kinds.push(of(entry));
+        }
+    }
+    let mut panels = Vec::new();
+    for kind in kinds {
+        let (size, batch, Some(line)) = kind else {
+            continue;
+        };
+        let percentiles: [(&str, Percentile); 4] = [
+            ("p50", |it| Some(it.p50)),
+            ("p90", |it| it.p90),
+            ("p99", |it| Some(it.p99)),
+            ("p99.9", |it| Some(it.p999)),
+        ];
+        for (name, value) in percentiles {
+            let mut bars = Vec::new();
+            for entry in here.iter().filter(|it| of(it) == kind) {
+                let load = entry.load_percent.unwrap_or(0);
+                let who = [
+                    (entry.latency_ns, "VMs", Colour::Line(line)),
+                    (entry.bound_latency_ns, "bound", Colour::Quiet),
+                ];
+                for (latency, who, colour) in who {
+                    let value = latency.as_ref().and_then(value);
+                    bars.extend(
+                        value
+                            .filter(|it| it.is_finite() && *it > 0.0)
+                            .map(|value| Bar {
+                                label: format!("{load} %, {who}"),
+                                value,
+                                min: value,
+                                max: value,
+                                colour,
+                            }),
+                    );
+                }
+            }
+            let title = format!(
+                "Round trip by load, {name}, {size} B x{batch}, {}{}",
+                line.name(),
+                cores(&distance)
+            );
+            let ring = line.name().replace(" + ", "-");
+            let slug = format!("load-{}-{size}-x{batch}-{ring}", name.replace('.', ""));
+            panels.extend(chunks(&slug, &title, "ns", &bars, left_out));
+            left_out = 0;
+        }
+    }
+    panels
+}
+
 /// One panel a frame size and ring: percentiles of the VMs and of the bound.
 fn latencies(report: &Report) -> Vec<Panel> {
-    let base = base_iommu(&report.results);
-    let here: Vec<&Entry> = report
-        .results
-        .iter()
-        .filter(|it| it.latency_ns.is_some() && it.path == "window" && it.iommu == base)
-        .collect();
+    let here = trips(report, false);
     let Some(distance) = most_frequent(here.iter().map(|it| it.distance.clone())) else {
         return Vec::new();
     };
@@ -135,12 +210,14 @@ fn percentiles(latency: Option<Latency>, who: &str, colour: Colour) -> Vec<Bar> 
         return Vec::new();
     };
     [
-        ("p50", it.p50),
-        ("p99", it.p99),
-        ("p99.9", it.p999),
-        ("max", it.max),
+        ("p50", Some(it.p50)),
+        ("p90", it.p90),
+        ("p99", Some(it.p99)),
+        ("p99.9", Some(it.p999)),
+        ("max", Some(it.max)),
     ]
     .into_iter()
+    .filter_map(|(name, value)| Some((name, value?)))
     .filter(|(_, value)| value.is_finite() && *value > 0.0)
     .map(|(name, value)| Bar {
         label: format!("{name}, {who}"),

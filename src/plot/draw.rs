@@ -35,7 +35,7 @@ const QUIET: RGBColor = RGBColor(0x57, 0x60, 0x6a);
 const GRID: RGBColor = RGBColor(0xd8, 0xde, 0xe4);
 
 /// Each colour, and what it is on a dark page.
-const PALETTE: [(RGBColor, &str); 11] = [
+const PALETTE: [(RGBColor, &str); 13] = [
     (BACKGROUND, "#0D1117"),
     (TEXT, "#E6EDF3"),
     (QUIET, "#9EA7B3"),
@@ -47,6 +47,8 @@ const PALETTE: [(RGBColor, &str); 11] = [
     (colour(Line::DpdkVhost), "#BC8CFF"),
     (colour(Line::Memif), "#FF7B72"),
     (colour(Line::MemifZc), "#39C5CF"),
+    (colour(Line::Relay), "#FF9BCE"),
+    (colour(Line::Veth), "#B0B8C1"),
 ];
 
 const fn colour(line: Line) -> RGBColor {
@@ -58,6 +60,8 @@ const fn colour(line: Line) -> RGBColor {
         Line::DpdkVhost => RGBColor(0x82, 0x50, 0xdf),
         Line::Memif => RGBColor(0xcf, 0x22, 0x2e),
         Line::MemifZc => RGBColor(0x1b, 0x7c, 0x83),
+        Line::Relay => RGBColor(0xbf, 0x39, 0x89),
+        Line::Veth => RGBColor(0x6e, 0x77, 0x81),
     }
 }
 
@@ -206,7 +210,7 @@ fn mark<C>(line: Line, at: C) -> Circle<C, i32> {
     let size = match line {
         Line::Split | Line::Packed => 2,
         Line::SplitInOrder | Line::PackedInOrder => 4,
-        Line::DpdkVhost | Line::Memif | Line::MemifZc => 6,
+        Line::DpdkVhost | Line::Memif | Line::MemifZc | Line::Relay | Line::Veth => 6,
     };
     Circle::new(at, size, colour(line).filled())
 }

@@ -76,6 +76,10 @@ pub enum Line {
     Memif,
     /// memif, zero-copy.
     MemifZc,
+    /// Two VMs and a relay.
+    Relay,
+    /// veth.
+    Veth,
 }
 
 impl Line {
@@ -96,6 +100,8 @@ impl Line {
             "dpdk-vhost" => Some(Self::DpdkVhost),
             "memif" => Some(Self::Memif),
             "memif-zc" => Some(Self::MemifZc),
+            "relay" => Some(Self::Relay),
+            "veth" => Some(Self::Veth),
             _ => None,
         }
     }
@@ -110,6 +116,8 @@ impl Line {
             Self::DpdkVhost => "DPDK vhost",
             Self::Memif => "memif",
             Self::MemifZc => "memif zero-copy",
+            Self::Relay => "relay",
+            Self::Veth => "veth, UDP",
         }
     }
 }
@@ -134,7 +142,7 @@ pub fn panels(report: &Report) -> Vec<Panel> {
     for place in ["same-core", "cross-core"] {
         panels.extend(request_panel(&report.requests, place));
     }
-    for direction in ["be-to-fe", "fe-to-be", "both"] {
+    for direction in ["be-to-fe", "fe-to-be", "both", "echo"] {
         panels.extend(rate_panel(report, direction, By::Batch));
         panels.extend(rate_panel(report, direction, By::Size));
     }
@@ -184,6 +192,14 @@ pub fn base_iommu(entries: &[Entry]) -> &str {
     all.find(|iommu| *iommu == "off").unwrap_or(first)
 }
 
+/// Those figures in which the guests did what they did in the first: charts do not compare that.
+pub fn done_alike(mut entries: Vec<&Entry>) -> Vec<&Entry> {
+    if let Some(first) = entries.first().copied() {
+        entries.retain(|entry| entry.how == first.how);
+    }
+    entries
+}
+
 fn rate_panel(report: &Report, direction: &str, by: By) -> Option<Panel> {
     let base = base_iommu(&report.results);
     let fixed = |entry: &Entry| match by {
@@ -195,7 +211,9 @@ fn rate_panel(report: &Report, direction: &str, by: By) -> Option<Panel> {
         .iter()
         .filter(|entry| entry.direction == direction && entry.mpps.is_some())
         .filter(|entry| entry.path == "window" && entry.iommu == base)
+        .filter(|entry| entry.frame_size > 0)
         .collect();
+    let here = done_alike(here);
     // The other number has to be the same for all; the one that most figures have.
     let kept = most_frequent(here.iter().map(|entry| fixed(entry)))?;
     let here: Vec<&Entry> = here
@@ -231,6 +249,7 @@ fn rate_panel(report: &Report, direction: &str, by: By) -> Option<Panel> {
     let way = match direction {
         "be-to-fe" => "Back-end to front-end",
         "fe-to-be" => "Front-end to back-end",
+        "echo" => "To the front-end and back",
         _ => "Both directions",
     };
     let cores = cores(&distance);

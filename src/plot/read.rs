@@ -1,6 +1,6 @@
 //! The parts of a report that are drawn.
 
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
 use super::panels::Line;
@@ -62,10 +62,16 @@ pub struct Entry {
     pub ring: String,
     /// VIRTIO_F_IN_ORDER.
     pub in_order: bool,
-    /// Bytes of a frame.
+    /// Bytes of a frame; 0 for a mix, which has no place on an axis.
+    #[serde(deserialize_with = "bytes")]
     pub frame_size: u32,
     /// Frames a burst.
     pub batch: u32,
+    /// What the guests do with frames.
+    #[serde(flatten)]
+    pub how: How,
+    /// Of round trips: the load under which they were timed.
+    pub load_percent: Option<u32>,
     /// `near` or `far`; absent where there was no sample.
     pub distance: Option<String>,
     /// From VM to VM; absent for round trips.
@@ -84,6 +90,23 @@ pub struct Entry {
     pub iommu: String,
 }
 
+/// What the guests do with frames, and how they wait; absent in reports of earlier versions.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct How {
+    payload: Option<String>,
+    source: Option<String>,
+    mode: Option<String>,
+}
+
+/// Bytes of a frame: a number, or 0 where it is none.
+fn bytes<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> {
+    let value = Value::deserialize(deserializer)?;
+    Ok(value
+        .as_u64()
+        .and_then(|bytes| u32::try_from(bytes).ok())
+        .unwrap_or(0))
+}
+
 fn window() -> String {
     "window".to_owned()
 }
@@ -97,6 +120,8 @@ fn off() -> String {
 pub struct Latency {
     /// Median.
     pub p50: f64,
+    /// 90 in 100 are no longer; absent in reports of earlier versions.
+    pub p90: Option<f64>,
     /// 99 in 100 are no longer.
     pub p99: f64,
     /// 999 in 1000 are no longer.
@@ -112,7 +137,7 @@ pub struct Of {
     pub direction: String,
     ring: String,
     in_order: bool,
-    frame_size: u32,
+    frame_size: Value,
     batch: u32,
     /// `near` or `far`.
     pub distance: String,
@@ -122,7 +147,11 @@ impl Of {
     /// As it is named beside a bar.
     pub fn label(&self) -> String {
         let order = if self.in_order { "+in-order" } else { "" };
-        format!("{} B x{} {}{order}", self.frame_size, self.batch, self.ring)
+        let size = match self.frame_size.as_str() {
+            Some(mix) => mix.to_owned(),
+            None => format!("{} B", self.frame_size),
+        };
+        format!("{size} x{} {}{order}", self.batch, self.ring)
     }
 
     /// The ring's line.

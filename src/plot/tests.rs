@@ -385,6 +385,61 @@ fn each_kind_of_figure_is_a_chart_and_none_is_mixed_with_another() {
     assert_eq!(latency[1], ("p50, bound".to_owned(), 120.0));
 }
 
+#[test]
+fn latencies_stand_by_load_and_what_guests_did_otherwise_or_with_a_mix_is_not_among_them() {
+    let trip = |load: Option<u32>, p50: f64| {
+        let mut it = entry(("packed", true), "round-trip", 64, 32);
+        it.as_object_mut().unwrap().remove("mpps");
+        it["payload"] = json!("headers");
+        it["mode"] = json!("poll");
+        let times =
+            json!({"p50": p50, "p90": 2.0 * p50, "p99": 3.0 * p50, "p999": 4.0 * p50, "max": 9.0});
+        (it["latency_ns"], it["bound_latency_ns"]) = (times.clone(), times);
+        it["load_percent"] = json!(load);
+        it
+    };
+    let mut adaptive = trip(Some(50), 7000.0);
+    adaptive["mode"] = json!("adaptive");
+    let rate = |size: Value, payload: &str| {
+        let mut it = entry(("packed", true), "echo", 64, 32);
+        (it["frame_size"], it["payload"]) = (size, json!(payload));
+        it
+    };
+    let results = vec![
+        rate(json!(64), "every-byte"),
+        rate(json!(1518), "every-byte"),
+        rate(json!("imix"), "every-byte"),
+        rate(json!(1518), "headers"),
+        trip(Some(0), 100.0),
+        trip(Some(90), 300.0),
+        adaptive,
+        trip(None, 50.0),
+    ];
+    let panels = panels::panels(&parsed(&report(results, vec![])));
+    let slugs: Vec<&str> = panels.iter().map(|panel| panel.slug.as_str()).collect();
+    let ring = "64-x32-packed-in-order";
+    let loads = ["p50", "p90", "p99", "p999"].map(|name| format!("load-{name}-{ring}"));
+    let trips = "latency-64-packed-in-order";
+    assert_eq!(slugs[..2], ["rate-echo-by-size", trips]);
+    assert_eq!(slugs[2..], loads);
+    let sizes: Vec<usize> = panels[0].series.iter().map(|it| it.points.len()).collect();
+    assert_eq!(sizes, [2, 2]);
+    let bars = |index: usize| -> Vec<(&str, f64)> {
+        let bars = panels[index].bars.iter();
+        bars.map(|bar| (bar.label.as_str(), bar.value)).collect()
+    };
+    let of = |low, high| {
+        [
+            ("0 %, VMs", low),
+            ("0 %, bound", low),
+            ("90 %, VMs", high),
+            ("90 %, bound", high),
+        ]
+    };
+    assert_eq!(bars(2), of(100.0, 300.0));
+    assert_eq!(bars(5), of(400.0, 1200.0));
+}
+
 /// The x, y, width and height of the coloured rectangles of a picture.
 fn rectangles(svg: &str) -> Vec<[f64; 4]> {
     let tags = svg.split("<rect ").skip(1);

@@ -102,7 +102,8 @@ impl Relay {
                     idle = 0;
                     std::thread::yield_now();
                 }
-                (Mode::Irq, Some(stops)) if idle > IDLE => {
+                // It looks for more for a while in either.
+                (Mode::Irq | Mode::Adaptive, Some(stops)) if idle > IDLE => {
                     idle = 0;
                     self.sleep(stops, signals)?;
                 }

@@ -10,8 +10,20 @@ use crate::machine;
 
 /// What scripts rely on (docs and the tool's module `report`).
 fn check_entry(entry: &Value) {
+    assert!(
+        entry["frame_size"].is_u64() || entry["frame_size"] == "imix",
+        "{entry}"
+    );
+    assert!(
+        entry["payload"] == "every-byte" || entry["payload"] == "headers",
+        "{entry}"
+    );
+    assert!(
+        entry["source"] == "build" || entry["source"] == "copy",
+        "{entry}"
+    );
+    assert!(["poll", "irq", "adaptive"].contains(&entry["mode"].as_str().unwrap()));
     for key in [
-        "frame_size",
         "batch",
         "queue_pairs",
         "frames",
@@ -32,8 +44,9 @@ fn check_entry(entry: &Value) {
     }
     assert!(entry["queue_size"].is_u64() && entry["tx"].is_string());
     assert!(["off", "static", "dynamic", "batch"].contains(&entry["iommu"].as_str().unwrap()));
-    let gated =
-        entry["path"] == "window" && (entry["iommu"] == "off" || entry["iommu"] == "static");
+    let gated = entry["path"] == "window"
+        && (entry["iommu"] == "off" || entry["iommu"] == "static")
+        && entry["mode"] == "poll";
     assert_eq!(entry.get("least_vcpu_share").is_some(), gated, "{entry}");
     // Where no sample was fit to be reported there is no figure at all.
     let Some(distance) = entry.get("distance") else {
@@ -42,15 +55,32 @@ fn check_entry(entry: &Value) {
     };
     assert!(distance == "near" || distance == "far", "{entry}");
     assert!(entry["probe_ns"].as_f64().unwrap() > 0.0);
-    assert!(entry["ratio"].as_f64().unwrap() > 0.0, "{entry}");
+    let idle = entry["direction"] == "idle";
+    assert_eq!(
+        entry
+            .get("ratio")
+            .is_some_and(|ratio| ratio.as_f64().unwrap() > 0.0),
+        !idle,
+        "{entry}"
+    );
+    assert_eq!(entry.get("idle_cpu_percent").is_some(), idle, "{entry}");
+    if idle {
+        assert!(entry.get("mpps").is_none() && entry["verified"].as_u64().unwrap() > 0);
+        return;
+    }
     assert!(
         entry["exits"].is_object() && entry["cpu"].is_object(),
         "{entry}"
     );
     if entry["direction"] == "round-trip" {
-        let times =
-            ["p50", "p99", "p999", "max"].map(|key| entry["latency_ns"][key].as_f64().unwrap());
+        let times = ["p50", "p90", "p99", "p999", "max"]
+            .map(|key| entry["latency_ns"][key].as_f64().unwrap());
         assert!(times[0] > 0.0 && times.is_sorted(), "{entry}");
+        let loaded = entry.get("load_percent").is_some();
+        assert_eq!(
+            entry.get("offered_mpps").is_some() && entry.get("bound_offered_mpps").is_some(),
+            loaded
+        );
         assert!(entry.get("mpps").is_none());
         return;
     }
@@ -64,7 +94,7 @@ fn check_entry(entry: &Value) {
         );
         assert!(!entry[key]["samples"].as_array().unwrap().is_empty());
     }
-    let size = entry["frame_size"].as_f64().unwrap();
+    let size = entry["frame_size"].as_f64().unwrap_or(16984.0 / 48.0);
     let gbps = entry["mpps"]["median"].as_f64().unwrap() * size * 8.0 / 1000.0;
     assert!((gbps - entry["gbps"]["median"].as_f64().unwrap()).abs() < 0.01 * gbps + 0.001);
 }
@@ -280,6 +310,87 @@ fn bench_measures_the_features_that_it_was_asked_for() {
         (&entry["queue_size"], &entry["tx"]),
         (&768.into(), &"indirect".into())
     );
+}
+
+#[test]
+fn what_guests_do_with_frames_is_measured_in_turn() {
+    let _machine = machine();
+    let dir = Dir::new();
+    let (path, html) = (dir.file("out.json"), dir.file("out.html"));
+    let bench = |words: &str| {
+        let words: Vec<&str> = words.split(' ').collect();
+        let usual = [
+            "bench",
+            "--batches",
+            "32",
+            "--samples",
+            "1",
+            "--ms",
+            "20",
+            "--json",
+            &path,
+        ];
+        let ended = run(&[&usual[..], &words].concat());
+        let text = fs::read_to_string(&path).unwrap_or_else(|error| panic!("{error}: {ended:?}"));
+        fs::remove_file(&path).unwrap();
+        let json: Value = serde_json::from_str(&text).unwrap();
+        let results = json["results"].as_array().unwrap().clone();
+        results.iter().for_each(check_entry);
+        let complete = results.iter().all(|entry| entry.get("distance").is_some());
+        ended.expect_code(if complete { 0 } else { 1 });
+        (text, results)
+    };
+    let (_, results) = bench(
+        "--payload every-byte,headers --source build,copy --sizes 256,imix --directions be-to-fe,fe-to-be,echo --ring packed",
+    );
+    for payload in ["every-byte", "headers"] {
+        for source in ["build", "copy"] {
+            for (direction, size) in [
+                ("be-to-fe", Value::from(256)),
+                ("fe-to-be", "imix".into()),
+                ("echo", 256.into()),
+            ] {
+                let found = results.iter().any(|entry| {
+                    (&entry["payload"], &entry["source"]) == (&payload.into(), &source.into())
+                        && (&entry["direction"], &entry["frame_size"]) == (&direction.into(), &size)
+                        && entry["verified"].as_u64().unwrap() > 0
+                });
+                assert!(found, "{payload} {source} {direction} {size}: {results:?}");
+            }
+        }
+    }
+    let (text, results) =
+        bench("--mode adaptive,irq --sizes 64 --directions be-to-fe,idle --latency-load 0,50");
+    for mode in ["adaptive", "irq"] {
+        let of = |direction: &'static str| {
+            results
+                .iter()
+                .filter(move |it| it["mode"] == mode && it["direction"] == direction)
+        };
+        assert!(of("be-to-fe").count() >= 1);
+        for load in [0, 50] {
+            assert!(
+                of("round-trip").any(|it| it["load_percent"] == load),
+                "{mode} {load}: {text}"
+            );
+        }
+        // Both guests sleep: far from the two cores that they would take if they polled.
+        for idle in of("idle").filter(|it| it.get("distance").is_some()) {
+            let percent = idle["idle_cpu_percent"]["median"].as_f64().unwrap();
+            assert!(percent < 50.0, "{mode}: {idle}");
+        }
+    }
+    let drawn =
+        |entry: &Value| entry.get("load_percent").is_some() && entry.get("latency_ns").is_some();
+    if results.iter().any(drawn) {
+        fs::write(&path, &text).unwrap();
+        run(&["plot", &path, "--html", &html]).expect_code(0);
+        assert!(
+            fs::read_to_string(&html)
+                .unwrap()
+                .contains("Round trip by load")
+        );
+    }
 }
 
 #[test]

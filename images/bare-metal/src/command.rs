@@ -83,6 +83,21 @@ pub enum Source {
     Copy,
 }
 
+/// How an end waits for something to do.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Mode {
+    /// It polls.
+    #[default]
+    Poll,
+    /// It sleeps until an interrupt.
+    Irq,
+    /// It polls, and sleeps when it has found nothing to do for so long that the interrupt costs little beside it.
+    Adaptive,
+}
+
+/// So many turns in a row with nothing to do, of up to some microseconds each, and an adaptive end sleeps.
+pub const ADAPTIVE_TURNS: u32 = 256;
+
 /// One run of a workload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Run {
@@ -106,8 +121,10 @@ pub struct Run {
     pub warmup_ms: u64,
     /// Frames to send, whatever `ms` says; 0: no limit.
     pub count: u64,
-    /// Sleep until an interrupt instead of polling.
-    pub interrupts: bool,
+    /// How to wait for something to do.
+    pub mode: Mode,
+    /// Source and round trip: send when a frame is due, so many in a second, and time it from then; 0: as fast as they go.
+    pub rate: u64,
     /// A receiver gives up after so long without a frame, in milliseconds.
     pub timeout_ms: u64,
     /// Windows a second that come and go beside it.
@@ -135,7 +152,8 @@ impl Default for Run {
             ms: 100,
             warmup_ms: 5,
             count: 0,
-            interrupts: false,
+            mode: Mode::default(),
+            rate: 0,
             timeout_ms: 2000,
             churn: 0,
             queues: 1,
@@ -586,6 +604,17 @@ impl Command {
 }
 
 impl Run {
+    /// Whether to sleep until an interrupt, after so many turns in a row with nothing to do.
+    #[inline(always)]
+    #[must_use]
+    pub fn sleeps(&self, idle_turns: u32) -> bool {
+        match self.mode {
+            Mode::Poll => false,
+            Mode::Irq => true,
+            Mode::Adaptive => idle_turns >= ADAPTIVE_TURNS,
+        }
+    }
+
     /// Bytes of so many frames; of a mix, on average.
     #[must_use]
     pub fn bytes(&self, frames: u64) -> u64 {
@@ -633,6 +662,7 @@ impl Run {
             "warmup_ms" => self.warmup_ms = within(0..=86_400_000)?,
             "count" => self.count = within(0..=u64::MAX)?,
             "churn" => self.churn = within(0..=100_000)?,
+            "rate" => self.rate = within(0..=1_000_000_000)?,
             "queues" => self.queues = queues(value).ok_or(bad)?,
             "flips" => self.flips = within(0..=1000)?,
             "timeout_ms" => self.timeout_ms = within(1..=86_400_000)?,
@@ -646,9 +676,10 @@ impl Run {
             "mac" => self.address.mac = mac(value).ok_or(bad)?,
             "addr" => (self.address.ip, self.address.prefix) = network(value).ok_or(bad)?,
             "mode" => {
-                self.interrupts = match value {
-                    "poll" => false,
-                    "irq" => true,
+                self.mode = match value {
+                    "poll" => Mode::Poll,
+                    "irq" => Mode::Irq,
+                    "adaptive" => Mode::Adaptive,
                     _ => return Err(bad),
                 }
             }

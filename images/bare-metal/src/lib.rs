@@ -9,13 +9,14 @@ extern crate alloc;
 pub mod command;
 pub mod frame;
 pub mod histogram;
+mod paced;
 mod pairs;
 pub mod record;
 pub mod respond;
 pub mod study;
 pub mod workload;
 
-pub use command::{Address, Command, Payload, Run, Source, Study, Work};
+pub use command::{Address, Command, Mode, Payload, Run, Source, Study, Work};
 pub use record::Outcome;
 pub use workload::{Link, attempt, execute};
 

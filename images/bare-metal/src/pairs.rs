@@ -114,7 +114,7 @@ pub(crate) fn traffic<L: Link, const MOST: usize>(
         }
         busy |= !idle;
         turn = turn.wrapping_add(1);
-        if turn.is_multiple_of(L::CLOCK_EVERY) || idle && run.interrupts {
+        if turn.is_multiple_of(L::CLOCK_EVERY) || idle && run.sleeps(idle_turns) {
             let now = link.now();
             link.beside(now);
             for flow in &mut flows {
@@ -132,7 +132,7 @@ pub(crate) fn traffic<L: Link, const MOST: usize>(
         }
         if !idle {
             idle_turns = 0;
-        } else if run.interrupts {
+        } else if run.sleeps(idle_turns) {
             wait(link, &flows, deadline);
         } else {
             pause(idle_turns);

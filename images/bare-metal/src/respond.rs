@@ -350,7 +350,7 @@ pub(crate) fn respond<L: Link>(link: &mut L, run: &Run) -> Result<Outcome, Stopp
         if link.gone() {
             break;
         }
-        if run.interrupts {
+        if run.sleeps(idle_turns) {
             if wake > now {
                 wait(link, host.frames.arrived.is_empty(), full, wake);
             }

@@ -17,7 +17,7 @@ use crate::frame::{EVERY_BYTE, End, Format, Kind, Seen};
 use crate::record::ResultRecord;
 use crate::study::windows::Churned;
 use crate::workload::{Receiver, Stopped};
-use crate::{Link, Outcome, Payload, Run, Source, Work, attempt, execute};
+use crate::{Link, Mode, Outcome, Payload, Run, Source, Work, attempt, execute};
 
 struct Thread<P> {
     end: End,
@@ -161,11 +161,11 @@ fn what_begins_behind_the_end_is_not_timed() {
 
 #[test]
 fn everything_that_is_sent_arrives_in_each_direction_polling_and_sleeping() {
-    for interrupts in [false, true] {
+    for mode in [Mode::Poll, Mode::Irq, Mode::Adaptive] {
         for size in [60, 64, 65, 1518] {
             let with = |work| Run {
                 size,
-                interrupts,
+                mode,
                 ..run(work)
             };
             let (front, back) = run_with(with(Work::Sink), with(Work::Source), |port| port);
@@ -218,6 +218,130 @@ fn a_round_trip_times_every_frame_it_got_back() {
         let times = front.round_trips.or(back.round_trips).unwrap();
         assert_eq!(times.count(), 2000);
         assert!(times.quantile(500) <= times.quantile(990));
+    }
+}
+
+#[test]
+fn frames_that_are_due_are_sent_then_and_timed_from_then() {
+    // The clock of these threads ticks once in a microsecond.
+    let of = |work, rate| {
+        if work == Work::Echo || work == Work::Sink {
+            0
+        } else {
+            rate
+        }
+    };
+    let paced = |work, mode| Run {
+        rate: of(work, 20_000),
+        mode,
+        count: 0,
+        ms: 100,
+        warmup_ms: 10,
+        ..run(work)
+    };
+    for mode in [Mode::Poll, Mode::Irq, Mode::Adaptive] {
+        let (front, back) = run_with(
+            paced(Work::Echo, mode),
+            paced(Work::RoundTrip, mode),
+            |port| port,
+        );
+        assert!(front.is_clean() && back.is_clean(), "{mode:?} {back:?}");
+        // Each that was due, however late the machine let it be sent; those of the warm-up are checked and not timed.
+        assert_eq!(back.sent.unwrap().frames, 2200);
+        assert_eq!(back.received.unwrap().verified, 2200);
+        assert_eq!(back.round_trips.unwrap().count(), 2000);
+        let (front, back) = run_with(paced(Work::Sink, mode), paced(Work::Source, mode), |port| {
+            port
+        });
+        assert!(front.is_clean() && back.is_clean(), "{mode:?} {front:?}");
+        assert_eq!(front.received.unwrap().verified, 2200);
+        assert!(back.sent.unwrap().ticks >= 110_000);
+    }
+    let counted = |work| Run {
+        rate: of(work, 1_000_000),
+        count: 3000,
+        ..run(work)
+    };
+    let (_, back) = run_with(counted(Work::Echo), counted(Work::RoundTrip), |port| port);
+    assert_eq!(back.round_trips.unwrap().count(), 3000);
+}
+
+/// An echo's port that looks away for a while, once.
+struct Sleepy {
+    inner: JoinedFrontEnd<Silent>,
+    bursts: u32,
+}
+
+impl Port for Sleepy {
+    fn tx_burst(
+        &mut self,
+        count: usize,
+        len: usize,
+        build: impl FnMut(usize, &mut Slot),
+    ) -> Result<usize, Error> {
+        self.inner.tx_burst(count, len, build)
+    }
+
+    fn rx_burst(&mut self, count: usize, receive: impl FnMut(&Frame)) -> Result<usize, Error> {
+        let came = self.inner.rx_burst(count, receive)?;
+        self.bursts += u32::from(came > 0);
+        if came > 0 && self.bursts == 50 {
+            thread::sleep(std::time::Duration::from_millis(50));
+        }
+        Ok(came)
+    }
+
+    fn drained(&mut self) -> Result<bool, Error> {
+        self.inner.drained()
+    }
+
+    fn arm(&mut self, rx: bool, tx: bool) -> bool {
+        self.inner.arm(rx, tx)
+    }
+
+    fn disarm(&mut self) {
+        self.inner.disarm();
+    }
+}
+
+#[test]
+fn a_frame_that_waits_for_one_that_is_late_is_late_too() {
+    let a_fifth_is_late = |rate| {
+        let trip = |work, rate| Run {
+            rate,
+            count: 2000,
+            ..run(work)
+        };
+        let sleepy = |inner| Sleepy { inner, bursts: 0 };
+        let (front, back) = run_with(trip(Work::Echo, 0), trip(Work::RoundTrip, rate), sleepy);
+        assert!(front.is_clean() && back.is_clean(), "{back:?}");
+        let times = back.round_trips.unwrap();
+        assert_eq!(times.count(), 2000);
+        // In microseconds.
+        times.quantile(850) >= 10_000
+    };
+    // A quarter of these 200 ms the other end looks away: what was due in the first 40 of those 50 ms, a fifth of all, is 10 ms late or more.
+    assert!(a_fifth_is_late(10_000));
+    // A closed loop sends nothing meanwhile, and sees one.
+    assert!(!a_fifth_is_late(0));
+}
+
+#[test]
+fn a_rate_is_for_what_can_keep_it() {
+    let bed = bed();
+    let (port, _back): (_, JoinedBackEnd<Silent>) =
+        joined::join(bed.memory, 0, &join_config(), Silent, Silent, false).unwrap();
+    let mut link = Thread {
+        end: End::FrontEnd,
+        port,
+        start: Instant::now(),
+    };
+    for work in [Work::Sink, Work::Both, Work::Echo] {
+        let paced = Run {
+            rate: 1,
+            ..run(work)
+        };
+        assert_eq!(execute(&mut link, &paced).unwrap_err(), Stopped::NoRate);
     }
 }
 
@@ -584,7 +708,7 @@ impl Link for Left {
 #[test]
 fn what_a_peer_did_before_it_left_counts_and_what_it_did_not_is_missed() {
     for leaves_at_once in [false, true] {
-        for interrupts in [false, true] {
+        for mode in [Mode::Poll, Mode::Irq, Mode::Adaptive] {
             for (work, frames) in [(Work::Source, 3), (Work::Sink, 0), (Work::Both, 3)] {
                 let bed = bed();
                 let (port, peer) =
@@ -596,7 +720,7 @@ fn what_a_peer_did_before_it_left_counts_and_what_it_did_not_is_missed() {
                 };
                 let few = Run {
                     count: 2,
-                    interrupts,
+                    mode,
                     ..run(work)
                 };
                 let mut outcome = Outcome::default();

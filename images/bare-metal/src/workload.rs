@@ -13,7 +13,7 @@ use crate::histogram::Histogram;
 use crate::record::{Outcome, Received, Sent};
 use crate::respond::respond;
 use crate::study::windows::Churned;
-use crate::{Payload, Run, Source, Work, pairs};
+use crate::{Payload, Run, Source, Work, paced, pairs};
 
 /// What a workload runs on: a port, and the things that go on beside it.
 pub trait Link {
@@ -101,6 +101,8 @@ pub enum Stopped {
     NoPairs,
     /// Frames of several lengths are not for this workload.
     NoMix,
+    /// Frames at a given rate are not for this workload.
+    NoRate,
 }
 
 impl fmt::Display for Stopped {
@@ -111,6 +113,9 @@ impl fmt::Display for Stopped {
             Self::NoChurn => f.write_str("churn is for a front-end behind an IOMMU"),
             Self::NoPairs => f.write_str(
                 "not so many queue pairs (several are for source, sink and both, flips for a front-end)",
+            ),
+            Self::NoRate => f.write_str(
+                "rate= is for source and round-trip, over one queue pair, of one size, built in place",
             ),
             Self::NoMix => f.write_str("size=imix is for source, sink and both"),
         }
@@ -148,6 +153,10 @@ pub fn attempt<L: Link>(link: &mut L, run: &Run, outcome: &mut Outcome) -> Resul
     if run.imix && !spread {
         return Err(Stopped::NoMix);
     }
+    let paced = matches!(run.work, Work::Source | Work::RoundTrip) && one && !run.imix;
+    if run.rate > 0 && (!paced || run.source == Source::Copy) {
+        return Err(Stopped::NoRate);
+    }
     if run.flips > 0 && (one || !link.start_flips(queues, run.flips)) {
         return Err(Stopped::NoPairs);
     }
@@ -180,6 +189,8 @@ fn work<L: Link, const MOST: usize>(
             let (send, receive) = (work != Work::Sink, work != Work::Source);
             whole(pairs::traffic::<L, MOST>(link, run, send, receive))
         }
+        Work::Source if run.rate > 0 => whole(paced::traffic::<L, MOST>(link, run, false)),
+        Work::RoundTrip if run.rate > 0 => whole(paced::traffic::<L, MOST>(link, run, true)),
         Work::Echo => whole(echo::<L, MOST>(link, run)),
         Work::RoundTrip => whole(round_trip::<L, MOST>(link, run)),
         Work::Respond => whole(respond(link, run)),
@@ -191,7 +202,7 @@ fn work<L: Link, const MOST: usize>(
 
 /// Runs `burst` on the port of a link.
 #[inline(always)]
-fn with_port<L: Link, R>(
+pub(crate) fn with_port<L: Link, R>(
     link: &mut L,
     burst: impl FnOnce(&mut L::Port) -> Result<R, port::Error>,
 ) -> Result<R, Stopped> {
@@ -199,13 +210,13 @@ fn with_port<L: Link, R>(
 }
 
 /// When a run's parts begin and end, in ticks.
-struct Schedule {
-    warm: u64,
-    end: u64,
+pub(crate) struct Schedule {
+    pub(crate) warm: u64,
+    pub(crate) end: u64,
 }
 
 impl Schedule {
-    fn from<L: Link>(link: &L, run: &Run, start: u64) -> Self {
+    pub(crate) fn from<L: Link>(link: &L, run: &Run, start: u64) -> Self {
         let warm = start + run.warmup_ms * link.ticks_per_ms();
         Self {
             warm,
@@ -265,7 +276,7 @@ pub(crate) struct Sender {
 }
 
 /// Which end's frames are sent.
-fn end<L: Link>(link: &L, run: &Run) -> End {
+pub(crate) fn end<L: Link>(link: &L, run: &Run) -> End {
     run.end.unwrap_or_else(|| link.end())
 }
 
@@ -490,6 +501,11 @@ impl Receiver {
         }
     }
 
+    /// Whether all frames before `sequence` have come, or later ones.
+    pub(crate) fn has(&self, sequence: u64) -> bool {
+        self.next >= sequence
+    }
+
     /// Looks at the clock: when to begin timing. What begins behind the end is not timed.
     pub(crate) fn tick(&mut self, now: u64) {
         if self.stats.verified > 0 && self.ended.is_none() {
@@ -608,7 +624,7 @@ fn exchange<L: Link, const MOST: usize>(
             return Err(Stopped::Down);
         }
         turn = turn.wrapping_add(1);
-        if turn.is_multiple_of(L::CLOCK_EVERY) || idle && run.interrupts {
+        if turn.is_multiple_of(L::CLOCK_EVERY) || idle && run.sleeps(idle_turns) {
             let now = link.now();
             link.beside(now);
             if let Some(sender) = sender {
@@ -628,7 +644,7 @@ fn exchange<L: Link, const MOST: usize>(
         }
         if !idle {
             idle_turns = 0;
-        } else if run.interrupts {
+        } else if run.sleeps(idle_turns) {
             wait(link, !received, !sent, deadline);
         } else {
             pause(idle_turns);
@@ -675,6 +691,7 @@ fn echo<L: Link, const MOST: usize>(link: &mut L, run: &Run) -> Result<Outcome, 
     let mut deadline = link.now() + timeout;
     let mut sent_total = 0u64;
     let mut turn = 0u32;
+    let mut idle_turns = 0u32;
     let timed_out = 'run: loop {
         let n = with_port(link, |port| {
             port.rx_burst(run.batch, |frame| {
@@ -687,6 +704,7 @@ fn echo<L: Link, const MOST: usize>(link: &mut L, run: &Run) -> Result<Outcome, 
             })
         })?;
         let mut sent = 0;
+        let mut full_turns = 0u32;
         while sent < bounce.held {
             let more = with_port(link, |port| {
                 port.tx_burst(bounce.held - sent, back.len(), |i, slot| {
@@ -704,9 +722,10 @@ fn echo<L: Link, const MOST: usize>(link: &mut L, run: &Run) -> Result<Outcome, 
                 if link.now() >= deadline {
                     break 'run true;
                 }
-                if run.interrupts {
+                if run.sleeps(full_turns) {
                     wait(link, false, true, deadline);
                 }
+                full_turns = full_turns.saturating_add(1);
             }
         }
         sent_total += sent as u64;
@@ -721,6 +740,11 @@ fn echo<L: Link, const MOST: usize>(link: &mut L, run: &Run) -> Result<Outcome, 
             return Err(Stopped::Down);
         }
         turn = turn.wrapping_add(1);
+        idle_turns = if n > 0 {
+            0
+        } else {
+            idle_turns.saturating_add(1)
+        };
         if n > 0 {
             if turn.is_multiple_of(L::CLOCK_EVERY) {
                 let now = link.now();
@@ -728,13 +752,13 @@ fn echo<L: Link, const MOST: usize>(link: &mut L, run: &Run) -> Result<Outcome, 
                 receiver.tick(now);
                 deadline = now + timeout;
             }
-        } else if turn.is_multiple_of(L::CLOCK_EVERY) || run.interrupts {
+        } else if turn.is_multiple_of(L::CLOCK_EVERY) || run.sleeps(idle_turns) {
             let now = link.now();
             link.beside(now);
             if now >= deadline {
                 break 'run true;
             }
-            if run.interrupts {
+            if run.sleeps(idle_turns) {
                 wait(link, true, false, deadline);
                 deadline = link.now() + timeout;
             }
@@ -747,7 +771,7 @@ fn echo<L: Link, const MOST: usize>(link: &mut L, run: &Run) -> Result<Outcome, 
 }
 
 /// Waits until the peer has taken what was sent.
-fn drain<L: Link>(link: &mut L, deadline: u64) -> Result<(), Stopped> {
+pub(crate) fn drain<L: Link>(link: &mut L, deadline: u64) -> Result<(), Stopped> {
     while !with_port(link, Port::drained)? {
         if link.gone() {
             return Err(Stopped::Down);
@@ -761,7 +785,12 @@ fn drain<L: Link>(link: &mut L, deadline: u64) -> Result<(), Stopped> {
 }
 
 /// The outcome of a run that sends as it receives, so that one clock times both.
-fn both_ways<L: Link>(link: &L, mut receiver: Receiver, sent: u64, timeout: bool) -> Outcome {
+pub(crate) fn both_ways<L: Link>(
+    link: &L,
+    mut receiver: Receiver,
+    sent: u64,
+    timeout: bool,
+) -> Outcome {
     let received = receiver.finish(link.now());
     Outcome {
         sent: Some(Sent {
@@ -815,11 +844,11 @@ fn round_trip<L: Link, const MOST: usize>(link: &mut L, run: &Run) -> Result<Out
                 return Err(Stopped::Down);
             }
             turn = turn.wrapping_add(1);
-            if n == 0 && (turn.is_multiple_of(L::CLOCK_EVERY) || run.interrupts) {
+            if n == 0 && (turn.is_multiple_of(L::CLOCK_EVERY) || run.sleeps(turn)) {
                 if link.now() >= deadline {
                     break 'run true;
                 }
-                if run.interrupts {
+                if run.sleeps(turn) {
                     wait(link, true, false, deadline);
                 }
             }

@@ -1,6 +1,7 @@
 use super::*;
 use crate::bench::pairs::{Measured, measure};
 use crate::bench::record::SampleResult;
+use crate::cli::frames::How;
 use crate::cli::rings::{Layout, Ring};
 use crate::cli::{Direction, Path};
 
@@ -14,8 +15,10 @@ pub fn case(direction: Direction) -> Case {
         iommu: crate::cli::iommu::Iommu::Off,
         path: Path::Window,
         direction,
-        size: 64,
+        size: Size::Bytes(64),
         batch: 32,
+        how: How::USUAL,
+        load: None,
     }
 }
 
@@ -51,7 +54,7 @@ impl Lab for Quiet {
     fn bound(&mut self, case: &Case) -> Result<BoundSample> {
         Ok(BoundSample {
             result: self.guests(case)?.result,
-            shares: None,
+            ..BoundSample::default()
         })
     }
 }
@@ -68,8 +71,12 @@ impl Rival for Played {
         self.name
     }
 
-    fn ring(&self) -> u16 {
-        256
+    fn how(&self) -> How {
+        self.name.how()
+    }
+
+    fn ring(&self) -> Option<u16> {
+        Some(256)
     }
 
     fn sample(&mut self, _: &PeerCase) -> Result<PeerSample> {
@@ -78,17 +85,18 @@ impl Rival for Played {
         Ok(PeerSample {
             mpps: 10.0 * self.turn as f64,
             frames: 1000,
-            shares: [1.0, share],
+            shares: Some([1.0, share]),
+            busy_cores: 1.0 + share,
             timed: true,
         })
     }
 
-    fn commands(&self) -> [String; 2] {
-        ["a", "b"].map(str::to_owned)
+    fn commands(&self) -> Vec<String> {
+        ["a", "b"].map(str::to_owned).to_vec()
     }
 
-    fn inputs(&self, _: &PeerCase) -> [Vec<String>; 2] {
-        [vec!["start".to_owned()], vec![]]
+    fn inputs(&self, _: &PeerCase) -> Vec<Vec<String>> {
+        vec![vec!["start".to_owned()], vec![]]
     }
 }
 
@@ -135,6 +143,8 @@ fn each_peer_is_sampled_once_a_round_behind_the_guests() {
         assert_eq!(rounds, [0, 1, 2]);
         assert_eq!(peer.case.way, Way::BeToFe);
     }
+    let (_, peers) = run(&mut Quiet::default(), Direction::Echo, &[]);
+    assert_eq!(peers[0].case.way, Way::Echo);
     // Three for a pair of the guests, and one before and one behind each peer.
     assert_eq!(lab.probes, 3 * (3 + 2 + 2));
 }
@@ -173,7 +183,7 @@ fn a_peer_s_sample_during_which_the_cores_moved_does_not_count() {
 
 #[test]
 fn what_goes_both_ways_has_no_peer() {
-    for direction in [Direction::Both, Direction::RoundTrip] {
+    for direction in [Direction::Both, Direction::RoundTrip, Direction::Idle] {
         let mut lab = Quiet::default();
         let (guests, peers) = run(&mut lab, direction, &[]);
         assert!(peers.is_empty());

@@ -8,6 +8,7 @@ use crate::bench::peers::{PeerCase, PeerMeasured, PeerRound};
 use crate::bench::probe::Distance;
 use crate::bench::stats::{Spread, median, round};
 use crate::cli::bench::PeerName;
+use crate::cli::frames::How;
 use crate::cli::iommu::Iommu;
 use crate::cli::rings::Layout;
 use crate::cli::{Direction, Path};
@@ -19,8 +20,12 @@ pub struct PeerEntry {
     pub direction: Direction,
     pub frame_size: u16,
     pub batch: u16,
+    /// What it does with frames.
+    #[serde(flatten)]
+    pub how: How,
     queue_pairs: u16,
-    queue_size: u16,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    queue_size: Option<u16>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub distance: Option<Distance>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -31,15 +36,16 @@ pub struct PeerEntry {
     pub gbps: Option<Spread>,
     frames: u64,
     dropped_samples: Dropped,
-    /// What each end had to have of its core for a sample to count.
-    least_core_share: f64,
-    /// Of both processes together.
+    /// What each end had to have of its core for a sample to count; absent where they have to share.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    least_core_share: Option<f64>,
+    /// Of all processes together.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cpu_ns_per_frame: Option<Spread>,
-    /// How the two processes were called, back-end first.
-    command: [String; 2],
+    /// How its processes were called, the relay first where there is one, then the back-end.
+    command: Vec<String>,
     /// What each was told on its standard input.
-    input: [Vec<String>; 2],
+    input: Vec<Vec<String>>,
 }
 
 /// The window beside a peer.
@@ -52,6 +58,9 @@ pub struct ToPeerEntry {
     pub iommu: Iommu,
     pub frame_size: u16,
     pub batch: u16,
+    /// What the guests do with frames.
+    #[serde(flatten)]
+    pub how: How,
     pub distance: Distance,
     /// Rate through the window to the peer's.
     pub speed: Spread,
@@ -96,12 +105,14 @@ fn entry(peer: &PeerMeasured, distance: Option<Distance>, rounds: &[&PeerRound])
     let bits = f64::from(size) * 8.0;
     let rates = || rounds.iter().map(|round| round.sample.mpps);
     let probes: Vec<f64> = rounds.iter().map(|round| round.probe_ns).collect();
+    let shared = rounds.first().map(|round| round.sample.shares.is_none());
     let cpu = rounds.iter().filter(|round| round.sample.mpps > 0.0);
     PeerEntry {
         name: peer.name,
         direction: way.direction(),
         frame_size: size,
         batch,
+        how: peer.how,
         queue_pairs: 1,
         queue_size: peer.ring,
         distance,
@@ -113,9 +124,9 @@ fn entry(peer: &PeerMeasured, distance: Option<Distance>, rounds: &[&PeerRound])
             cores_moved: 0,
             core_not_had: 0,
         },
-        least_core_share: LEAST_SHARE,
+        least_core_share: shared.is_none_or(|shared| !shared).then_some(LEAST_SHARE),
         cpu_ns_per_frame: Spread::of(
-            cpu.map(|round| round.sample.shares.iter().sum::<f64>() * 1000.0 / round.sample.mpps),
+            cpu.map(|round| round.sample.busy_cores * 1000.0 / round.sample.mpps),
         ),
         command: peer.commands.clone(),
         input: peer.inputs.clone(),
@@ -144,8 +155,9 @@ fn to_peer(measured: &[Measured], peer: &PeerMeasured) -> Vec<ToPeerEntry> {
                 ring: case.ring.layout,
                 in_order: case.ring.in_order,
                 iommu: case.iommu,
-                frame_size: case.size,
+                frame_size: peer.case.size,
                 batch: case.batch,
+                how: case.how,
                 distance,
                 speed,
             }));

@@ -24,10 +24,11 @@ pub fn pair(mpps: f64, bound: f64, probe_ns: f64) -> Pair {
             exits: [("io_out".to_owned(), 300)].into(),
             kvm_exits: [("exits".to_owned(), 400)].into(),
             busy_cores: 2.0,
+            offered_mpps: None,
         },
         bound: BoundSample {
             result: result(bound),
-            shares: None,
+            ..BoundSample::default()
         },
         probe_ns,
         round: 0,
@@ -44,8 +45,10 @@ pub fn measured(direction: Direction, pairs: Vec<Pair>) -> Measured {
             iommu: Iommu::Off,
             path: Path::Window,
             direction,
-            size: 64,
+            size: Size::Bytes(64),
             batch: 32,
+            how: How::USUAL,
+            load: None,
         },
         pairs,
         moved: 2,
@@ -61,7 +64,7 @@ pub fn setup() -> Setup {
         ms: 100,
         back_iommu: false,
         warmup_ms: 5,
-        mode: Mode::Poll,
+        how: How::USUAL,
         cores: [0, 1],
         rings: RingSetup {
             size: 256,
@@ -79,6 +82,55 @@ pub fn setup() -> Setup {
 
 fn json(measured: &[Measured]) -> Value {
     serde_json::to_value(Report::new(&setup(), 2_596_000, measured, &[])).unwrap()
+}
+
+#[test]
+fn what_guests_do_stands_beside_what_they_did_first_round_by_round() {
+    let at = |mpps, round| {
+        let mut pair = pair(mpps, 20.0, 100.0);
+        pair.round = round;
+        pair
+    };
+    let first = measured(Direction::BeToFe, vec![at(10.0, 0), at(8.0, 1)]);
+    let mut adaptive = measured(Direction::BeToFe, vec![at(4.0, 1), at(5.0, 2)]);
+    adaptive.case.how.mode = Mode::Adaptive;
+    let mut other_size = adaptive.clone();
+    other_size.case.size = Size::Imix;
+    let json = json(&[first, adaptive, other_size]);
+    let entry = &json["variants"][0];
+    assert_eq!(entry["speed"]["samples"].to_string(), "[0.5]");
+    assert_eq!(
+        (&entry["mode"], &entry["over"]["mode"]),
+        (&"adaptive".into(), &"poll".into())
+    );
+    assert!(json["variants"].get(1).is_none());
+    assert_eq!(json["results"][0]["payload"], "every-byte");
+    assert_eq!(json["results"][1]["mode"], "adaptive");
+    // The bits of a mix are those of its average frame.
+    assert_eq!(json["results"][2]["frame_size"], "imix");
+    let mean = 16984.0 / 48.0;
+    let gbps = json["results"][2]["gbps"]["max"].as_f64().unwrap();
+    assert!((gbps - 5.0 * mean * 8.0 / 1000.0).abs() < 1e-3);
+}
+
+#[test]
+fn a_load_is_of_round_trips_and_what_waits_has_no_rate() {
+    let mut loaded = pair(0.0, 0.0, 100.0);
+    (loaded.vm.offered_mpps, loaded.bound.offered_mpps) = (Some(2.5), Some(3.0));
+    let mut trips = measured(Direction::RoundTrip, vec![loaded]);
+    trips.case.load = Some(50);
+    let mut idle = pair(0.0, 0.0, 100.0);
+    idle.vm.busy_cores = 0.002;
+    let json = json(&[trips, measured(Direction::Idle, vec![idle])]);
+    let [trips, idle] = [&json["results"][0], &json["results"][1]];
+    assert_eq!(trips["load_percent"], 50);
+    assert_eq!(trips["offered_mpps"]["median"], 2.5);
+    assert_eq!(trips["bound_offered_mpps"]["median"], 3.0);
+    assert!(trips.get("idle_cpu_percent").is_none() && idle.get("load_percent").is_none());
+    assert_eq!(idle["idle_cpu_percent"]["median"], 0.2);
+    for key in ["mpps", "gbps", "bound_mpps"] {
+        assert!(trips.get(key).is_none() && idle.get(key).is_none(), "{key}");
+    }
 }
 
 #[test]
@@ -113,6 +165,18 @@ fn every_key_of_the_contract_is_there() {
     assert_eq!(json["schema_version"], 1);
     assert!(json["command"].is_array());
     let environment = &json["environment"];
+    for key in [
+        "kernel",
+        "cpu_model",
+        "hugepages_2m",
+        "kvm_modules",
+        "cores",
+    ] {
+        assert!(environment.get(key).is_some(), "{key}");
+    }
+    let report = Report::new(&setup(), 1, &[], &[]).with_core_distance([100.00001, 412.0]);
+    let distance = serde_json::to_value(report).unwrap()["environment"]["core_distance_ns"].take();
+    assert_eq!(distance.to_string(), "[100.0,412.0]");
     assert_eq!(environment["tsc_khz"], 2_596_000);
     assert_eq!(environment["memory"]["hugepages"], "2M");
     let result = &json["results"][0];
@@ -272,6 +336,7 @@ fn a_round_trip_has_latencies_and_no_rates() {
     let times = |p50| {
         Some(Latency {
             p50,
+            p90: p50,
             p99: 2.0 * p50,
             p999: 3.0 * p50,
             max: 9.0 * p50,

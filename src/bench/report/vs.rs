@@ -9,6 +9,7 @@ use crate::bench::plan::Case;
 use crate::bench::probe::Distance;
 use crate::bench::stats::Spread;
 use crate::cli::Direction;
+use crate::cli::frames::Size;
 
 /// What was measured with other flags, in turn with the rest.
 #[derive(Debug, Serialize)]
@@ -25,8 +26,10 @@ pub struct Vs {
 #[derive(Clone, Debug, Serialize)]
 pub struct VsRatio {
     pub direction: Direction,
-    pub frame_size: u16,
+    pub frame_size: Size,
     pub batch: u16,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    load_percent: Option<u8>,
     pub distance: Distance,
     /// Rate without the other flags to the rate with them (round trip: p50 with to without): above 1 the first is the faster.
     pub speed: Spread,
@@ -52,7 +55,7 @@ impl Report {
 
 /// Round by round. A round counts where the cores were as far apart for both.
 fn ratios(first: &[Measured], second: &[Measured]) -> Vec<VsRatio> {
-    let of = |case: &Case| (case.direction, case.size, case.batch);
+    let of = |case: &Case| (case.direction, case.size, case.batch, case.load);
     let mut all = Vec::new();
     for one in first {
         let Some(other) = second.iter().find(|other| of(&other.case) == of(&one.case)) else {
@@ -66,6 +69,7 @@ fn ratios(first: &[Measured], second: &[Measured]) -> Vec<VsRatio> {
                 direction: one.case.direction,
                 frame_size: one.case.size,
                 batch: one.case.batch,
+                load_percent: one.case.load,
                 distance,
                 speed,
             }));

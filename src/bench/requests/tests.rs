@@ -1,7 +1,7 @@
 use std::cell::Cell;
 
 use super::*;
-use crate::cli::Mode;
+use crate::cli::frames::How;
 use vmm::{HugePages, MemoryConfig};
 
 fn setup(size: u16) -> Option<Setup> {
@@ -12,7 +12,7 @@ fn setup(size: u16) -> Option<Setup> {
         back_iommu: false,
         ms: 3,
         warmup_ms: 1,
-        mode: Mode::Poll,
+        how: How::USUAL,
         cores: [a, b],
         rings: RingSetup {
             size,

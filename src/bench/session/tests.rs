@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 
 use super::*;
+use crate::cli::frames::{How, Size};
 use crate::cli::rings::{Layout, Ring};
 use vmm::{HugePages, MemoryConfig};
 
@@ -19,8 +20,10 @@ const CASE: Case = Case {
     iommu: Iommu::Off,
     path: Path::Window,
     direction: Direction::BeToFe,
-    size: 64,
+    size: Size::Bytes(64),
     batch: 32,
+    how: How::USUAL,
+    load: None,
 };
 
 fn setup() -> Setup {
@@ -28,7 +31,7 @@ fn setup() -> Setup {
         ms: 10,
         back_iommu: false,
         warmup_ms: 1,
-        mode: Mode::Poll,
+        how: How::USUAL,
         cores: [0, 1],
         rings: RingSetup {
             size: 256,
@@ -81,6 +84,7 @@ fn session(
         tsc_khz: 1_000_000,
         bound: None,
         id: 0,
+        commands: Vec::new(),
         churn: 0,
         _directory: None,
     };
@@ -149,6 +153,55 @@ fn a_sample_is_put_together_from_both_guests() {
     assert_eq!(word(&back[1], "work"), "source");
     assert_eq!(word(&front[1], "work"), "sink");
     assert_eq!(word(&back[1], "ms"), "10");
+}
+
+#[test]
+fn a_load_is_a_part_of_what_an_echo_has_just_reached() {
+    let good = good();
+    let (mut session, threads) = session(move |side, line| {
+        let answer = good(side, line)?;
+        let trips = "\"rtt\":{\"count\":9,\"p50\":1,\"p90\":2,\"p99\":3,\"p999\":4,\"max\":5},";
+        Some(match line.contains("work=round-trip") {
+            true => answer.replace("\"timeout\"", &format!("{trips}\"timeout\"")),
+            false => answer,
+        })
+    });
+    let case = Case {
+        direction: Direction::RoundTrip,
+        load: Some(90),
+        ..CASE
+    };
+    let sample = session.guests(&case).unwrap();
+    assert_eq!(sample.offered_mpps, Some(4.5));
+    assert_eq!((sample.result.frames, sample.result.verified), (9, 24_000));
+    let idle = Case {
+        direction: Direction::Idle,
+        load: None,
+        ..CASE
+    };
+    session.guests(&idle).unwrap();
+    drop(session);
+    let [back, front] = threads.map(|thread| {
+        let lines = thread.join().unwrap();
+        let runs = lines.into_iter().filter(|line| line.starts_with("run "));
+        runs.collect::<Vec<_>>()
+    });
+    let works = |lines: &[String]| -> Vec<String> {
+        lines
+            .iter()
+            .map(|line| word(line, "work").to_owned())
+            .collect()
+    };
+    assert_eq!(works(&back), ["both", "round-trip", "source"]);
+    assert_eq!(works(&front), ["echo", "echo", "sink"]);
+    assert!(!back[0].contains("rate="));
+    assert_eq!(word(&back[1], "rate"), "4500000");
+    assert_eq!(word(&back[2], "rate"), "1");
+    assert!(front.iter().all(|line| !line.contains("rate=")));
+    assert!(
+        back.iter()
+            .all(|line| line.contains(" payload=every-byte source=build mode=poll "))
+    );
 }
 
 #[test]

@@ -123,7 +123,7 @@ impl Lab for Played<'_> {
         };
         Ok(BoundSample {
             result,
-            shares: None,
+            ..BoundSample::default()
         })
     }
 }

@@ -75,7 +75,7 @@ fn a_record_without_percentiles_is_an_error_that_names_them() {
 fn churn(ratio: Option<f64>, faults: Faults) -> ChurnEntry {
     ChurnEntry {
         direction: Direction::BeToFe,
-        frame_size: 64,
+        frame_size: Size::Bytes(64),
         batch: 32,
         windows_per_second: CHURN,
         distance: None,

@@ -4,7 +4,7 @@ use std::vec::Vec;
 
 #[test]
 fn a_run_command_takes_every_key() {
-    let line = "run id=7 work=round-trip size=1518 batch=8 ms=20 warmup_ms=1 count=9 mode=irq timeout_ms=30 churn=1000 end=back-end queues=16 flips=50 payload=headers source=copy mac=02:00:00:00:0a:ff addr=192.168.7.9/16";
+    let line = "run id=7 work=round-trip size=1518 batch=8 ms=20 warmup_ms=1 count=9 mode=irq timeout_ms=30 churn=1000 end=back-end queues=16 flips=50 payload=headers source=copy rate=1000 mac=02:00:00:00:0a:ff addr=192.168.7.9/16";
     let want = Run {
         id: 7,
         work: Work::RoundTrip,
@@ -16,7 +16,8 @@ fn a_run_command_takes_every_key() {
         ms: 20,
         warmup_ms: 1,
         count: 9,
-        interrupts: true,
+        mode: Mode::Irq,
+        rate: 1000,
         timeout_ms: 30,
         churn: 1000,
         queues: 16,
@@ -50,6 +51,19 @@ fn a_mix_is_a_size_and_the_bytes_of_its_frames_are_those_of_the_average() {
     let one = run("run work=source size=imix size=65");
     assert!(!one.imix);
     assert_eq!(one.bytes(3), 195);
+}
+
+#[test]
+fn an_adaptive_end_sleeps_when_it_has_polled_in_vain_for_a_while() {
+    let run = |mode| Run {
+        mode,
+        ..Run::default()
+    };
+    let sleeps =
+        |mode| [0, ADAPTIVE_TURNS - 1, ADAPTIVE_TURNS, u32::MAX].map(|n| run(mode).sleeps(n));
+    assert_eq!(sleeps(Mode::Poll), [false; 4]);
+    assert_eq!(sleeps(Mode::Irq), [true; 4]);
+    assert_eq!(sleeps(Mode::Adaptive), [false, false, true, true]);
 }
 
 #[test]
@@ -197,6 +211,7 @@ fn what_is_wrong_is_named() {
         ("run work=source size=simix", "size=simix"),
         ("run work=source payload=none", "payload=none"),
         ("run work=source source=clone", "source=clone"),
+        ("run work=source rate=1000000001", "rate=1000000001"),
         ("run work=source batch=0", "batch=0"),
         ("run work=source batch=257", "batch=257"),
         ("run work=dance", "work=dance"),

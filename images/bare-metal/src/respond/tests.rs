@@ -20,7 +20,7 @@ use super::{DEFAULT_SOURCE, Frames, MTU, pattern};
 use crate::frame::End;
 use crate::record::{Responded, ResultRecord};
 use crate::tests::Bed;
-use crate::{Link, Outcome, Run, Work, execute};
+use crate::{Link, Mode, Outcome, Run, Work, execute};
 
 const PATIENCE: std::time::Duration = std::time::Duration::from_secs(60);
 
@@ -165,7 +165,7 @@ fn random(len: u64) -> Vec<u8> {
 }
 
 /// All three services over one pair of rings; `respond_at_front` says at which end the responder is.
-fn services(packed: bool, respond_at_front: bool, interrupts: bool) {
+fn services(packed: bool, respond_at_front: bool, mode: Mode) {
     let config = JoinConfig {
         packed,
         size: 64,
@@ -176,7 +176,7 @@ fn services(packed: bool, respond_at_front: bool, interrupts: bool) {
     let count = 300_001;
     let run = Run {
         count,
-        interrupts,
+        mode,
         ..run()
     };
     fn client<P: Port>(port: P, count: u64) -> impl FnOnce() {
@@ -213,22 +213,22 @@ fn services(packed: bool, respond_at_front: bool, interrupts: bool) {
 
 #[test]
 fn a_back_end_serves_tcp_over_split_rings() {
-    services(false, false, false);
+    services(false, false, Mode::Poll);
 }
 
 #[test]
 fn a_back_end_serves_tcp_over_packed_rings_and_sleeps_between_frames() {
-    services(true, false, true);
+    services(true, false, Mode::Irq);
 }
 
 #[test]
 fn a_front_end_serves_tcp_over_split_rings_and_sleeps_between_frames() {
-    services(false, true, true);
+    services(false, true, Mode::Irq);
 }
 
 #[test]
 fn a_front_end_serves_tcp_over_packed_rings() {
-    services(true, true, false);
+    services(true, true, Mode::Poll);
 }
 
 /// The sum of the words of a header, as RFC 1071 wants it, for the frames made by hand.

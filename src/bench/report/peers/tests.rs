@@ -87,11 +87,11 @@ fn the_table_has_the_peers_behind_the_guests_and_a_line_of_ratios_each() {
     let words = row(&["memif", "64", "[10.0"]);
     assert_eq!(
         words.join(" "),
-        "be-to-fe memif 64 32 20.0 [10.0 .. 30.0] 10.2 100.0 - - near -"
+        "be-to-fe memif 64 32 headers copy 20.0 [10.0 .. 30.0] 10.2 100.0 - - near -"
     );
     let words = row(&["memif", "packed+in-order"]);
     assert_eq!(
         words.join(" "),
-        "be-to-fe packed+in-order off 64 32 memif 4.000 [2.667 .. 8.000] 3 near"
+        "be-to-fe packed+in-order off 64 32 every-byte build poll memif 4.000 [2.667 .. 8.000] 3 near"
     );
 }

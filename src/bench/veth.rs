@@ -1,0 +1,277 @@
+//! A pair of veth devices, an end in each of two network namespaces, and a plain UDP socket at either end: what the kernel's network stack does.
+//!
+//! The namespaces have no names: they are there as long as the sockets are.
+
+use std::net::{Ipv4Addr, SocketAddrV4, UdpSocket};
+use std::os::fd::AsFd;
+use std::process::{Command, Stdio};
+use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, ensure};
+
+use super::Setup;
+use super::peers::{PeerCase, PeerSample, Rival};
+use super::plan::Way;
+use crate::cli::bench::PeerName;
+use crate::cli::frames::How;
+use crate::exit::Failure;
+use crate::sys::{self, Signals};
+
+/// Headers of Ethernet, IPv4 and UDP.
+const HEADERS: u16 = 42;
+/// Long enough for the longest frame.
+const MTU: &str = "1504";
+/// How long a receiver sleeps at most before it looks whether it is to end.
+const NAP: Duration = Duration::from_millis(5);
+const PORT: u16 = 9;
+const ENDS: [(&str, Ipv4Addr); 2] = [
+    ("back", Ipv4Addr::new(10, 0, 0, 2)),
+    ("front", Ipv4Addr::new(10, 0, 0, 1)),
+];
+
+/// Both ends, back-end first.
+pub struct Veth {
+    sockets: [UdpSocket; 2],
+    cores: [usize; 2],
+    length: Duration,
+    warmup: Duration,
+    signals: Option<Rc<Signals>>,
+}
+
+/// Has `ip` do something in the calling thread's namespace.
+fn ip(words: &str) -> Result<()> {
+    let output = Command::new("ip")
+        .args(words.split(' '))
+        .stdin(Stdio::null())
+        .output()
+        .context("cannot start ip (Debian: apt install iproute2)")?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(
+        output.status.success(),
+        "'ip {words}' failed: {}",
+        said.trim()
+    );
+    Ok(())
+}
+
+fn open(end: usize) -> Result<UdpSocket> {
+    let (name, address) = ENDS[end];
+    ip(&format!("address add {address}/24 dev {name}"))?;
+    ip(&format!("link set {name} up"))?;
+    let socket = UdpSocket::bind((address, PORT)).context("cannot bind a socket")?;
+    socket.set_read_timeout(Some(NAP)).context("SO_RCVTIMEO")?;
+    Ok(socket)
+}
+
+/// Two threads, a namespace each: one of them makes the devices, each opens its socket, and then they end.
+fn sockets() -> Result<[UdpSocket; 2]> {
+    let own =
+        || sys::own_network().context("a network namespace of its own needs root (CAP_SYS_ADMIN)");
+    let (say, hear) = mpsc::channel();
+    let (made, wait) = mpsc::channel();
+    thread::scope(|scope| {
+        let front = scope.spawn(move || -> Result<UdpSocket> {
+            own()?;
+            say.send(sys::thread_id())?;
+            wait.recv().context("the devices were not made")?;
+            open(1)
+        });
+        let back = scope.spawn(move || -> Result<UdpSocket> {
+            own()?;
+            let other = hear.recv().context("the other namespace was not made")?;
+            let [(back, _), (front, _)] = ENDS;
+            ip(&format!(
+                "link add {back} mtu {MTU} type veth peer name {front} mtu {MTU} netns {other}"
+            ))?;
+            made.send(())?;
+            open(0)
+        });
+        let lost = |_| anyhow!("a thread was lost");
+        Ok([back.join().map_err(lost)??, front.join().map_err(lost)??])
+    })
+}
+
+impl Veth {
+    /// Makes the namespaces, the devices and the sockets.
+    pub fn start(setup: &Setup, signals: Option<&Rc<Signals>>) -> Result<Self> {
+        let sockets = sockets().context("--peers veth")?;
+        for (end, socket) in sockets.iter().enumerate() {
+            socket
+                .connect((ENDS[1 - end].1, PORT))
+                .context("--peers veth: cannot connect a socket")?;
+        }
+        Ok(Self {
+            sockets,
+            cores: setup.cores,
+            length: Duration::from_millis(setup.ms),
+            warmup: Duration::from_millis(setup.warmup_ms),
+            signals: signals.cloned(),
+        })
+    }
+
+    /// Sleeps that long. A signal is an error.
+    fn wait(&self, length: Duration) -> Result<()> {
+        let end = Instant::now() + length;
+        while let Some(left) = end.checked_duration_since(Instant::now()) {
+            let fds: Vec<_> = self.signals.iter().map(AsFd::as_fd).collect();
+            sys::poll(&fds, Some(left)).context("poll")?;
+            if let Some(number) = self.signals.as_deref().and_then(Signals::caught) {
+                return Err(Failure::Signal(number).into());
+            }
+        }
+        Ok(())
+    }
+
+    fn traffic(&self, case: &PeerCase) -> Result<PeerSample> {
+        let from = match case.way {
+            Way::BeToFe => 0,
+            Way::FeToBe | Way::Echo => 1,
+        };
+        let len = usize::from(case.size.saturating_sub(HEADERS));
+        let (stop, came) = (&AtomicBool::new(false), &AtomicU64::new(0));
+        let [sender, receiver] = [from, 1 - from].map(|end| (&self.sockets[end], self.cores[end]));
+        thread::scope(|scope| {
+            let receiver = scope.spawn(move || {
+                let mut frame = [0; 2048];
+                work(receiver.1, stop, || {
+                    // What is not there yet, or was sent to nobody, is no frame.
+                    if receiver.0.recv(&mut frame).is_ok_and(|got| got == len) {
+                        came.fetch_add(1, Ordering::Relaxed);
+                    }
+                })
+            });
+            let sender = scope.spawn(move || {
+                let mut frame = vec![0; len];
+                let mut sequence = 0_u64;
+                work(sender.1, stop, || {
+                    if let Some(room) = frame.first_chunk_mut() {
+                        *room = sequence.to_le_bytes();
+                    }
+                    // Where the queues are full, the kernel drops or refuses.
+                    sequence += u64::from(sender.0.send(&frame).is_ok());
+                })
+            });
+            let look = || (came.load(Ordering::Relaxed), Instant::now());
+            let looks = self.wait(self.warmup).and_then(|()| {
+                let first = look();
+                self.wait(self.length)?;
+                Ok((first, look()))
+            });
+            stop.store(true, Ordering::Relaxed);
+            let lost = |_| anyhow!("a thread was lost");
+            let busy = [
+                sender.join().map_err(lost)??,
+                receiver.join().map_err(lost)??,
+            ];
+            let ((before, began), (after, ended)) = looks?;
+            let frames = after - before;
+            Ok(PeerSample {
+                mpps: frames as f64 / (ended - began).as_secs_f64().max(1e-9) / 1e6,
+                frames,
+                shares: None,
+                busy_cores: busy.iter().sum(),
+                timed: frames > 0,
+            })
+        })
+    }
+}
+
+/// Does it again and again on a core; how much of the core that took.
+fn work(core: usize, stop: &AtomicBool, mut turn: impl FnMut()) -> Result<f64> {
+    sys::pin_to(core).with_context(|| format!("cannot pin a thread to core {core}"))?;
+    let (wall, cpu) = (Instant::now(), sys::thread_cpu_ns()?);
+    while !stop.load(Ordering::Relaxed) {
+        turn();
+    }
+    let used = sys::thread_cpu_ns()?.saturating_sub(cpu);
+    Ok(used as f64 / wall.elapsed().as_nanos().max(1) as f64)
+}
+
+impl Rival for Veth {
+    fn name(&self) -> PeerName {
+        PeerName::Veth
+    }
+
+    fn how(&self) -> How {
+        self.name().how()
+    }
+
+    fn ring(&self) -> Option<u16> {
+        None
+    }
+
+    fn does(&self, case: &PeerCase) -> bool {
+        case.way != Way::Echo
+    }
+
+    fn sample(&mut self, case: &PeerCase) -> Result<PeerSample> {
+        self.traffic(case).context("--peers veth")
+    }
+
+    fn commands(&self) -> Vec<String> {
+        let end = |(name, address): (&str, Ipv4Addr)| {
+            format!(
+                "veth {name}, mtu {MTU}, UDP {}",
+                SocketAddrV4::new(address, PORT)
+            )
+        };
+        ENDS.map(end).to_vec()
+    }
+
+    fn inputs(&self, _: &PeerCase) -> Vec<Vec<String>> {
+        Vec::new()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bench::report::tests::setup;
+
+    #[test]
+    fn frames_of_every_length_arrive_either_way_or_one_line_says_what_is_missing() {
+        let core = sys::allowed_cores().unwrap()[0];
+        let setup = Setup {
+            ms: 50,
+            cores: [core, core],
+            ..setup()
+        };
+        let mut veth = match Veth::start(&setup, None) {
+            Ok(veth) => veth,
+            Err(why) => {
+                let why = format!("{why:#}");
+                assert!(
+                    why.contains("needs root") || why.contains("iproute2"),
+                    "{why}"
+                );
+                return;
+            }
+        };
+        for way in [Way::BeToFe, Way::FeToBe] {
+            for size in [60, 64, 1518] {
+                let case = PeerCase {
+                    way,
+                    size,
+                    batch: 32,
+                };
+                let sample = veth.sample(&case).unwrap();
+                assert!(
+                    sample.timed && sample.frames > 0 && sample.mpps > 0.0,
+                    "{case:?} {sample:?}"
+                );
+                assert!(sample.busy_cores > 0.0 && sample.busy_cores <= 2.0);
+                // So many were there in that time: it was not less than asked for.
+                assert!(sample.frames as f64 / sample.mpps / 1e6 >= 0.05);
+            }
+        }
+        let names = || std::fs::read_dir("/sys/class/net").unwrap();
+        assert!(
+            names().all(|it| it.unwrap().file_name() != "front"),
+            "it is nobody else's"
+        );
+    }
+}
