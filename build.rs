@@ -48,6 +48,9 @@ fn main() {
         .env_remove("RUSTC_WORKSPACE_WRAPPER")
         .env_remove("CARGO_BUILD_RUSTFLAGS")
         .env_remove("RUSTFLAGS")
+        // Nor a profile that is quick to build: without link-time optimisation the guest lacks what unwinding would need.
+        .env_remove("CARGO_PROFILE_RELEASE_LTO")
+        .env_remove("CARGO_PROFILE_RELEASE_CODEGEN_UNITS")
         .env("CARGO_ENCODED_RUSTFLAGS", "-Crelocation-model=static");
     let status = cargo.status().expect("cargo can be started");
     assert!(
