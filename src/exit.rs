@@ -25,7 +25,7 @@ Exit status:
   3      wrong arguments or a configuration that makes no sense
   4      the guest faulted (triple fault) or reset itself
   5      the guest powered off with a code that has a meaning here (1, 3, 4, 5, 128 and above); it is on stderr
-  128+n  ended by signal n (130: Ctrl-C, 143: SIGTERM)
+  128+n  ended by signal n (130: Ctrl-C, 143: SIGTERM; 159, SIGSYS: a system call that a VM has no use for, see run --seccomp)
   other  the code that the guest powered off with (0, 2, 6 to 127 pass unchanged)";
 
 /// An error that decides the exit code by itself. All others are the host's ([`HOST`]).
@@ -102,6 +102,17 @@ pub fn of_process(status: ExitStatus) -> u8 {
     }
 }
 
+/// How a VM's process ended, for people.
+pub fn describe(status: ExitStatus) -> String {
+    use std::os::unix::process::ExitStatusExt;
+    match status.signal() {
+        Some(libc::SIGSYS) => format!(
+            "{status}: a system call that a VM has no use for; run --seccomp log has the kernel say which"
+        ),
+        _ => status.to_string(),
+    }
+}
+
 /// The worse of two exit codes: the host's troubles before the guest's, those before lost frames, and these
 /// before a guest's own code.
 pub fn worse(a: u8, b: u8) -> u8 {
@@ -132,6 +143,16 @@ mod tests {
             assert!(out == code || out == GUEST_CODE);
             assert_eq!(out == OK, code == OK);
         }
+    }
+
+    #[test]
+    fn a_forbidden_system_call_is_told_from_other_signals() {
+        use std::os::unix::process::ExitStatusExt;
+        let forbidden = ExitStatus::from_raw(libc::SIGSYS);
+        assert_eq!(of_process(forbidden), 159);
+        assert!(describe(forbidden).contains("--seccomp log"));
+        let killed = ExitStatus::from_raw(libc::SIGKILL);
+        assert_eq!(describe(killed), killed.to_string());
     }
 
     #[test]

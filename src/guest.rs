@@ -81,7 +81,11 @@ impl Guest {
         let _ = sys::poll(&[process.as_fd()], Some(LAST_WORDS));
         match process.ended() {
             Ok(Some(status)) => {
-                let text = format!("the {name} VM ended ({status}): {}", process.last_words());
+                let text = format!(
+                    "the {name} VM ended ({}): {}",
+                    exit::describe(status),
+                    process.last_words()
+                );
                 match exit::of_process(status) {
                     exit::GUEST => Failure::Guest(text).into(),
                     _ => anyhow!(text),

@@ -8,27 +8,32 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 
-/// The file that `--json` names. It has its name only when it is complete.
+/// The file that `--json` names. A file has its name only when it is complete; what is there and no file (a pipe, /dev/stdout) is written to and stays.
 #[derive(Debug)]
 pub struct JsonFile {
     path: PathBuf,
-    partial: PathBuf,
+    /// What it is called before.
+    partial: Option<PathBuf>,
     file: Option<File>,
 }
 
 impl JsonFile {
     /// Makes sure, before anything is measured, that it can be written.
     pub fn create(path: &Path) -> Result<Self> {
-        let mut partial = OsString::from(path);
-        partial.push(".tmp");
-        let partial = PathBuf::from(partial);
         ensure!(
             !path.is_dir(),
             "--json {}: it is a directory",
             path.display()
         );
-        let file = File::create(&partial)
-            .with_context(|| format!("--json: cannot write {}", partial.display()))?;
+        let special = path.metadata().is_ok_and(|metadata| !metadata.is_file());
+        let partial = (!special).then(|| {
+            let mut partial = OsString::from(path);
+            partial.push(".tmp");
+            PathBuf::from(partial)
+        });
+        let written = partial.as_deref().unwrap_or(path);
+        let file = File::create(written)
+            .with_context(|| format!("--json: cannot write {}", written.display()))?;
         Ok(Self {
             path: path.to_owned(),
             partial,
@@ -46,14 +51,19 @@ impl JsonFile {
             .map_err(std::io::Error::from)
             .and_then(|()| out.write_all(b"\n"))
             .and_then(|()| out.flush())
-            .and_then(|()| std::fs::rename(&self.partial, &self.path))
+            .and_then(|()| match &self.partial {
+                Some(partial) => std::fs::rename(partial, &self.path),
+                None => Ok(()),
+            })
             .with_context(|| format!("--json: cannot write {}", self.path.display()))
     }
 }
 
 impl Drop for JsonFile {
     fn drop(&mut self) {
-        // Gone already where it was renamed.
-        let _ = std::fs::remove_file(&self.partial);
+        if let Some(partial) = &self.partial {
+            // Gone already where it was renamed.
+            let _ = std::fs::remove_file(partial);
+        }
     }
 }

@@ -17,6 +17,7 @@ mod relay;
 mod run;
 mod sys;
 mod tempdir;
+mod top;
 
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -39,6 +40,7 @@ fn main() -> ExitCode {
         Command::Isolation(args) => isolation::run(&args),
         Command::Relay(args) => relay::run(&args),
         Command::Plot(args) => plot::run(&args),
+        Command::Top(args) => top::run(&args),
         Command::Doctor(args) => doctor::run(&args),
     };
     ExitCode::from(result.unwrap_or_else(|error| {

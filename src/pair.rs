@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::os::fd::AsFd;
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
@@ -171,7 +172,11 @@ fn wait(mut vms: [VmProcess; 2], signals: &Signals) -> Result<u8> {
             if let Some(status) = vm.ended()? {
                 *done = true;
                 code = exit::worse(code, exit::of_process(status));
-                log::info!("the {} VM ended: {status}", vm.name());
+                let how = exit::describe(status);
+                match status.signal() {
+                    Some(_) => log::warn!("the {} VM ended: {how}", vm.name()),
+                    None => log::info!("the {} VM ended: {how}", vm.name()),
+                }
                 deadline.get_or_insert_with(|| Instant::now() + LEFT_ALONE);
             }
         }

@@ -269,6 +269,10 @@ fn the_help_names_every_key_and_its_default() {
         "--cmdline",
         "--console",
         "[default: stdio]",
+        "--metrics",
+        "interval=MS",
+        "format=lines|prometheus",
+        "--seccomp",
         "Exit status:",
     ] {
         assert!(help.stdout.contains(key), "no {key} in:\n{}", help.stdout);
@@ -332,6 +336,7 @@ fn every_command_explains_its_flags_and_exit_codes() {
             &["--mode", "--rounds", "--only", "--cores", "--json"],
         ),
         ("plot", &["REPORT.json", "--out", "--html"]),
+        ("top", &["SOCKET"]),
         ("doctor", &["--json"]),
     ];
     for (command, flags) in cases {

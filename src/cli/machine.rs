@@ -11,11 +11,12 @@ use devices::virtio::MAX_QUEUE_SIZE;
 use devices::virtio_iommu::IommuConfig;
 use devices::virtio_net::tap::{Server, TapConfig, is_interface_name};
 use devices::virtio_net::{MAX_QUEUE_PAIRS, NetConfig, RingFeatures};
-use vmm::{Console, HugePages, Kernel, MemoryConfig, VmConfig};
+use vmm::{Console, HugePages, Kernel, MemoryConfig, Seccomp, VmConfig};
 
 use super::keys::{
     FRONT_END_LISTEN, FRONT_END_SOCKET, Key, KeyList, Missing, number, size, switch,
 };
+use super::metrics;
 use crate::exit::{Failure, usage};
 
 static MEMORY: KeyList = KeyList {
@@ -233,6 +234,28 @@ pub enum ConsoleArg {
     Output,
 }
 
+/// How the threads of a VM's process are confined.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum SeccompArg {
+    /// It ends the process (SIGSYS, exit status 159 in a shell); files are closed to it by Landlock, too
+    #[default]
+    On,
+    /// It is carried out and put into the kernel's log
+    Log,
+    /// It is carried out
+    Off,
+}
+
+impl SeccompArg {
+    fn mode(self) -> Seccomp {
+        match self {
+            Self::On => Seccomp::On,
+            Self::Log => Seccomp::Log,
+            Self::Off => Seccomp::Off,
+        }
+    }
+}
+
 /// `run`.
 #[derive(Debug, Args)]
 pub struct RunArgs {
@@ -269,6 +292,12 @@ pub struct RunArgs {
     /// What the serial console is connected to
     #[arg(long, value_enum, default_value = "stdio")]
     pub console: ConsoleArg,
+    #[arg(long, value_name = "FILE|unix:PATH[,KEY=VALUE,…]",
+        help = metrics::METRICS.help("Where all counters go as lines of JSON: a file, or whoever connects to a socket (docs/metrics.md)"))]
+    pub metrics: Option<String>,
+    /// What becomes of a system call that the VM's threads have no use for
+    #[arg(long, value_enum, value_name = "HOW", default_value = "on")]
+    pub seccomp: SeccompArg,
     /// One end of a stream socket, inherited: the control channel
     #[arg(long, value_name = "N", hide = true)]
     pub control_fd: Option<i32>,
@@ -368,7 +397,7 @@ fn role(listen: bool) -> SocketRole {
     }
 }
 
-fn path(text: &str) -> Result<PathBuf, String> {
+pub(super) fn path(text: &str) -> Result<PathBuf, String> {
     // sockaddr_un has 108 bytes, one of them for the end.
     if text.len() > 107 {
         return Err("a socket's path has at most 107 bytes".to_owned());
@@ -591,6 +620,8 @@ impl RunArgs {
                 ConsoleArg::Output => Console::Output,
             },
             control: None,
+            metrics: self.metrics.as_deref().map(metrics::parse).transpose()?,
+            seccomp: self.seccomp.mode(),
             iommu: self.iommu.as_deref().map(iommu).transpose()?,
         })
     }
@@ -807,6 +838,15 @@ mod tests {
                 &["--net", "socket=a,iotlb-timeout=0"],
                 "--net: iotlb-timeout=0: it is a number from 1 to 60000",
             ),
+            (&["--metrics", "unix:"], "--metrics: there has to be FILE"),
+            (&["--metrics", ""], "--metrics: there has to be FILE"),
+            (
+                &["--metrics", "m,format=prometheus"],
+                "--metrics: m: format=prometheus needs unix:PATH",
+            ),
+            (&["--metrics", "m,format=x"], "--metrics: format=x: "),
+            (&["--metrics", "m,interval=9"], "--metrics: interval=9: "),
+            (&["--metrics", "m,x=9"], "--metrics: unknown key 'x'"),
             (&["--iommu", "range=3G"], "--iommu: range=3G: "),
             (&["--iommu", "mappings=0"], "--iommu: mappings=0: "),
             (&["--iommu", "domains=0"], "--iommu: domains=0: "),

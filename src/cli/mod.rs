@@ -6,9 +6,12 @@ pub mod iommu;
 pub mod isolation;
 pub mod keys;
 pub mod machine;
+pub mod metrics;
 pub mod plot;
 pub mod relay;
 pub mod rings;
+
+use std::path::PathBuf;
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use serde::Serialize;
@@ -51,6 +54,9 @@ pub enum Command {
     /// Draw charts (SVG) from a report of `bench --json`
     #[command(after_help = exit::HELP)]
     Plot(plot::PlotArgs),
+    /// Show what running VMs do, from the sockets of their --metrics; once, where stdout is no terminal
+    #[command(after_help = exit::HELP)]
+    Top(TopArgs),
     /// Say what this host is missing or what slows it down, and how to mend it
     #[command(after_help = exit::HELP)]
     Doctor(DoctorArgs),
@@ -185,6 +191,14 @@ pub struct PairArgs {
     pub back: iommu::BackArgs,
     #[command(flatten)]
     pub both: machine::BothArgs,
+}
+
+/// `top`.
+#[derive(Debug, Args)]
+pub struct TopArgs {
+    /// The PATH of each VM's --metrics unix:PATH
+    #[arg(required = true, value_name = "SOCKET")]
+    pub sockets: Vec<PathBuf>,
 }
 
 /// `doctor`.

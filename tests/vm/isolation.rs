@@ -1,17 +1,22 @@
 //! `isolation`: the study and its report.
 
 use std::fs;
+use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::common::{Dir, Running, processes_with, run, tool};
+use crate::common::{Dir, Running, processes_with, tool};
 use crate::machine;
+
+/// How long a study may take: a minute on a quiet machine.
+const STUDY: Duration = Duration::from_secs(300);
 
 /// Runs the study; its report.
 fn isolation(args: &[&str]) -> (i32, Value) {
     let dir = Dir::new();
     let path = dir.file("iso.json");
-    let ended = run(&[&["isolation", "--rounds", "500", "--json", &path], args].concat());
+    let command = ["isolation", "--rounds", "500", "--json", &path];
+    let ended = Running::start(tool(&[&command[..], args].concat())).end_within(STUDY);
     let text = fs::read_to_string(&path).unwrap_or_else(|error| panic!("{error}: {ended:?}"));
     let json: Value = serde_json::from_str(&text).unwrap();
     assert_eq!(json["schema_version"], 1);

@@ -7,7 +7,7 @@ use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -27,10 +27,10 @@ const FRAMES: u64 = 2000;
 const EARLY: u64 = 4;
 
 /// SplitMix64.
-struct Random(u64);
+pub(crate) struct Random(pub(crate) u64);
 
 impl Random {
-    fn below(&mut self, bound: u64) -> u64 {
+    pub(crate) fn below(&mut self, bound: u64) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let z = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         let z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
@@ -42,7 +42,7 @@ impl Random {
     }
 }
 
-fn seed() -> u64 {
+pub(crate) fn seed() -> u64 {
     match std::env::var("VHOST_PCI_SEED") {
         Ok(text) => text.parse().expect("VHOST_PCI_SEED is a number"),
         Err(_) => {
@@ -53,7 +53,7 @@ fn seed() -> u64 {
 }
 
 /// A VM that is driven over its control channel. Dropping it kills it.
-struct Vm {
+pub(crate) struct Vm {
     child: Child,
     commands: UnixStream,
     records: Receiver<Value>,
@@ -105,14 +105,14 @@ impl Vm {
         }
     }
 
-    fn send(&mut self, command: &str) {
+    pub(crate) fn send(&mut self, command: &str) {
         // A VM that is being killed may not take it any more.
         let _ = self.commands.write_all(format!("{command}\n").as_bytes());
     }
 
     /// The next record of one of these names that is about this run, if it says of which it is.
     #[track_caller]
-    fn record(&mut self, names: &[&str], id: Option<u64>) -> Value {
+    pub(crate) fn record(&mut self, names: &[&str], id: Option<u64>) -> Value {
         let end = Instant::now() + SOON;
         loop {
             let left = end.saturating_duration_since(Instant::now());
@@ -132,10 +132,19 @@ impl Vm {
     }
 
     /// What it said so far.
-    fn log(&mut self) -> &str {
+    pub(crate) fn log(&mut self) -> &str {
         self.log
             .extend(self.messages.try_iter().map(|line| line + "\n"));
         &self.log
+    }
+
+    /// Ends it in good order.
+    pub(crate) fn end(&mut self) {
+        let pid = self.child.id().to_string();
+        let term = Command::new("kill").args(["-s", "TERM", &pid]).status();
+        assert!(term.unwrap().success());
+        let status = self.child.wait().unwrap();
+        assert_eq!(status.code(), Some(143), "{}", self.log());
     }
 
     fn kill(mut self) {
@@ -144,7 +153,7 @@ impl Vm {
     }
 
     /// What it has of the host.
-    fn holdings(&self) -> Holdings {
+    pub(crate) fn holdings(&self) -> Holdings {
         let proc = |name: &str| format!("/proc/{}/{name}", self.child.id());
         let status = fs::read_to_string(proc("status")).unwrap();
         let field = |name: &str| {
@@ -170,7 +179,7 @@ impl Drop for Vm {
 
 /// What a process has of the host: KiB, and numbers.
 #[derive(Clone, Copy, Debug)]
-struct Holdings {
+pub(crate) struct Holdings {
     resident: u64,
     size: u64,
     maps: usize,
@@ -181,7 +190,7 @@ impl Holdings {
     /// Memory of a guest that it touches for the first time, and what an allocator keeps, may come on top: 2 MiB and 4 mappings. What a
     /// connection leaves behind would come once for each of a dozen: memory is 64 MiB, and of descriptors none may be left at all.
     #[track_caller]
-    fn expect_no_more_than(&self, before: &Self, what: &str) {
+    pub(crate) fn expect_no_more_than(&self, before: &Self, what: &str) {
         assert!(
             self.resident <= before.resident + (2 << 10)
                 && self.size <= before.size + (2 << 10)
@@ -194,9 +203,9 @@ impl Holdings {
 
 /// Which rings and windows.
 #[derive(Clone, Copy, Debug)]
-struct Kind {
-    packed: bool,
-    iommu: bool,
+pub(crate) struct Kind {
+    pub(crate) packed: bool,
+    pub(crate) iommu: bool,
 }
 
 /// Guests poll in some runs and sleep in others, so that notifications count, too.
@@ -205,17 +214,17 @@ fn mode(id: u64) -> &'static str {
 }
 
 /// One VM that lives on, and its peers, which do not.
-struct Life {
-    kind: Kind,
+pub(crate) struct Life {
+    pub(crate) kind: Kind,
     /// The front-end is killed, not the back-end.
-    kills_front: bool,
+    pub(crate) kills_front: bool,
     /// The front-end listens, not the back-end.
-    front_listens: bool,
-    socket: String,
+    pub(crate) front_listens: bool,
+    pub(crate) socket: String,
 }
 
 impl Life {
-    fn start(&self, front: bool) -> Vm {
+    pub(crate) fn start(&self, front: bool) -> Vm {
         let listens = if front == self.front_listens {
             "on"
         } else {
@@ -237,7 +246,7 @@ impl Life {
 
     /// Frames flow both ways, and arrive all, once, whole and in order. A run that began before an end had seen the new connection is tried again.
     #[track_caller]
-    fn expect_traffic(&self, vms: [&mut Vm; 2], id: &mut u64, what: &str) {
+    pub(crate) fn expect_traffic(&self, vms: [&mut Vm; 2], id: &mut u64, what: &str) {
         let [survivor, victim] = vms;
         let start = Instant::now();
         loop {

@@ -16,6 +16,7 @@ use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use log::{debug, warn};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::metrics::Reports;
 use crate::serial::{Output, Uart};
 use crate::signals::wait_writable;
 use crate::sys::{context, lock};
@@ -141,12 +142,18 @@ impl Outbox {
     }
 }
 
-/// What COM2's UART writes to; without a socket, nothing.
-pub(crate) struct ControlOutput(pub(crate) Option<Arc<Outbox>>);
+/// What COM2's UART writes to; without a socket and somebody who reads the guest's reports, nothing.
+pub(crate) struct ControlOutput {
+    pub(crate) outbox: Option<Arc<Outbox>>,
+    pub(crate) reports: Option<Arc<Reports>>,
+}
 
 impl Write for ControlOutput {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if let Some(outbox) = &self.0 {
+        if let Some(reports) = &self.reports {
+            reports.take(bytes);
+        }
+        if let Some(outbox) = &self.outbox {
             bytes.iter().for_each(|byte| outbox.guest_byte(*byte));
         }
         Ok(bytes.len())
@@ -159,7 +166,7 @@ impl Write for ControlOutput {
 
 impl Output for ControlOutput {
     fn has_room(&self) -> bool {
-        self.0.as_ref().is_none_or(|outbox| {
+        self.outbox.as_ref().is_none_or(|outbox| {
             let state = lock(&outbox.state);
             state.closed || state.ready.len() + LINE_LIMIT <= OUTPUT_LIMIT
         })

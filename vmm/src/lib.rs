@@ -13,7 +13,9 @@ mod host;
 mod interrupts;
 mod layout;
 mod memory;
+mod metrics;
 mod run;
+mod sandbox;
 mod serial;
 mod signals;
 mod slots;
@@ -41,7 +43,9 @@ pub use boot::{Error as BootError, Kernel};
 pub use bus::POWER_OFF_PORT;
 pub use host::Error as MachineError;
 pub use memory::{Error as MemoryError, HugePages, MemoryConfig};
+pub use metrics::{MetricsConfig, MetricsTarget};
 pub use run::run;
+pub use sandbox::Seccomp;
 pub use vcpu::{Fault, MAX_VCPUS};
 
 /// A VM, as the user wants it.
@@ -72,6 +76,10 @@ pub struct VmConfig {
     pub console: Console,
     /// One end of a stream socket that is COM2: the control channel. The VMM answers the lines that begin with `vmm`.
     pub control: Option<OwnedFd>,
+    /// Who gets to know what it does, and how often.
+    pub metrics: Option<MetricsConfig>,
+    /// What becomes of system calls that its threads have no use for.
+    pub seccomp: Seccomp,
 }
 
 /// What the console (COM1) is connected to.

@@ -10,14 +10,16 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc;
 use std::thread::{self, JoinHandle};
+use std::time::Instant;
 
 use devices::host::Host;
 use devices::pci::PciRoot;
-use devices::vhost_pci::VhostPci;
+use devices::vhost_pci::{VhostPci, VhostPciConfig};
+use devices::vhost_user::SocketRole;
 use devices::virtio::{VirtioDevice, VirtioPci};
 use devices::virtio_iommu::{Endpoint, IommuConfig, VirtioIommu};
-use devices::virtio_net::VirtioNet;
 use devices::virtio_net::tap::TapNet;
+use devices::virtio_net::{NetConfig, VirtioNet};
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use log::{debug, info, warn};
 
@@ -29,6 +31,8 @@ use crate::control::{Control, ControlOutput, Outbox, Stats};
 use crate::host::{Machine, open_kvm};
 use crate::layout;
 use crate::memory::Memory;
+use crate::metrics::{Group, Reports, Server, Sources};
+use crate::sandbox::Thread;
 use crate::serial::{COM1_IRQ, COM2_IRQ, Uart, line};
 use crate::signals::{Signals, wait_readable};
 use crate::stats::VcpuStats;
@@ -47,6 +51,8 @@ type Subscriber = Box<dyn MutEventSubscriber + Send>;
 pub fn run(config: VmConfig) -> Result<Outcome, Error> {
     check(&config)?;
     let signals = Signals::block()?;
+    let seccomp = config.seccomp;
+    seccomp.prepare();
     let stop = Arc::new(Stop::new()?);
 
     let kvm_fd = open_kvm()?;
@@ -59,7 +65,13 @@ pub fn run(config: VmConfig) -> Result<Outcome, Error> {
     let vm = machine.vm();
     let com1 = Uart::new(line(vm, COM1_IRQ)?, ConsoleOutput(Arc::clone(&stop)))?;
     let outbox = config.control.map(Outbox::new).transpose()?;
-    let com2 = Uart::new(line(vm, COM2_IRQ)?, ControlOutput(outbox.clone()))?;
+    let metrics = config.metrics.as_ref().map(Server::open).transpose()?;
+    let reports = metrics.as_ref().map(|_| Arc::new(Reports::default()));
+    let control_output = ControlOutput {
+        outbox: outbox.clone(),
+        reports: reports.clone(),
+    };
+    let com2 = Uart::new(line(vm, COM2_IRQ)?, control_output)?;
     let bus = Arc::new(Bus {
         pci: Arc::clone(&pci),
         com1: Arc::new(com1),
@@ -98,7 +110,12 @@ pub fn run(config: VmConfig) -> Result<Outcome, Error> {
         boot::set_registers(first, entry)?;
     }
 
-    let vcpus = Vcpus::spawn(vcpus, &config.affinity, &bus, &machine, &stop)?;
+    // Everything is open from here on. The threads inherit it.
+    let metrics_socket = config.metrics.as_ref().and_then(|m| m.target.socket());
+    let mut sockets = listening(&config.net, &config.vhost_pci);
+    sockets.extend(metrics_socket.cloned());
+    seccomp.close_files(&sockets)?;
+    let vcpus = Vcpus::spawn(vcpus, &config.affinity, &bus, &machine, &stop, seccomp)?;
     let terminal = if config.console == Console::Stdio {
         let terminal = RawTerminal::new()?;
         subscribers.push(Box::new(Stdin::new(
@@ -110,6 +127,12 @@ pub fn run(config: VmConfig) -> Result<Outcome, Error> {
     } else {
         None
     };
+    let metrics_sources = reports.map(|guest| Sources {
+        vcpus: stats.clone(),
+        devices: groups(devices.clone()),
+        guest,
+        started: Instant::now(),
+    });
     if let Some(outbox) = &outbox {
         let stats = stats_record(stats, devices.clone());
         subscribers.push(Box::new(Control::new(
@@ -118,14 +141,23 @@ pub fn run(config: VmConfig) -> Result<Outcome, Error> {
             stats,
         )));
     }
-    let device_thread = DeviceThread::spawn("devices".into(), subscribers, &stop)?;
+    let device_thread = DeviceThread::spawn("devices".into(), subscribers, &stop, move || {
+        seccomp.enter(Thread::Devices)
+    })?;
     let mut tap_threads = Vec::new();
     for tap in &devices.taps {
         let name = tap.socket.display().to_string();
         let subscribers = vec![tap.device.subscriber()];
-        tap_threads.push(DeviceThread::spawn(name, subscribers, &stop)?);
+        tap_threads.push(DeviceThread::spawn(name, subscribers, &stop, move || {
+            seccomp.enter(Thread::Tap)
+        })?);
     }
 
+    let metrics = metrics.zip(metrics_sources);
+    let metrics = metrics
+        .map(|(opened, sources)| Server::spawn(opened, sources, &stop, seccomp))
+        .transpose()?;
+    seccomp.enter(Thread::Main)?;
     let result = supervise(&stop, &signals, &devices, || {
         let translated = plug(&machine, &pci, &devices)?;
         let description = Description {
@@ -143,12 +175,23 @@ pub fn run(config: VmConfig) -> Result<Outcome, Error> {
     drop(vcpus);
     drop(device_thread);
     drop(tap_threads);
+    drop(metrics);
     if let Some(outbox) = outbox {
         outbox.finish();
     }
     drop(terminal);
     stop.take()
         .unwrap_or_else(|| Err(Error::DeviceThread("without a reason".into())))
+}
+
+/// The sockets that are the VM's to remove.
+fn listening(net: &[NetConfig], vhost_pci: &[VhostPciConfig]) -> Vec<PathBuf> {
+    let net = net.iter().map(|net| (net.role, &net.socket));
+    let vhost_pci = vhost_pci.iter().map(|v| (v.role, &v.socket));
+    net.chain(vhost_pci)
+        .filter(|(role, _)| *role == SocketRole::Listen)
+        .map(|(_, socket)| socket.clone())
+        .collect()
 }
 
 /// Waits for the back-ends, lets the guest run with `start`, and returns when the VM has been told to end.
@@ -352,7 +395,8 @@ fn stats_record(vcpus: Vec<Arc<VcpuStats>>, devices: Devices) -> Stats {
         let vcpus: Vec<String> = vcpus.iter().map(|v| v.to_json()).collect();
         let mut record = format!("\"vcpus\":[{}]", vcpus.join(","));
         if let Some(iommu) = &devices.iommu {
-            record += &format!(",\"iommu\":{}", iommu_counters(&iommu.stats()));
+            let counters = std::iter::once(iommu_counters(&iommu.stats()));
+            record += &format!(",\"iommu\":{}", object(counters));
         }
         if !devices.net.is_empty() {
             let all = devices
@@ -373,6 +417,60 @@ fn stats_record(vcpus: Vec<Arc<VcpuStats>>, devices: Devices) -> Stats {
     })
 }
 
+/// What is counted of each device, for `--metrics`.
+fn groups(devices: Devices) -> Box<dyn Fn() -> Vec<Group> + Send> {
+    Box::new(move || {
+        let gauges = ["windows", "mappings"];
+        let group = |kind, name: Option<&PathBuf>, all: &[(&'static str, u64)]| {
+            let (gauges, counters) = all.iter().partition(|(name, _)| gauges.contains(name));
+            Group {
+                kind,
+                name: name
+                    .map(|name| name.display().to_string())
+                    .unwrap_or_default(),
+                counters,
+                gauges,
+                times: Vec::new(),
+            }
+        };
+        let iommu = devices.iommu.iter();
+        let mut all: Vec<Group> = iommu
+            .map(|iommu| group("iommu", None, &iommu_counters(&iommu.stats())))
+            .collect();
+        for net in &devices.net {
+            all.push(group(
+                "net",
+                Some(&net.socket),
+                &net_counters(&net.device.stats()),
+            ));
+        }
+        for tap in &devices.taps {
+            all.push(group(
+                "tap",
+                Some(&tap.socket),
+                &tap_counters(&tap.device.stats()),
+            ));
+        }
+        for window in &devices.vhost_pci {
+            let stats = window.device.stats();
+            let times = vec![("map", stats.map), ("unmap", stats.unmap)];
+            let of_connection = [
+                ("messages_to_guest", stats.messages_to_guest),
+                ("messages_to_peer", stats.messages_to_peer),
+                ("dropped", stats.dropped),
+                ("connections", stats.connections),
+                ("peer_faults", stats.peer_faults),
+            ];
+            let counters = [&window_counters(&stats)[..], &of_connection].concat();
+            all.push(Group {
+                times,
+                ..group("window", Some(&window.socket), &counters)
+            });
+        }
+        all
+    })
+}
+
 /// The sums of counters of the same names as a JSON object.
 fn object<const N: usize>(all: impl Iterator<Item = [(&'static str, u64); N]>) -> String {
     let sums = all.reduce(|mut sums, counters| {
@@ -386,8 +484,8 @@ fn object<const N: usize>(all: impl Iterator<Item = [(&'static str, u64); N]>) -
     format!("{{{}}}", fields.join(","))
 }
 
-fn iommu_counters(stats: &devices::virtio_iommu::Stats) -> String {
-    object(std::iter::once([
+fn iommu_counters(stats: &devices::virtio_iommu::Stats) -> [(&'static str, u64); 17] {
+    [
         ("attach", stats.attach),
         ("detach", stats.detach),
         ("map", stats.map),
@@ -405,7 +503,7 @@ fn iommu_counters(stats: &devices::virtio_iommu::Stats) -> String {
         ("unmaps", stats.unmap_time.count),
         ("unmap_ns", stats.unmap_time.total_ns),
         ("unmap_waiting_ns", stats.unmap_time.waiting_ns),
-    ]))
+    ]
 }
 
 fn net_counters(stats: &devices::virtio_net::Stats) -> [(&'static str, u64); 9] {
@@ -440,10 +538,10 @@ fn window_counters(stats: &devices::vhost_pci::Stats) -> [(&'static str, u64); 1
         ("updates", stats.updates),
         ("invalidates", stats.invalidates),
         ("windows", stats.windows),
-        ("maps", stats.maps),
-        ("map_ns", stats.map_ns),
-        ("unmaps", stats.unmaps),
-        ("unmap_ns", stats.unmap_ns),
+        ("maps", stats.map.count()),
+        ("map_ns", stats.map.total_ns),
+        ("unmaps", stats.unmap.count()),
+        ("unmap_ns", stats.unmap.total_ns),
     ]
 }
 
@@ -454,15 +552,22 @@ struct DeviceThread {
 }
 
 impl DeviceThread {
-    fn spawn(name: String, subscribers: Vec<Subscriber>, stop: &Arc<Stop>) -> Result<Self, Error> {
+    /// It calls `confine` when it has what it needs.
+    fn spawn(
+        name: String,
+        subscribers: Vec<Subscriber>,
+        stop: &Arc<Stop>,
+        confine: impl FnOnce() -> io::Result<()> + Send + 'static,
+    ) -> Result<Self, Error> {
         let in_thread = Arc::clone(stop);
         let (set_up, was_set_up) = mpsc::channel();
         let handle = thread::Builder::new()
             .name(name)
             .spawn(move || {
                 prefer_soon();
-                let result =
-                    catch_unwind(AssertUnwindSafe(|| serve(subscribers, &in_thread, &set_up)));
+                let result = catch_unwind(AssertUnwindSafe(|| {
+                    serve(subscribers, &in_thread, &set_up, confine)
+                }));
                 let why = match result {
                     Ok(Ok(())) => return,
                     Ok(Err(error)) => error.to_string(),
@@ -532,15 +637,18 @@ fn serve(
     subscribers: Vec<Subscriber>,
     stop: &Arc<Stop>,
     set_up: &mpsc::Sender<()>,
-) -> Result<(), event_manager::Error> {
-    let mut manager: EventManager<Subscriber> = EventManager::new()?;
+    confine: impl FnOnce() -> io::Result<()>,
+) -> io::Result<()> {
+    let failed = |e| context("epoll", io::Error::other(e));
+    let mut manager: EventManager<Subscriber> = EventManager::new().map_err(failed)?;
     for subscriber in subscribers {
         manager.add_subscriber(subscriber);
     }
     manager.add_subscriber(Box::new(StopWatch(Arc::clone(stop))));
+    confine()?;
     let _ = set_up.send(());
     while !stop.requested() {
-        manager.run()?;
+        manager.run().map_err(failed)?;
     }
     Ok(())
 }

@@ -44,6 +44,20 @@ pub(crate) struct Exits {
     pub(crate) other: Counter,
 }
 
+impl Exits {
+    /// All of them, by reason.
+    pub(crate) fn all(&self) -> [(&'static str, u64); 6] {
+        [
+            ("io_in", self.io_in.get()),
+            ("io_out", self.io_out.get()),
+            ("mmio_read", self.mmio_read.get()),
+            ("mmio_write", self.mmio_write.get()),
+            ("refused", self.refused.get()),
+            ("other", self.other.get()),
+        ]
+    }
+}
+
 /// What is known of a vCPU from outside.
 #[derive(Default)]
 pub(crate) struct VcpuStats {
@@ -60,27 +74,21 @@ impl VcpuStats {
         }
     }
 
+    /// The kernel's counters, where it has them.
+    pub(crate) fn kernel(&self) -> Vec<(String, u64)> {
+        let file = self.kernel.as_ref();
+        file.and_then(|file| read(file).ok()).unwrap_or_default()
+    }
+
     /// As a JSON object.
     pub(crate) fn to_json(&self) -> String {
-        let exits = &self.exits;
-        let kernel = self
-            .kernel
-            .as_ref()
-            .and_then(|file| read(file).ok())
-            .unwrap_or_default();
-        let kernel: Vec<String> = kernel
-            .iter()
-            .map(|(name, value)| format!("\"{name}\":{value}"))
-            .collect();
+        let field = |name: &str, value: u64| format!("\"{name}\":{value}");
+        let exits = self.exits.all().map(|(name, value)| field(name, value));
+        let kernel: Vec<String> = self.kernel().iter().map(|(n, v)| field(n, *v)).collect();
         format!(
-            "{{\"tid\":{},\"exits\":{{\"io_in\":{},\"io_out\":{},\"mmio_read\":{},\"mmio_write\":{},\"refused\":{},\"other\":{}}},\"kvm\":{{{}}}}}",
+            "{{\"tid\":{},\"exits\":{{{}}},\"kvm\":{{{}}}}}",
             self.tid.load(Ordering::Relaxed),
-            exits.io_in.get(),
-            exits.io_out.get(),
-            exits.mmio_read.get(),
-            exits.mmio_write.get(),
-            exits.refused.get(),
-            exits.other.get(),
+            exits.join(","),
             kernel.join(","),
         )
     }

@@ -14,7 +14,7 @@ use devices::virtio_iommu::IommuConfig;
 use devices::virtio_net::{DEFAULT_IOTLB_TIMEOUT, NetConfig, RingFeatures};
 
 use crate::testing::{self, image, ram};
-use crate::{Console, Error, Fault, Kernel, Outcome, VmConfig, run};
+use crate::{Console, Error, Fault, Kernel, Outcome, Seccomp, VmConfig, run};
 
 fn config(kernel: Kernel) -> VmConfig {
     // A clear line where there is no KVM.
@@ -32,6 +32,9 @@ fn config(kernel: Kernel) -> VmConfig {
         iommu: None,
         console: Console::Output,
         control: None,
+        metrics: None,
+        // It would stay on the test's thread.
+        seccomp: Seccomp::Off,
     }
 }
 

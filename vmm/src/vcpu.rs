@@ -19,6 +19,7 @@ use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 use self::refused::{Mmio, Next, Refused};
 use crate::bus::Bus;
 use crate::host::Machine;
+use crate::sandbox::{self, Seccomp};
 use crate::stats::VcpuStats;
 use crate::stop::Stop;
 use crate::sys::{context, kvm};
@@ -240,6 +241,7 @@ impl Vcpus {
         bus: &Arc<Bus>,
         machine: &Machine,
         stop: &Arc<Stop>,
+        seccomp: Seccomp,
     ) -> Result<Self, Error> {
         static HANDLER: Once = Once::new();
         let mut registered = Ok(());
@@ -253,7 +255,7 @@ impl Vcpus {
             let core = affinity.get(id).copied();
             let immediate_exit = ImmediateExit(&raw mut vcpu.get_kvm_run().immediate_exit);
             let (start, started) = mpsc::channel();
-            let (pinned, was_pinned) = mpsc::channel();
+            let (ready, was_ready) = mpsc::channel();
             let thread = Thread {
                 id,
                 vcpu,
@@ -264,29 +266,20 @@ impl Vcpus {
             };
             let handle = thread::Builder::new()
                 .name(format!("vcpu{id}"))
-                .spawn(move || thread.main(core, &pinned, &started))
+                .spawn(move || {
+                    let _ = ready.send(thread.prepare(core, seccomp));
+                    thread.main(&started)
+                })
                 .map_err(|e| Error::System(context("a vCPU's thread", e)))?;
             all.threads.push(VcpuThread {
                 handle,
                 immediate_exit,
                 start: Some(start),
             });
-            match was_pinned.recv() {
-                Ok(Ok(())) => {}
-                Ok(Err(source)) => {
-                    return Err(Error::Affinity {
-                        vcpu: id,
-                        core: core.unwrap_or(0),
-                        source,
-                    });
-                }
-                Err(_) => {
-                    return Err(Error::Vcpu {
-                        id,
-                        fault: Fault::Panic,
-                    });
-                }
-            }
+            was_ready.recv().unwrap_or(Err(Error::Vcpu {
+                id,
+                fault: Fault::Panic,
+            }))?;
         }
         Ok(all)
     }
@@ -330,17 +323,22 @@ struct Thread {
 }
 
 impl Thread {
-    fn main(
-        mut self,
-        core: Option<usize>,
-        pinned: &Sender<io::Result<()>>,
-        started: &Receiver<()>,
-    ) -> VcpuFd {
+    /// Goes to its core and gives up what it does not need.
+    fn prepare(&self, core: Option<usize>, seccomp: Seccomp) -> Result<(), Error> {
         // SAFETY: a call without arguments.
-        self.stats
-            .tid
-            .store(unsafe { libc::gettid() }, Ordering::Relaxed);
-        let _ = pinned.send(core.map_or(Ok(()), pin));
+        let tid = unsafe { libc::gettid() };
+        self.stats.tid.store(tid, Ordering::Relaxed);
+        if let Some(core) = core {
+            pin(core).map_err(|source| Error::Affinity {
+                vcpu: self.id,
+                core,
+                source,
+            })?;
+        }
+        Ok(seccomp.enter(sandbox::Thread::Vcpu)?)
+    }
+
+    fn main(mut self, started: &Receiver<()>) -> VcpuFd {
         if started.recv().is_ok() {
             let result = catch_unwind(AssertUnwindSafe(|| self.run())).unwrap_or(Err(Fault::Panic));
             match result {

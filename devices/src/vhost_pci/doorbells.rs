@@ -2,13 +2,12 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Instant;
 
 use super::backend::{Line, Machine};
 use super::misses::Channel;
-use super::{FIRST_SPECIAL, Shared, count};
+use super::{FIRST_SPECIAL, Shared};
 use crate::host::{Permission, SharedRegion, Window};
 use crate::virtio::{Transport, event};
 
@@ -80,7 +79,7 @@ impl Machine for Plumbing {
         let since = Instant::now();
         let result = self.window.map(offset, region, permission);
         let counters = &self.shared.counters;
-        took(since, &counters.maps, &counters.map_ns);
+        counters.map.add(since.elapsed());
         result
     }
 
@@ -88,7 +87,7 @@ impl Machine for Plumbing {
         let since = Instant::now();
         let result = self.window.unmap(offset, len);
         let counters = &self.shared.counters;
-        took(since, &counters.unmaps, &counters.unmap_ns);
+        counters.unmap.add(since.elapsed());
         result
     }
 
@@ -105,11 +104,4 @@ impl Machine for Plumbing {
         self.channel = Some(Channel::new(socket)?);
         Ok(())
     }
-}
-
-/// One more of these, and how long it took.
-fn took(since: Instant, calls: &AtomicU64, nanoseconds: &AtomicU64) {
-    count(calls);
-    let ns = u64::try_from(since.elapsed().as_nanos()).unwrap_or(u64::MAX);
-    nanoseconds.fetch_add(ns, Ordering::Relaxed);
 }

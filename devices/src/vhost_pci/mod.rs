@@ -31,6 +31,7 @@ use log::info;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::host::{Access, Files, Host, Window};
+use crate::latency::{Latencies, Latency};
 use crate::vhost_user::{Socket, SocketError, SocketRole};
 use crate::virtio::{
     Activation, F_ACCESS_PLATFORM, SpecialQueues, Transport, VirtioDevice, copy_config, event,
@@ -112,13 +113,9 @@ pub struct Stats {
     /// Translations that there are now.
     pub windows: u64,
     /// Calls of `Window::map`, for translations and memory tables.
-    pub maps: u64,
-    /// Nanoseconds that those took in all.
-    pub map_ns: u64,
+    pub map: Latencies,
     /// Calls of `Window::unmap`.
-    pub unmaps: u64,
-    /// Nanoseconds that those took in all.
-    pub unmap_ns: u64,
+    pub unmap: Latencies,
     /// Messages put on `rxq`.
     pub messages_to_guest: u64,
     /// Messages sent to front-ends, the device's own answers included.
@@ -140,10 +137,8 @@ struct Counters {
     updates: AtomicU64,
     invalidates: AtomicU64,
     windows: AtomicU64,
-    maps: AtomicU64,
-    map_ns: AtomicU64,
-    unmaps: AtomicU64,
-    unmap_ns: AtomicU64,
+    map: Latency,
+    unmap: Latency,
     messages_to_guest: AtomicU64,
     messages_to_peer: AtomicU64,
     dropped: AtomicU64,
@@ -294,10 +289,8 @@ impl VhostPci {
             updates: read(&counters.updates),
             invalidates: read(&counters.invalidates),
             windows: read(&counters.windows),
-            maps: read(&counters.maps),
-            map_ns: read(&counters.map_ns),
-            unmaps: read(&counters.unmaps),
-            unmap_ns: read(&counters.unmap_ns),
+            map: counters.map.read(),
+            unmap: counters.unmap.read(),
             messages_to_guest: read(&counters.messages_to_guest),
             messages_to_peer: read(&counters.messages_to_peer),
             dropped: read(&counters.dropped),

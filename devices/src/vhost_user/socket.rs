@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use thiserror::Error;
@@ -99,6 +99,22 @@ impl Socket {
             Ok(stream) => Connection::new(stream).map(Some).map_err(error),
             Err(source) if nobody(&source) => Ok(None),
             Err(source) => Err(error(source)),
+        }
+    }
+
+    /// Accepts whoever waits, as [`SocketRole::Listen`]; `None` where there is nobody.
+    pub fn accept(&self) -> Result<Option<UnixStream>, Error> {
+        let Some(listener) = &self.listener else {
+            return Ok(None);
+        };
+        match listener.socket.accept() {
+            Ok((stream, _)) => Ok(Some(stream)),
+            Err(source) if nobody(&source) => Ok(None),
+            Err(source) => Err(Error::Io {
+                path: self.path.clone(),
+                action: "accept",
+                source,
+            }),
         }
     }
 

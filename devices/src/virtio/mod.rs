@@ -7,7 +7,8 @@
 mod common;
 mod control_queue;
 pub mod event;
-#[cfg(test)]
+#[cfg(any(test, feature = "fuzzing"))]
+#[cfg_attr(not(test), allow(dead_code))] // the fuzz bodies use a part of it
 pub(crate) mod harness;
 mod memory;
 mod pci;

@@ -196,3 +196,43 @@ fn a_command_line_that_cannot_be_handed_over_is_refused() {
         Err(Error::Cmdline { .. })
     ));
 }
+
+/// SplitMix64.
+fn next(state: &mut u64) -> u64 {
+    *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let z = (*state ^ *state >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ z >> 31
+}
+
+#[test]
+fn a_kernel_file_with_any_bytes_in_its_headers_is_loaded_into_ram_or_refused() {
+    let memory = memory();
+    let mut state = 0x6b65_726e_656c;
+    let mut loaded = 0;
+    for n in 0..4000 {
+        let mut bytes = if n % 2 == 0 {
+            elf(b"\xF4code")
+        } else {
+            bzimage()
+        };
+        // Both headers lie in the first kilobyte.
+        let headers = bytes.len().min(0x280);
+        for _ in 0..1 + next(&mut state) % 6 {
+            let at = usize::try_from(next(&mut state)).unwrap() % headers;
+            bytes[at] = match next(&mut state) % 4 {
+                0 => 0,
+                1 => 0xFF,
+                _ => next(&mut state).to_le_bytes()[0],
+            };
+        }
+        if next(&mut state).is_multiple_of(8) {
+            bytes.truncate(usize::try_from(next(&mut state)).unwrap() % bytes.len());
+        }
+        let kernel = Kernel::Image(bytes.leak());
+        if load(&memory, RAM, &kernel, None, "x").is_ok() {
+            loaded += 1;
+        }
+    }
+    assert!(loaded > 0, "every file was refused");
+}

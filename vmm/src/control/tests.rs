@@ -9,8 +9,15 @@ fn outbox() -> (Arc<Outbox>, UnixStream) {
     (Outbox::new(ours.into()).unwrap(), theirs)
 }
 
+fn output(outbox: Arc<Outbox>) -> ControlOutput {
+    ControlOutput {
+        outbox: Some(outbox),
+        reports: None,
+    }
+}
+
 fn write(outbox: &Arc<Outbox>, text: &str) {
-    ControlOutput(Some(Arc::clone(outbox)))
+    output(Arc::clone(outbox))
         .write_all(text.as_bytes())
         .unwrap();
 }
@@ -52,13 +59,13 @@ fn an_overlong_line_of_the_guest_is_replaced_by_an_error_record() {
 fn a_socket_that_nobody_reads_stops_the_guest_and_costs_bounded_memory() {
     let (outbox, _socket) = outbox();
     let line = "y".repeat(999) + "\n";
-    let output = ControlOutput(Some(Arc::clone(&outbox)));
-    assert!(output.has_room());
+    let control = output(Arc::clone(&outbox));
+    assert!(control.has_room());
     for _ in 0..3000 {
         write(&outbox, &line);
         outbox.flush();
     }
-    assert!(!output.has_room());
+    assert!(!control.has_room());
     assert!(lock(&outbox.state).ready.len() <= OUTPUT_LIMIT);
 }
 
@@ -70,7 +77,7 @@ fn a_socket_that_was_closed_takes_everything_and_keeps_nothing() {
     assert!(!outbox.flush());
     write(&outbox, "two\n");
     assert!(lock(&outbox.state).ready.is_empty());
-    assert!(ControlOutput(Some(outbox)).has_room());
+    assert!(output(outbox).has_room());
 }
 
 #[test]

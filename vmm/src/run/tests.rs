@@ -7,6 +7,7 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::tempdir::TempDir;
 
 use super::*;
+use crate::Seccomp;
 use crate::testing::{self, image, ram};
 
 /// A VM with an IOMMU and two devices behind it.
@@ -33,6 +34,9 @@ fn config(directory: &TempDir, iommu: IommuConfig) -> VmConfig {
         iommu: Some(iommu),
         console: Console::Output,
         control: None,
+        metrics: None,
+        // It would stay on the test's thread.
+        seccomp: Seccomp::Off,
     }
 }
 

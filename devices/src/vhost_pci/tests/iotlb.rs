@@ -137,7 +137,7 @@ fn the_table_shows_nothing_and_a_translation_shows_its_range_with_its_permission
     ];
     assert_eq!(rig.window().details(), expected);
     let stats = rig.device.stats();
-    assert_eq!((stats.updates, stats.windows, stats.maps), (3, 3, 3));
+    assert_eq!((stats.updates, stats.windows, stats.map.count()), (3, 3, 3));
 }
 
 #[test]

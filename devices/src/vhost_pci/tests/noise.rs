@@ -171,8 +171,8 @@ fn whatever_a_front_end_says_it_leaves_nothing_behind() {
     assert_eq!(stats.connections, CONNECTIONS);
     let depth = [
         stats.peer_faults,
-        stats.maps,
-        stats.unmaps,
+        stats.map.count(),
+        stats.unmap.count(),
         stats.updates,
         stats.invalidates,
         stats.misses,
