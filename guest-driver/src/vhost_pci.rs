@@ -230,11 +230,21 @@ impl VhostPci {
     /// Sets the device up and starts it; from then on [`VhostPci::service`] has to be called when there are interrupts, or often.
     ///
     /// `memory` is how the driver reaches the memory that [`Platform::dma`] gives, by device address.
-    #[allow(unsafe_code)] // one block: the window becomes memory that rings can lie in
     pub fn new<P: Platform>(
         platform: &P,
         function: Function,
         memory: Linear,
+    ) -> Result<Self, Error> {
+        Self::with_pairs(platform, function, memory, MAX_PAIRS)
+    }
+
+    /// The same for who serves no more than `most` queue pairs, which is at least one: the front-end is told so.
+    #[allow(unsafe_code)] // one block: the window becomes memory that rings can lie in
+    pub fn with_pairs<P: Platform>(
+        platform: &P,
+        function: Function,
+        memory: Linear,
+        most: usize,
     ) -> Result<Self, Error> {
         let transport = Transport::new(platform, function)?;
         transport.negotiate(|offered| {
@@ -253,6 +263,7 @@ impl VhostPci {
         let txq = Control::new(platform, &transport, memory, TXQ, TX_STRIDE)?;
         let vrings = transport.device().read_u32(CONFIG_MAX_QUEUES);
         let pairs = usize::try_from(vrings).map_or(MAX_PAIRS, |n| (n / 2).min(MAX_PAIRS));
+        let pairs = pairs.min(most);
         if pairs == 0 {
             return Err(Error::Structure("second vhost queue"));
         }

@@ -30,6 +30,9 @@ struct Args {
     /// Bridge it to this tap interface, which is made if it is not there
     #[arg(long, value_name = "NAME", group = "what")]
     tap: Option<String>,
+    /// Serve so many queue pairs of the peer, each with a queue of the tap
+    #[arg(long, value_name = "N", default_value_t = 1, requires = "tap", value_parser = clap::value_parser!(u16).range(1..=16))]
+    queues: u16,
     /// Or measure
     #[arg(long, value_enum, group = "what")]
     io: Option<Io>,
@@ -153,12 +156,17 @@ fn run(args: &Args) -> Result<Stats, Error> {
     let count = args.count;
     let size = usize::from(args.size);
     match (&args.tap, args.io) {
-        // First, so that a wrong name is found before the device is touched.
-        (Some(name), _) => start(args, Bridge::new(Tap::open(name)?, count)),
-        (None, Some(Io::MacSwap)) => start(args, MacSwap::new(count)),
-        (None, Some(Io::Source)) => start(args, Source::new(size, count)),
-        (None, Some(Io::Sink)) => start(args, Sink::new(size, count)),
-        (None, Some(Io::Drop) | None) => start(args, Drop::new(count)),
+        (Some(name), _) => {
+            // First, so that a wrong name is found before the device is touched.
+            let bridges = (0..args.queues)
+                .map(|_| Ok(Bridge::new(Tap::open(name, args.queues > 1)?, count)))
+                .collect::<Result<Vec<_>, Error>>()?;
+            start(args, bridges)
+        }
+        (None, Some(Io::MacSwap)) => start(args, vec![MacSwap::new(count)]),
+        (None, Some(Io::Source)) => start(args, vec![Source::new(size, count)]),
+        (None, Some(Io::Sink)) => start(args, vec![Sink::new(size, count)]),
+        (None, Some(Io::Drop) | None) => start(args, vec![Drop::new(count)]),
     }
 }
 
@@ -182,17 +190,17 @@ fn open(args: &Args) -> Result<Machine, Error> {
     })
 }
 
-fn start(args: &Args, mut work: impl Work) -> Result<Stats, Error> {
+/// Serves as many queue pairs as there is work for.
+fn start(args: &Args, mut works: Vec<impl Work>) -> Result<Stats, Error> {
     let mut machine = open(args)?;
     let function = machine.function();
     guest_driver::bulk::detect();
     // From here on a signal must not end the process before the device is shut down.
     let stop = wait::stop_signals().map_err(Error::Signals)?;
-    let mut device = VhostPci::new(&machine, function, machine.memory()).map_err(|error| {
-        match machine.take_failure() {
-            Some((bar, why)) => Error::Map(args.device, bar, why),
-            None => Error::Start(args.device, error),
-        }
+    let device = VhostPci::with_pairs(&machine, function, machine.memory(), works.len());
+    let mut device = device.map_err(|error| match machine.take_failure() {
+        Some((bar, why)) => Error::Map(args.device, bar, why),
+        None => Error::Start(args.device, error),
     })?;
     let waiter = Waiter::new(stop, machine.take_interrupts());
     let options = Options {
@@ -206,7 +214,7 @@ fn start(args: &Args, mut work: impl Work) -> Result<Stats, Error> {
         }
     };
     note(&format!("serving {}", args.device));
-    let served = serve(&mut device, &mut work, &waiter, &options, print, limited());
+    let served = serve(&mut device, &mut works, &waiter, &options, print, limited());
     // In any case: the device must not write to memory that is about to be somebody else's.
     let down = device.shut_down();
     let stats = served?;
@@ -235,6 +243,7 @@ mod tests {
             "netd --device 0000:00:01.0 --tap tap0",
             "netd --device 00:01.0 --io mac-swap --via vfio --mode irq --count 5 --seconds 1 --stats 1",
             "netd --device 00:01.0 --io source --size 1518",
+            "netd --device 00:01.0 --tap tap0 --queues 16",
         ] {
             assert!(parse(good).is_ok(), "{good}");
         }
@@ -244,6 +253,8 @@ mod tests {
             "netd --device 00:01.0 --tap tap0 --io drop",
             "netd --device 1 --io drop",
             "netd --device 00:01.0 --io drop --count 0",
+            "netd --device 00:01.0 --io drop --queues 2",
+            "netd --device 00:01.0 --tap tap0 --queues 17",
             "netd --device 00:01.0 --io source --size 59",
             "netd --device 00:01.0 --io source --size 1519",
         ] {

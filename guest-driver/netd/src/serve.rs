@@ -4,7 +4,7 @@ use std::io;
 use std::time::{Duration, Instant};
 
 use guest_driver::Port;
-use guest_driver::port::Either;
+use guest_driver::port::{self, Either};
 use guest_driver::vhost_pci::{Link, VhostPci, VhostPciPort};
 use guest_driver::virtio_pci;
 
@@ -75,11 +75,11 @@ pub trait Device {
     type Port: Port;
     /// Deals with what has come on the control path; `look`: at the device's configuration too.
     fn service(&mut self, look: bool) -> Result<Link, virtio_pci::Error>;
-    /// The data path, while the peer's rings can be used.
-    fn port(&mut self) -> Option<&mut Self::Port>;
+    /// The data path of a pair, while its rings can be used: that of the first as long as the peer is there, the others as its driver likes.
+    fn pair(&mut self, index: usize) -> Option<&mut Self::Port>;
     /// Takes the rings out of use because the peer broke a rule, and tells it.
     fn give_up(&mut self);
-    /// Packets that the present data path found to be no frames, or to have no room.
+    /// Packets that the present data paths found to be no frames, or to have no room.
     fn malformed(&mut self) -> u64;
 }
 
@@ -90,8 +90,8 @@ impl Device for VhostPci {
         VhostPci::service(self, look)
     }
 
-    fn port(&mut self) -> Option<&mut VhostPciPort> {
-        VhostPci::port(self)
+    fn pair(&mut self, index: usize) -> Option<&mut VhostPciPort> {
+        VhostPci::pair(self, index)
     }
 
     fn give_up(&mut self) {
@@ -99,19 +99,20 @@ impl Device for VhostPci {
     }
 
     fn malformed(&mut self) -> u64 {
-        match VhostPci::port(self) {
+        let ports = (0..self.pairs()).map(|index| match VhostPci::pair(self, index) {
             Some(Either::Split(port)) => port.dropped(),
             Some(Either::Packed(port)) => port.dropped(),
             None => 0,
-        }
+        });
+        ports.sum()
     }
 }
 
-/// Serves until the work is done, the time is over, or a signal comes. Every report, the last one too, goes to `report`; `note` gets a line for whoever watches when the
+/// Serves each queue pair with the work of its number, until that is done, the time is over, or a signal comes. Every report, the last one too, goes to `report`; `note` gets a line for whoever watches when the
 /// link changes.
 pub fn serve<D: Device, W: Work>(
     device: &mut D,
-    work: &mut W,
+    works: &mut [W],
     waiter: &Waiter,
     options: &Options,
     mut report: impl FnMut(&Report),
@@ -122,7 +123,7 @@ pub fn serve<D: Device, W: Work>(
     }
     let mut served = Served {
         device,
-        work,
+        works,
         waiter,
         stats: Stats::default(),
         malformed: 0,
@@ -140,7 +141,7 @@ pub fn serve<D: Device, W: Work>(
 
 struct Served<'a, D, W> {
     device: &'a mut D,
-    work: &'a mut W,
+    works: &'a mut [W],
     waiter: &'a Waiter,
     stats: Stats,
     /// What earlier data paths found malformed.
@@ -176,7 +177,7 @@ impl<D: Device, W: Work> Served<'_, D, W> {
             let link = self.device.service(std::mem::take(&mut look))?;
             self.follow(link, note);
             let moved = self.turn(note)?;
-            if self.work.done(&self.stats) {
+            if self.works.iter().any(|work| work.done(&self.stats)) {
                 return Ok(());
             }
             turn = turn.wrapping_add(1);
@@ -199,7 +200,9 @@ impl<D: Device, W: Work> Served<'_, D, W> {
             }
             if now >= next_refresh {
                 next_refresh = now + LONGEST_SLEEP;
-                self.work.refresh();
+                for work in &mut *self.works {
+                    work.refresh();
+                }
             }
             let sleep =
                 !moved && self.may_sleep(options.mode, now - *idle_since.get_or_insert(now));
@@ -211,7 +214,7 @@ impl<D: Device, W: Work> Served<'_, D, W> {
                 let woken = match sleep {
                     true if self.waiter.has_interrupts() => self.sleep(longest)?,
                     true => self.nap(longest)?,
-                    false => self.waiter.wait(Duration::ZERO, None)?,
+                    false => self.waiter.wait(Duration::ZERO, [])?,
                 };
                 if woken.stop {
                     return Ok(());
@@ -236,73 +239,92 @@ impl<D: Device, W: Work> Served<'_, D, W> {
     /// Whether to sleep, after so long without anything to do.
     fn may_sleep(&mut self, mode: Mode, idle: Duration) -> bool {
         match mode {
-            Mode::Poll => self.device.port().is_none(),
+            Mode::Poll => !self.has_ports(),
             Mode::Irq => true,
-            Mode::Adaptive => idle >= SPIN || self.device.port().is_none(),
+            Mode::Adaptive => idle >= SPIN || !self.has_ports(),
         }
+    }
+
+    fn has_ports(&mut self) -> bool {
+        self.device.pair(0).is_some()
     }
 
     /// Sleeps until what the work waits for is there.
     fn sleep(&mut self, longest: Duration) -> io::Result<crate::wait::Woken> {
-        let Self {
-            device,
-            work,
-            waiter,
-            stats,
-            ..
-        } = self;
-        let Some(port) = device.port() else {
-            return waiter.wait(longest, None);
-        };
-        let wants = work.wants();
-        if port.arm(wants.frames, wants.room) {
-            port.disarm();
-            return waiter.wait(Duration::ZERO, None);
+        let mut ready = false;
+        for (index, work) in self.works.iter().enumerate() {
+            if let Some(port) = port_for(self.device, index) {
+                let wants = work.wants();
+                ready |= port.arm(wants.frames, wants.room);
+            }
         }
-        stats.sleeps += 1;
-        let woken = waiter.wait(longest, wants.fd);
-        port.disarm();
+        let longest = if ready { Duration::ZERO } else { longest };
+        if !ready && self.has_ports() {
+            self.stats.sleeps += 1;
+        }
+        let woken = self.wait(longest);
+        for index in 0..self.works.len() {
+            if let Some(port) = self.device.pair(index) {
+                port.disarm();
+            }
+        }
         woken
     }
 
     /// Sleeps for a moment, or until there is something to read: nothing of the device's ends a sleep without interrupts.
     fn nap(&mut self, longest: Duration) -> io::Result<crate::wait::Woken> {
-        if self.device.port().is_none() {
-            return self.waiter.wait(longest.min(LOOK_AT_REGISTERS), None);
+        if !self.has_ports() {
+            return self.wait(longest.min(LOOK_AT_REGISTERS));
         }
         self.stats.sleeps += 1;
-        self.waiter.wait(longest.min(NAP), self.work.wants().fd)
+        self.wait(longest.min(NAP))
     }
 
-    /// A turn of the work, where there is a port; returns whether anything moved.
+    /// Waits for what ends a sleep; without a peer, nothing that is there to read does.
+    fn wait(&mut self, longest: Duration) -> io::Result<crate::wait::Woken> {
+        let reads = self.has_ports();
+        let wants = self.works.iter().filter_map(|work| work.wants().fd);
+        self.waiter.wait(longest, wants.filter(|_| reads))
+    }
+
+    /// A turn of each work that has a port; returns whether anything moved.
     fn turn(&mut self, note: &mut impl FnMut(&str)) -> Result<bool, Error> {
-        let Some(port) = self.device.port() else {
-            return Ok(false);
-        };
-        match self.work.turn(port, &mut self.stats) {
-            Ok(moved) => Ok(moved),
-            Err(Stop::Nic(error)) => Err(Error::Nic(error)),
-            Err(Stop::Port(why)) => {
-                self.count_malformed();
-                let until = Instant::now() + GRACE;
-                while self.device.port().is_some() && Instant::now() < until {
-                    // A signal that comes meanwhile is still there afterwards.
-                    self.waiter.wait(Duration::from_millis(1), None)?;
-                    let link = self.device.service(true)?;
-                    self.follow(link, note);
-                    if link != Link::Same {
-                        return Ok(true);
-                    }
-                }
-                self.device.give_up();
-                self.stats.broken += 1;
-                note(&format!(
-                    "the peer broke a rule of its rings ({why}); they are out of use until it starts them anew"
-                ));
-                self.set_link(false, note);
-                Ok(true)
+        let mut moved = false;
+        for index in 0..self.works.len() {
+            let (Some(work), Some(port)) =
+                (self.works.get_mut(index), port_for(self.device, index))
+            else {
+                break;
+            };
+            match work.turn(port, &mut self.stats) {
+                Ok(any) => moved |= any,
+                Err(Stop::Nic(error)) => return Err(Error::Nic(error)),
+                Err(Stop::Port(why)) => return self.doubt(why, note),
             }
         }
+        Ok(moved)
+    }
+
+    /// Rings that make no sense: the peer is gone, as the device is about to say, or has broken a rule.
+    fn doubt(&mut self, why: port::Error, note: &mut impl FnMut(&str)) -> Result<bool, Error> {
+        self.count_malformed();
+        let until = Instant::now() + GRACE;
+        while self.has_ports() && Instant::now() < until {
+            // A signal that comes meanwhile is still there afterwards.
+            self.waiter.wait(Duration::from_millis(1), [])?;
+            let link = self.device.service(true)?;
+            self.follow(link, note);
+            if link != Link::Same {
+                return Ok(true);
+            }
+        }
+        self.device.give_up();
+        self.stats.broken += 1;
+        note(&format!(
+            "the peer broke a rule of its rings ({why}); they are out of use until it starts them anew"
+        ));
+        self.set_link(false, note);
+        Ok(true)
     }
 
     /// Tells the work what became of the link.
@@ -324,13 +346,27 @@ impl<D: Device, W: Work> Served<'_, D, W> {
         self.up = up;
         self.stats.links += u64::from(up);
         self.malformed = self.stats.dropped.malformed;
-        self.work.link(up, &mut self.stats);
+        for work in &mut *self.works {
+            work.link(up, &mut self.stats);
+        }
         note(if up { "link up" } else { "link down" });
     }
 
     fn count_malformed(&mut self) {
-        self.stats.dropped.malformed = self.malformed + self.device.malformed();
+        // Never backwards: a pair that is taken out of use takes its count along.
+        let malformed = &mut self.stats.dropped.malformed;
+        *malformed = (self.malformed + self.device.malformed()).max(*malformed);
     }
+}
+
+/// The data path for the work of a pair. What comes for a pair that is not in use goes over the first.
+fn port_for<D: Device>(device: &mut D, index: usize) -> Option<&mut D::Port> {
+    let index = if device.pair(index).is_some() {
+        index
+    } else {
+        0
+    };
+    device.pair(index)
 }
 
 #[cfg(test)]

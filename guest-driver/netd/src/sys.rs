@@ -119,10 +119,16 @@ fn request(name: &str) -> Option<libc::ifreq> {
     Some(request)
 }
 
-/// Makes an open `/dev/net/tun` the interface `name`, whose packets have headers of `header` bytes and no offload.
-pub(crate) fn make_tap(tun: &impl AsRawFd, name: &str, header: usize) -> io::Result<()> {
+/// Makes an open `/dev/net/tun` the interface `name`, whose packets have headers of `header` bytes and no offload; `several`: one of its queues.
+pub(crate) fn make_tap(
+    tun: &impl AsRawFd,
+    name: &str,
+    header: usize,
+    several: bool,
+) -> io::Result<()> {
     let mut request = request(name).ok_or(io::ErrorKind::InvalidInput)?;
-    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+    let queues = if several { libc::IFF_MULTI_QUEUE } else { 0 };
+    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | queues;
     request.ifr_ifru.ifru_flags =
         libc::c_short::try_from(flags).map_err(|_| io::ErrorKind::InvalidInput)?;
     let header = c_int::try_from(header).map_err(|_| io::ErrorKind::InvalidInput)?;

@@ -47,7 +47,7 @@ fn hint(error: &io::Error) -> &'static str {
         }
         Some(libc::EBUSY) => " (another program has it)",
         Some(libc::EINVAL) => {
-            " (an interface of that name is there that is no tap with one queue and packet headers: 'ip tuntap add NAME mode tap vnet_hdr' makes one)"
+            " (an interface of that name is there that is no tap with one queue (with --queues: with several) and packet headers: 'ip tuntap add NAME mode tap vnet_hdr' makes one (with --queues: 'multi_queue' behind it))"
         }
         None if error.kind() == io::ErrorKind::InvalidInput => {
             " (a name has 1 to 15 characters, no blank, slash, colon or percent sign)"
@@ -65,8 +65,8 @@ pub struct Tap {
 }
 
 impl Tap {
-    /// Attaches to the interface `name`, or makes it.
-    pub fn open(name: &str) -> Result<Self, Error> {
+    /// Attaches to the interface `name`, or makes it; `several`: to one of its queues. Of several, the kernel answers a flow on the queue on which it comes.
+    pub fn open(name: &str, several: bool) -> Result<Self, Error> {
         let file = File::options()
             .read(true)
             .write(true)
@@ -77,7 +77,7 @@ impl Tap {
             name: name.into(),
             error,
         };
-        sys::make_tap(&file, name, HEADER_LEN).map_err(interface)?;
+        sys::make_tap(&file, name, HEADER_LEN, several).map_err(interface)?;
         let mut tap = Self {
             file,
             name: name.into(),

@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
+use guest_driver::vhost_pci::MAX_PAIRS;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::sys;
@@ -61,9 +62,13 @@ impl Waiter {
         self.interrupts.is_some()
     }
 
-    /// Waits until there is an interrupt, something to read from `beside`, a reason to stop, or the time is over. Interrupts count once: what they announce is
+    /// Waits until there is an interrupt, something to read from one of `beside` (of which there are at most [`MAX_PAIRS`]), a reason to stop, or the time is over. Interrupts count once: what they announce is
     /// to be looked at after this.
-    pub fn wait(&self, timeout: Duration, beside: Option<BorrowedFd<'_>>) -> io::Result<Woken> {
+    pub fn wait<'a>(
+        &'a self,
+        timeout: Duration,
+        beside: impl IntoIterator<Item = BorrowedFd<'a>>,
+    ) -> io::Result<Woken> {
         let fd = |event: &EventFd| {
             #[allow(unsafe_code)] // one block: the type does not lend its descriptor otherwise
             // SAFETY: the descriptor is open as long as `self` lives, which is longer than the wait.
@@ -72,13 +77,17 @@ impl Waiter {
             }
         };
         let interrupts = self.interrupts.as_ref();
-        let fds = [
+        let mut fds = [None; 3 + MAX_PAIRS];
+        let own = [
             Some(self.stop.as_fd()),
             interrupts.map(|interrupts| fd(&interrupts.config)),
             interrupts.map(|interrupts| fd(&interrupts.queue)),
-            beside,
         ];
-        let [stop, config, queue, _] = sys::poll(fds, Some(timeout))?;
+        let all = own.into_iter().chain(beside.into_iter().map(Some));
+        for (slot, fd) in fds.iter_mut().zip(all) {
+            *slot = fd;
+        }
+        let [stop, config, queue, ..] = sys::poll(fds, Some(timeout))?;
         if let Some(interrupts) = interrupts {
             for (event, raised) in [(&interrupts.config, config), (&interrupts.queue, queue)] {
                 if raised {

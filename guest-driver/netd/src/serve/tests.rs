@@ -33,11 +33,15 @@ type Front = JoinedFrontEnd<Bell>;
 enum Event {
     Comes(Box<Back>),
     Leaves,
+    /// Its second pair is put into use.
+    Second(Box<Back>),
+    /// And taken out of it.
+    NoSecond,
 }
 
 /// A device whose peer does what a test says.
 struct Puppet {
-    port: Option<Back>,
+    ports: [Option<Back>; 2],
     events: Arc<Mutex<Vec<Event>>>,
     gave_up: Arc<AtomicUsize>,
 }
@@ -51,24 +55,32 @@ impl Device for Puppet {
         if !look && matches!(events.first(), Some(Event::Leaves)) || events.is_empty() {
             return Ok(Link::Same);
         }
-        let before = self.port.is_some();
+        let before = self.ports[0].is_some();
         match events.remove(0) {
-            Event::Comes(port) => self.port = Some(*port),
-            Event::Leaves => self.port = None,
+            Event::Comes(port) => self.ports[0] = Some(*port),
+            Event::Leaves => self.ports = [None, None],
+            Event::Second(port) => {
+                self.ports[1] = Some(*port);
+                return Ok(Link::Same);
+            }
+            Event::NoSecond => {
+                self.ports[1] = None;
+                return Ok(Link::Same);
+            }
         }
-        Ok(match (before, self.port.is_some()) {
+        Ok(match (before, self.ports[0].is_some()) {
             (_, true) => Link::Up,
             (true, false) => Link::Down,
             (false, false) => Link::Same,
         })
     }
 
-    fn port(&mut self) -> Option<&mut Back> {
-        self.port.as_mut()
+    fn pair(&mut self, index: usize) -> Option<&mut Back> {
+        self.ports.get_mut(index)?.as_mut()
     }
 
     fn give_up(&mut self) {
-        self.port = None;
+        self.ports = [None, None];
         self.gave_up.fetch_add(1, Ordering::Relaxed);
     }
 
@@ -88,8 +100,12 @@ struct Hands {
 
 impl Hands {
     fn connect(&self, config: &JoinConfig) -> Front {
+        self.connect_as(config, Event::Comes)
+    }
+
+    fn connect_as(&self, config: &JoinConfig, event: impl FnOnce(Box<Back>) -> Event) -> Front {
         let (front, back) = join(config, self.kicks.clone(), Bell(None));
-        self.happens(Event::Comes(Box::new(back)));
+        self.happens(event(Box::new(back)));
         front
     }
 
@@ -116,7 +132,7 @@ fn rig(interrupts: bool) -> (Puppet, Waiter, Hands) {
         gave_up: Arc::default(),
     };
     let puppet = Puppet {
-        port: None,
+        ports: [None, None],
         events: hands.events.clone(),
         gave_up: hands.gave_up.clone(),
     };
@@ -152,8 +168,18 @@ fn until(mut done: impl FnMut() -> bool) {
 
 /// Runs the loop on a thread of its own beside `test`, and stops it then.
 fn beside<W: Work + Send>(
+    rig: (Puppet, Waiter, Hands),
+    work: W,
+    mode: Mode,
+    test: impl FnOnce(&Hands),
+) -> (Stats, Vec<String>) {
+    several_beside(rig, [work], mode, test)
+}
+
+/// The same with work for each pair.
+fn several_beside<W: Work + Send, const N: usize>(
     (mut puppet, waiter, hands): (Puppet, Waiter, Hands),
-    mut work: W,
+    mut works: [W; N],
     mode: Mode,
     test: impl FnOnce(&Hands),
 ) -> (Stats, Vec<String>) {
@@ -163,7 +189,7 @@ fn beside<W: Work + Send>(
             let note = |text: &str| notes.push(text.to_string());
             let stats = serve(
                 &mut puppet,
-                &mut work,
+                &mut works,
                 &waiter,
                 &options(mode),
                 |_| (),
@@ -348,11 +374,54 @@ fn the_broken_rings_of_a_peer_that_turns_out_to_be_gone_are_not_held_against_it(
 }
 
 #[test]
+fn each_pair_has_its_queue_of_the_interface_and_what_comes_for_one_out_of_use_goes_over_the_first()
+{
+    for (mode, interrupts) in MODES {
+        let (nics, kernels): (Vec<_>, Vec<_>) = [socket(), socket()].into_iter().unzip();
+        let works = <[_; 2]>::try_from(nics).ok().unwrap();
+        let works = works.map(|nic| Bridge::new(nic, None));
+        let config = JoinConfig::default();
+        let (stats, _) = several_beside(rig(interrupts), works, mode, |hands| {
+            let first = hands.connect(&config);
+            let mut fronts = [first, hands.connect_as(&config, Event::Second)];
+            let came = |front: &mut Front| {
+                let mut got = Vec::new();
+                until(|| {
+                    got.extend(receive(front));
+                    !got.is_empty()
+                });
+                got
+            };
+            for number in 0..20 {
+                for (pair, front) in fronts.iter_mut().enumerate() {
+                    let frames = [frame(2 * number + pair, 60)];
+                    assert_eq!(send(front, &frames), 1);
+                    let mut got = Vec::new();
+                    until(|| {
+                        got.extend(packets(&kernels[pair]));
+                        !got.is_empty()
+                    });
+                    assert_eq!(got, [packet(&frames[0])], "{mode:?}, pair {pair}");
+                    kernels[pair].send(&got[0]).unwrap();
+                    assert_eq!(came(front), frames, "{mode:?}, pair {pair}");
+                }
+            }
+            hands.happens(Event::NoSecond);
+            until(|| hands.events.lock().unwrap().is_empty());
+            let last = frame(99, 60);
+            kernels[1].send(&packet(&last)).unwrap();
+            assert_eq!(came(&mut fronts[0]), [last], "{mode:?}");
+        });
+        assert_eq!((stats.from_peer.frames, stats.to_peer.frames), (40, 41));
+    }
+}
+
+#[test]
 fn to_wait_for_interrupts_is_refused_where_there_are_none() {
     let (mut puppet, waiter, _hands) = rig(false);
-    let mut work = Drop::new(None);
+    let work = Drop::new(None);
     let options = options(Mode::Irq);
-    let result = serve(&mut puppet, &mut work, &waiter, &options, |_| (), |_| ());
+    let result = serve(&mut puppet, &mut [work], &waiter, &options, |_| (), |_| ());
     assert!(matches!(result, Err(Error::NoInterrupts)));
 }
 
@@ -392,7 +461,7 @@ fn it_ends_when_the_time_is_over_and_the_last_report_says_so() {
     let report = |report: &Report| lines.push(serde_json::to_value(report).unwrap());
     serve(
         &mut puppet,
-        &mut Drop::new(None),
+        &mut [Drop::new(None)],
         &waiter,
         &limited,
         report,
@@ -415,10 +484,10 @@ fn it_ends_when_the_count_is_reached() {
     let (mut puppet, waiter, hands) = rig(false);
     let mut front = hands.connect(&JoinConfig::default());
     assert_eq!(send(&mut front, &[frame(1, 60), frame(2, 60)]), 2);
-    let mut work = Drop::new(Some(2));
+    let work = Drop::new(Some(2));
     let stats = serve(
         &mut puppet,
-        &mut work,
+        &mut [work],
         &waiter,
         &options(Mode::Poll),
         |_| (),

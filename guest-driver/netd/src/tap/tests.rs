@@ -29,7 +29,7 @@ fn own_network() {
 }
 
 fn open(name: &str) -> Tap {
-    Tap::open(name).expect("this test needs root and /dev/net/tun")
+    Tap::open(name, false).expect("this test needs root and /dev/net/tun")
 }
 
 fn ip(arguments: &str) {
@@ -257,7 +257,7 @@ fn the_mtu_and_the_carrier_are_those_of_the_interface() {
 fn what_is_wrong_with_an_interface_is_said() {
     own_network();
     let _taken = open("vpci-t2");
-    let text = |name: &str| Tap::open(name).unwrap_err().to_string();
+    let text = |name: &str| Tap::open(name, false).unwrap_err().to_string();
     assert!(text("vpci-t2").contains("another program has it"));
     assert!(text("lo").contains("no tap with one queue"));
     for name in ["", "a b", "x/y", "tap%d", "sixteen-letters-"] {

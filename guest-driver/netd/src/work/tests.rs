@@ -364,7 +364,7 @@ fn frames_of_a_burst_during_which_the_window_went_go_nowhere() {
                 let (mut front, port, memory) = join_in(&config, Silent, Silent);
                 let format = Format::new(End::FrontEnd, 100, 0);
                 let sent = front.tx_burst(3, 100, |i, slot| {
-                    format.build::<MAX_FRAME>(slot, Kind::Data, i as u64);
+                    format.build::<EVERY_BYTE>(slot, Kind::Data, i as u64);
                 });
                 assert_eq!(sent, Ok(3));
                 let mut stats = Stats::default();
