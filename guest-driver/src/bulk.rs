@@ -122,14 +122,15 @@ pub unsafe fn equal(a: *const u8, b: *const u8, len: usize) -> bool {
     }
 }
 
-/// Most lines of a frame that are asked for ahead; the processor itself finds the rest of a long one.
-const AHEAD: usize = 4;
-const LINE: usize = 64;
+use crate::line::LINE;
 
-/// Asks for the lines of what is about to be read, so that those of several frames travel at the same time. Wherever it points, it does no harm.
+/// Asks for the first lines, four at most, of what is about to be read (the processor itself finds the rest of a long frame), so that those of several frames travel at the same time. Wherever it points, it does no harm.
 #[inline(always)]
 pub fn fetch(from: *const u8, len: usize) {
-    for at in (0..len.min(AHEAD * LINE)).step_by(LINE) {
+    for at in [0, 1, 2, 3].map(|line| line * LINE) {
+        if at > 0 && at >= len {
+            break;
+        }
         // SAFETY: a prefetch reads nothing and does not fault, wherever it points.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(at).cast()) };
     }
@@ -138,10 +139,13 @@ pub fn fetch(from: *const u8, len: usize) {
 /// The same for what is about to be written: the lines come to stay.
 #[inline(always)]
 pub fn fetch_to_write(to: *mut u8, len: usize) {
-    for at in (0..len.min(AHEAD * LINE)).step_by(LINE) {
+    for at in [0, 1, 2, 3].map(|line| line * LINE) {
+        if at > 0 && at >= len {
+            break;
+        }
         // SAFETY: as above. (`_mm_prefetch` makes this instruction only for targets that are said to have it; processors without it do nothing.)
         unsafe {
-            asm!("prefetchw [{}]", in(reg) to.wrapping_add(at), options(nostack, preserves_flags));
+            asm!("prefetchw [{}]", in(reg) to.wrapping_add(at).addr(), options(nomem, nostack, preserves_flags));
         }
     }
 }

@@ -18,6 +18,7 @@ extern crate alloc;
 
 pub mod bulk;
 pub mod joined;
+pub mod line;
 pub mod mapper;
 pub mod mmio;
 pub mod net;

@@ -73,6 +73,16 @@ impl Default for Shape {
     }
 }
 
+/// Notes which buffer a descriptor stands for. It is hardly ever another than last time.
+#[inline(always)]
+fn note(buffer_of: &mut [u16], id: u16, buffer: u16) {
+    if let Some(noted) = buffer_of.get_mut(usize::from(id))
+        && *noted != buffer
+    {
+        *noted = buffer;
+    }
+}
+
 /// One direction of the data path.
 #[derive(Debug)]
 struct Half<D, N, M> {
@@ -194,6 +204,7 @@ pub struct NetPort<D, N, M = Fixed> {
     shape: Shape,
     /// Transmit buffers that are not with the device.
     tx_free: Vec<u16>,
+    /// What was taken from a ring last.
     used: [Used; MAX_BURST],
     partial: Partial,
     /// Where checksums or segmentation were negotiated, all frames go another way.
@@ -277,6 +288,78 @@ impl<D: DriverRing, N: Notify, M: Mapper> NetPort<D, N, M> {
         self.rx.note(id, buffer);
     }
 
+    /// Takes up to `count` used receive buffers, and asks for what is in them, so that the lines of all travel at the same time. From here on the ids in `used` are
+    /// the buffers' numbers.
+    #[inline(always)]
+    fn take_rx(&mut self, count: usize) -> Result<usize, PortError> {
+        let Self { rx, used, .. } = self;
+        let (first, buffer_of) = (rx.ptr, &rx.buffer_of);
+        let mut places = used.iter_mut();
+        let n = rx.ring.take_each(count, |used| {
+            let id = buffer_of.get(usize::from(used.id)).copied().unwrap_or(0);
+            let frame = first.wrapping_add(usize::from(id) * M::STRIDE + FRONT + HEADER_LEN);
+            bulk::fetch(frame, (used.len as usize).saturating_sub(HEADER_LEN));
+            if let Some(place) = places.next() {
+                *place = Used { id, ..used };
+            }
+        })?;
+        Ok(n)
+    }
+
+    /// Gives the first `n` buffers of `used` back to the device.
+    #[inline(always)]
+    fn give_back(&mut self, n: usize) {
+        let Self {
+            rx, used, shape, ..
+        } = self;
+        let Half {
+            ring,
+            addr,
+            buffer_of,
+            ..
+        } = rx;
+        let used = used.get(..n).unwrap_or_default();
+        let buffer = |i: usize| used.get(i).map_or(0, |used| used.id);
+        let piece = |i| Buffer {
+            addr: *addr + (usize::from(buffer(i)) * M::STRIDE + FRONT) as u64,
+            len: u32::from(shape.rx_buffer),
+            device_writes: true,
+        };
+        ring.add_each(n, piece, |i, id| note(buffer_of, id, buffer(i)));
+    }
+
+    /// Gives the packets in the free buffers from `first` on to the device, a descriptor each. Returns for how many there was room.
+    #[inline(always)]
+    fn add_direct(&mut self, first: usize, packet: u16) -> usize {
+        let Self { tx, tx_free, .. } = self;
+        let Half {
+            ring,
+            addr,
+            buffer_of,
+            ..
+        } = tx;
+        let buffers = tx_free.get(first..).unwrap_or_default();
+        let buffer = |n: usize| buffers.get(n).copied().unwrap_or(0);
+        let piece = |n| Buffer {
+            addr: *addr + (usize::from(buffer(n)) * M::STRIDE + FRONT) as u64,
+            len: u32::from(packet),
+            device_writes: false,
+        };
+        ring.add_each(buffers.len(), piece, |n, id| note(buffer_of, id, buffer(n)))
+    }
+
+    /// The same in chains or through indirect tables. (Where a table had to be a chain after all, not all fit.)
+    #[inline(never)]
+    fn add_pieces(&mut self, first: usize, packet: u16) -> usize {
+        let mut added = 0;
+        while let Some(&buffer) = self.tx_free.get(first + added)
+            && self.add_tx(buffer, packet)
+        {
+            added += 1;
+        }
+        added
+    }
+
     /// Gives a packet to the device; `false` where the ring is full.
     #[inline(always)]
     fn add_tx(&mut self, buffer: u16, packet: u16) -> bool {
@@ -318,9 +401,9 @@ impl<D: DriverRing, N: Notify, M: Mapper> NetPort<D, N, M> {
         Ok(n)
     }
 
-    /// Takes one buffer of a frame that is spread over several: the first, or one more.
+    /// Takes one buffer of a frame that is spread over several: the first, or one more. Returns the frame when it is whole.
     #[cold]
-    fn merge(&mut self, buffer: u16, len: usize, receive: &mut impl FnMut(&Frame)) {
+    fn merge(&mut self, buffer: u16, len: usize) -> Option<&[u8]> {
         let skip = if self.partial.missing == 0 {
             self.partial.len = 0;
             self.partial.missing = self.num_buffers(buffer);
@@ -334,56 +417,18 @@ impl<D: DriverRing, N: Notify, M: Mapper> NetPort<D, N, M> {
                 .push(self.rx.ptr(buffer).add(skip), len.saturating_sub(skip))
         };
         self.partial.missing -= 1;
-        if self.partial.missing == 0
-            && let Some(frame) = self.partial.frame.get(..self.partial.len)
-        {
-            receive(&Frame::of(frame));
+        if self.partial.missing > 0 {
+            return None;
         }
+        self.partial.frame.get(..self.partial.len)
     }
 
-    /// Shows what a used buffer holds, where that completes a frame; returns how many frames that were.
-    #[inline(always)]
-    fn show(&mut self, used: Used, buffer: u16, receive: &mut impl FnMut(&Frame)) -> usize {
-        // The ring checked it against the buffer's length.
-        let len = usize::try_from(used.len).unwrap_or(0);
-        let whole =
-            self.partial.missing == 0 && (!self.shape.mergeable || self.num_buffers(buffer) == 1);
-        if whole {
-            // What is shorter than a header is no frame: an empty one is shown.
-            let len = len.saturating_sub(HEADER_LEN);
-            // SAFETY: header and frame lie in the buffer.
-            receive(&unsafe { Frame::new(self.rx.ptr(buffer).add(HEADER_LEN), len) });
-            1
-        } else {
-            let mut frames = 0;
-            self.merge(buffer, len, &mut |frame| {
-                receive(frame);
-                frames += 1;
-            });
-            frames
+    /// The numbers of the first `n` buffers of `used`.
+    fn taken<'a>(&self, n: usize, to: &'a mut [u16; MAX_BURST]) -> &'a [u16] {
+        for (to, used) in to.iter_mut().zip(self.used.iter().take(n)) {
+            *to = used.id;
         }
-    }
-
-    /// Receives with buffers that are mapped while the device has them: the `n` used ones are taken away from it before anybody looks, and mapped again
-    /// before it gets them back.
-    fn rx_mapped(
-        &mut self,
-        n: usize,
-        receive: &mut impl FnMut(&Frame),
-    ) -> Result<usize, PortError> {
-        let mut buffers = [0; MAX_BURST];
-        let buffers = self.rx.buffers(&self.used, n, &mut buffers);
-        self.rx.unmap(buffers)?;
-        let mut frames = 0;
-        for (i, &buffer) in buffers.iter().enumerate() {
-            frames += self.show(self.used[i], buffer, receive);
-        }
-        self.rx.map(buffers)?;
-        for &buffer in buffers {
-            self.add_rx(buffer);
-        }
-        self.rx.publish();
-        Ok(frames)
+        to.get(..n).unwrap_or(&[])
     }
 
     /// Sends with buffers that are mapped while the device has them: all of a burst before the first is given to it.
@@ -460,24 +505,27 @@ impl<D: DriverRing, N: Notify, M: Mapper> Port for NetPort<D, N, M> {
         if M::DYNAMIC {
             return self.tx_mapped(count, len, packet, &mut build);
         }
-        for &buffer in self.tx_free.iter().rev().take(count) {
+        let room = match self.shape.tx {
+            TxShape::Direct | TxShape::Indirect => usize::from(self.tx.ring.free()),
+            TxShape::Chain => usize::from(self.tx.ring.free()) / 2,
+        };
+        let built = count.min(room).min(self.tx_free.len());
+        let left = self.tx_free.len() - built;
+        let buffers = self.tx_free.get(left..).unwrap_or_default();
+        for &buffer in buffers {
             bulk::fetch_to_write(self.tx.ptr(buffer).wrapping_add(HEADER_LEN), len);
         }
-        let mut sent = 0;
-        while sent < count {
-            let Some(buffer) = self.tx_free.pop() else {
-                break;
-            };
-            // The header in front stays as the pool came: all zero, no offload. (num_buffers is the receiver's business.)
+        // The header in front of each stays as the pool came: all zero, no offload. (num_buffers is the receiver's business.)
+        for (n, &buffer) in buffers.iter().enumerate() {
+            let frame = self.tx.ptr(buffer).wrapping_add(HEADER_LEN);
             // SAFETY: header and frame fit in the buffer, which is not with the device.
-            let mut slot = unsafe { Slot::new(self.tx.ptr(buffer).add(HEADER_LEN), len) };
-            build(sent, &mut slot);
-            if !self.add_tx(buffer, packet) {
-                self.tx_free.push(buffer);
-                break;
-            }
-            sent += 1;
+            build(n, &mut unsafe { Slot::new(frame, len) });
         }
+        let sent = match self.shape.tx {
+            TxShape::Direct => self.add_direct(left, packet),
+            TxShape::Chain | TxShape::Indirect => self.add_pieces(left, packet),
+        };
+        self.tx_free.drain(left..left + sent);
         if sent > 0 {
             self.tx.publish();
         }
@@ -511,24 +559,40 @@ impl<D: DriverRing, N: Notify, M: Mapper> Port for NetPort<D, N, M> {
         if self.offload.is_some() {
             return self.rx_with_headers(count, &mut receive);
         }
-        let n = self.rx.ring.take(&mut self.used[..count])?;
+        let n = self.take_rx(count)?;
         if n == 0 {
             return Ok(0);
         }
-        for &used in &self.used[..n] {
-            let frame = self.rx.ptr(self.rx.buffer(used)).wrapping_add(HEADER_LEN);
-            bulk::fetch(frame, (used.len as usize).saturating_sub(HEADER_LEN));
-        }
+        let mut buffers = [0; MAX_BURST];
         if M::DYNAMIC {
-            return self.rx_mapped(n, &mut receive);
+            // Taken away from the device before anybody looks.
+            self.rx.unmap(self.taken(n, &mut buffers))?;
         }
         let mut frames = 0;
         for i in 0..n {
-            let used = self.used[i];
-            let buffer = self.rx.buffer(used);
-            frames += self.show(used, buffer, &mut receive);
-            self.add_rx(buffer);
+            let Used { id: buffer, len } = self.used[i];
+            // The ring checked it against the buffer's length.
+            let len = usize::try_from(len).unwrap_or(0);
+            let whole =
+                !self.shape.mergeable || self.partial.missing == 0 && self.num_buffers(buffer) == 1;
+            let frame = if whole {
+                // What is shorter than a header is no frame: an empty one is shown.
+                let len = len.saturating_sub(HEADER_LEN);
+                // SAFETY: header and frame lie in the buffer.
+                unsafe { Frame::new(self.rx.ptr(buffer).add(HEADER_LEN), len) }
+            } else {
+                match self.merge(buffer, len) {
+                    Some(frame) => Frame::of(frame),
+                    None => continue,
+                }
+            };
+            receive(&frame);
+            frames += 1;
         }
+        if M::DYNAMIC {
+            self.rx.map(self.taken(n, &mut buffers))?;
+        }
+        self.give_back(n);
         self.rx.publish();
         Ok(frames)
     }

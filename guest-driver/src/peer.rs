@@ -11,7 +11,7 @@ use alloc::vec;
 
 use virtqueue::linear::Linear;
 use virtqueue::net::{F_MRG_RXBUF, HEADER_LEN, Header, Offloads};
-use virtqueue::{Buffer, Chain, DeviceRing};
+use virtqueue::{Buffer, Chain, DeviceRing, Error as RingError};
 
 use crate::bulk;
 use crate::port::{Error, Frame, MAX_BURST, MAX_FRAME, Port, Slot};
@@ -44,6 +44,46 @@ pub struct Vring<V, N> {
     pub kicks: bool,
 }
 
+/// A chain of one buffer that was taken and is not used yet.
+#[derive(Clone, Copy, Debug)]
+struct Whole {
+    /// Where the buffer is.
+    ptr: *mut u8,
+    /// Its length; 0 where it is not in the window, or not for this direction.
+    len: u32,
+    id: u16,
+}
+
+const NOTHING: Whole = Whole {
+    ptr: core::ptr::null_mut(),
+    len: 0,
+    id: 0,
+};
+
+/// Takes up to `count` chains of one buffer into `list`, and shows where each buffer is to `fetch`, so that the lines of all travel at the same time.
+#[inline(always)]
+fn take(
+    ring: &mut impl DeviceRing,
+    window: Linear,
+    list: &mut [Whole; MAX_BURST],
+    (count, device_writes): (usize, bool),
+    fetch: impl Fn(*mut u8, usize),
+) -> Result<usize, RingError> {
+    let mut places = list.iter_mut();
+    ring.get_each(count, |id, buffer| {
+        let ptr = window.ptr(buffer.addr, buffer.len as usize);
+        let len = match ptr.is_some() && buffer.device_writes == device_writes {
+            true => buffer.len,
+            false => 0,
+        };
+        let ptr = ptr.unwrap_or(core::ptr::null_mut());
+        fetch(ptr, len as usize);
+        if let Some(place) = places.next() {
+            *place = Whole { ptr, len, id };
+        }
+    })
+}
+
 /// The data path of a back-end for virtio-net.
 #[derive(Debug)]
 pub struct PeerPort<V, N> {
@@ -52,8 +92,13 @@ pub struct PeerPort<V, N> {
     to_peer: Vring<V, N>,
     /// The front-end's transmit ring (vring 1), from which we receive.
     from_peer: Vring<V, N>,
+    /// The burst's chains, where each is one buffer.
+    whole: Box<[Whole; MAX_BURST]>,
+    /// The burst's chains, of any shape: those from `at` on, up to `taken`, are still to be used.
     chains: [Chain; MAX_BURST],
     buffers: [Buffer; MAX_BUFFERS],
+    at: usize,
+    taken: usize,
     /// A packet whose buffers are in pieces is put together here.
     scratch: Box<[u8]>,
     /// VIRTIO_NET_F_MRG_RXBUF was negotiated: a frame may be spread over several chains.
@@ -66,6 +111,9 @@ pub struct PeerPort<V, N> {
     /// Where checksums or segmentation were negotiated, all frames go another way.
     offload: Option<Box<offload::Offload>>,
 }
+
+// SAFETY: the pointers are into the window, which belongs to no thread; the port is used by one at a time.
+unsafe impl<V: Send, N: Send> Send for PeerPort<V, N> {}
 
 impl<V: DeviceRing, N: Notify> PeerPort<V, N> {
     /// A data path over the front-end's rings; the addresses in them are offsets of `window`. Of the `features` that were negotiated, those count that say
@@ -80,8 +128,11 @@ impl<V: DeviceRing, N: Notify> PeerPort<V, N> {
             window,
             to_peer,
             from_peer,
+            whole: Box::new([NOTHING; MAX_BURST]),
             chains: [Chain::default(); MAX_BURST],
             buffers: [Buffer::default(); MAX_BUFFERS],
+            at: 0,
+            taken: 0,
             scratch: vec![0; MAX_PACKET].into_boxed_slice(),
             mergeable: features & F_MRG_RXBUF != 0,
             spreading: false,
@@ -99,55 +150,107 @@ impl<V: DeviceRing, N: Notify> PeerPort<V, N> {
         self.dropped
     }
 
-    /// Puts a frame into chains that are in pieces or too short for it, from `chains[at]` on. Returns how many it took: none where there are
-    /// not enough chains.
+    /// Room to build a frame in that takes a chain in pieces, or several chains; `None` where there are none for it. [`PeerPort::send_staged`] sends it.
     #[cold]
-    fn spread(
-        &mut self,
-        at: usize,
-        taken: usize,
-        len: usize,
-        build: impl FnOnce(&mut Slot),
-    ) -> usize {
-        let packet = HEADER_LEN + len;
-        let Some(chains) = self.chains.get(at..taken) else {
-            return 0;
-        };
-        let pieces = |chain: &Chain| pieces(&self.buffers, chain);
+    fn stage(&mut self, len: usize) -> Result<Option<*mut u8>, RingError> {
+        if self.at == self.taken {
+            let ring = &mut self.to_peer.ring;
+            (self.at, self.taken) = (0, ring.get(&mut self.chains, &mut self.buffers)?);
+        }
+        let enough = self.needed(len).is_some();
+        self.spreading |= enough && self.mergeable;
+        let frame = self.scratch.get_mut(HEADER_LEN..HEADER_LEN + len);
+        Ok(frame.filter(|_| enough).map(|frame| frame.as_mut_ptr()))
+    }
+
+    /// How many chains a frame takes, from the one at `at` on, and how much they hold.
+    fn needed(&self, len: usize) -> Option<(usize, usize)> {
+        let chains = self.chains.get(self.at..self.taken)?;
         let mut total = 0;
-        let needed = chains.iter().position(|chain| {
-            total += room(pieces(chain));
-            !self.mergeable || total >= packet
-        });
-        let Some(chains) = needed.and_then(|last| chains.get(..=last)) else {
-            return 0;
+        let last = chains.iter().position(|chain| {
+            total += room(pieces(&self.buffers, chain));
+            !self.mergeable || total >= HEADER_LEN + len
+        })?;
+        Some((last + 1, total))
+    }
+
+    /// Puts the frame that was built into the chains that there were for it.
+    #[cold]
+    fn send_staged(&mut self, len: usize) {
+        let packet = HEADER_LEN + len;
+        let Some((count, total)) = self.needed(len) else {
+            return;
         };
-        let fits = total >= packet;
-        if let (Some(scratch), true) = (self.scratch.get_mut(..packet), fits) {
-            let (header, frame) = scratch.split_at_mut(HEADER_LEN);
+        let chains = self.chains.get(self.at..self.at + count).unwrap_or(&[]);
+        let mut rest: &[u8] = &[];
+        if let (Some(scratch), true) = (self.scratch.get_mut(..packet), total >= packet) {
+            let (header, _) = scratch.split_at_mut(HEADER_LEN);
             header.copy_from_slice(&HEADER);
-            let count = u16::try_from(chains.len()).unwrap_or(1);
+            let count = u16::try_from(count).unwrap_or(1);
             header[NUM_BUFFERS..].copy_from_slice(&count.to_le_bytes());
-            // SAFETY: `frame` is ours, and holds `len` bytes.
-            build(&mut unsafe { Slot::new(frame.as_mut_ptr(), len) });
-            let mut rest = &*scratch;
-            for chain in chains {
-                let left = scatter(self.window, pieces(chain), rest);
-                let written = u32::try_from(rest.len() - left.len()).unwrap_or(0);
-                self.to_peer.ring.put(chain.id, written);
-                rest = left;
-            }
+            rest = scratch;
         } else {
             // Too short for any frame of this length, now and ever: back it goes, and the frame is lost.
-            let mut nowhere = [0; MAX_FRAME];
-            // SAFETY: `nowhere` is ours, and holds the longest frame.
-            build(&mut unsafe { Slot::new(nowhere.as_mut_ptr(), len) });
-            for chain in chains {
-                self.to_peer.ring.put(chain.id, 0);
-            }
             self.dropped += 1;
         }
-        chains.len()
+        for chain in chains {
+            let left = scatter(self.window, pieces(&self.buffers, chain), rest);
+            let written = u32::try_from(rest.len() - left.len()).unwrap_or(0);
+            self.to_peer.ring.put(chain.id, written);
+            rest = left;
+        }
+        self.at += count;
+    }
+
+    /// Takes chains of any shape from the front-end's transmit ring.
+    #[cold]
+    fn take_pieces(&mut self, count: usize) -> Result<usize, RingError> {
+        let chains = self.chains.get_mut(..count).unwrap_or_default();
+        self.from_peer.ring.get(chains, &mut self.buffers)
+    }
+
+    /// Where the frame in such a chain is; `None` where it holds none.
+    #[cold]
+    fn piece(&mut self, at: usize) -> Option<(*const u8, usize)> {
+        let pieces = pieces(&self.buffers, self.chains.get(at)?);
+        match *pieces {
+            [header, frame] if header.len as usize == HEADER_LEN => {
+                let len = frame.len as usize;
+                let from = place(self.window, frame, len, false)?;
+                (len <= MAX_FRAME).then_some((from.cast_const(), len))
+            }
+            _ => {
+                let len = gather(self.window, pieces, &mut self.scratch)?;
+                let frame = self.scratch.get(HEADER_LEN..len)?;
+                Some((frame.as_ptr(), frame.len()))
+            }
+        }
+    }
+
+    /// Writes the header into a buffer. One that is there already is left alone: its line need not travel.
+    ///
+    /// # Safety
+    /// [`HEADER_LEN`] bytes from `to` on are mapped.
+    #[inline(always)]
+    unsafe fn head(&mut self, to: *mut u8) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            if self.unreadable || !bulk::equal(to, HEADER.as_ptr(), HEADER_LEN) {
+                self.unreadable = self.unreadable || bulk::equal(to, ONES.as_ptr(), HEADER_LEN);
+                bulk::copy(to, HEADER.as_ptr(), HEADER_LEN);
+            }
+        }
+    }
+
+    /// Puts back the first `filled` of `ready` whole buffers with a packet in each, and the others as they were.
+    #[inline(always)]
+    fn put_whole(&mut self, filled: usize, ready: usize, packet: usize) {
+        let written = u32::try_from(packet).unwrap_or(0);
+        let ids = self.whole.iter().take(filled).map(|whole| whole.id);
+        self.to_peer.ring.put_each(ids, written);
+        if filled < ready {
+            self.to_peer.ring.unget(ready - filled);
+        }
     }
 
     /// Where the two rings are (VHOST_USER_GET_VRING_BASE).
@@ -166,15 +269,6 @@ fn place(window: Linear, buffer: Buffer, len: usize, device_writes: bool) -> Opt
     } else {
         None
     }
-}
-
-/// A frame that lies in one buffer behind `skip` bytes; `None` where it is none.
-#[inline(always)]
-fn in_place(window: Linear, buffer: Buffer, skip: usize) -> Option<(*const u8, usize)> {
-    let total = buffer.len as usize;
-    let len = total.checked_sub(skip).filter(|&len| len <= MAX_FRAME)?;
-    let from = place(window, buffer, total, false)?;
-    Some((from.wrapping_add(skip).cast_const(), len))
 }
 
 /// The buffers of a chain.
@@ -232,59 +326,51 @@ impl<V: DeviceRing, N: Notify> Port for PeerPort<V, N> {
             return self.tx_with_header(Header::NONE, count, len, &mut build);
         }
         let packet = HEADER_LEN + len;
-        let written = u32::try_from(packet).unwrap_or(0);
-        let mut wanted = if self.spreading { MAX_BURST } else { count };
+        let fetch = |to: *mut u8, _| {
+            bulk::fetch(to, HEADER_LEN);
+            bulk::fetch_to_write(to.wrapping_add(HEADER_LEN), len);
+        };
+        let ring = &mut self.to_peer.ring;
+        let ready = match self.spreading {
+            // One chain a frame was not enough last time.
+            true => 0,
+            false => take(ring, self.window, &mut self.whole, (count, true), fetch)?,
+        };
         self.spreading = false;
         let mut sent = 0;
-        loop {
-            let ring = &mut self.to_peer.ring;
-            let taken = ring.get(&mut self.chains[..wanted], &mut self.buffers)?;
-            for chain in &self.chains[..taken] {
-                if let [whole] = pieces(&self.buffers, chain)
-                    && let Some(to) = place(self.window, *whole, packet, true)
-                {
-                    bulk::fetch(to, HEADER_LEN);
-                    bulk::fetch_to_write(to.wrapping_add(HEADER_LEN), len);
-                }
-            }
-            let mut at = 0;
-            while at < taken && sent < count {
-                let chain = self.chains[at];
-                if let [whole] = pieces(&self.buffers, &chain)
-                    && let Some(to) = place(self.window, *whole, packet, true)
-                {
-                    // A header that is there already is left alone: its line need not travel.
-                    // SAFETY: `place` checked that header and frame fit where `to` points.
-                    let mut slot = unsafe {
-                        if self.unreadable || !bulk::equal(to, HEADER.as_ptr(), HEADER_LEN) {
-                            self.unreadable =
-                                self.unreadable || bulk::equal(to, ONES.as_ptr(), HEADER_LEN);
-                            bulk::copy(to, HEADER.as_ptr(), HEADER_LEN);
-                        }
-                        Slot::new(to.add(HEADER_LEN), len)
-                    };
-                    build(sent, &mut slot);
-                    self.to_peer.ring.put(chain.id, written);
-                    at += 1;
-                } else {
-                    let used = self.spread(at, taken, len, |slot| build(sent, slot));
-                    self.spreading = self.mergeable;
-                    if used == 0 {
+        // As long as each frame fits into the next whole buffer.
+        let mut fits = true;
+        while sent < count {
+            let next = self.whole.get(sent).copied().unwrap_or(NOTHING);
+            let to = if fits && sent < ready && next.len as usize >= packet {
+                // SAFETY: `take` found the whole buffer in the window, and header and frame fit in it.
+                unsafe { self.head(next.ptr) };
+                next.ptr.wrapping_add(HEADER_LEN)
+            } else {
+                if fits {
+                    fits = false;
+                    self.put_whole(sent, ready, packet);
+                    if sent == ready && ready > 0 {
                         break;
                     }
-                    at += used;
                 }
-                sent += 1;
+                match self.stage(len)? {
+                    Some(to) => to,
+                    None => break,
+                }
+            };
+            // SAFETY: `len` bytes from `to` on are in a buffer of the peer or in our own memory.
+            build(sent, &mut unsafe { Slot::new(to, len) });
+            sent += 1;
+            if !fits {
+                self.send_staged(len);
             }
-            if at < taken {
-                self.to_peer.ring.unget(taken - at);
-            }
-            // A chain a frame was not enough: once more, with all that there are.
-            if sent == count || !self.spreading || wanted == MAX_BURST {
-                break;
-            }
-            wanted = MAX_BURST;
         }
+        if fits {
+            self.put_whole(sent, ready, packet);
+        }
+        self.to_peer.ring.unget(self.taken - self.at);
+        (self.at, self.taken) = (0, 0);
         if self.to_peer.ring.publish() {
             self.to_peer.call.notify();
         }
@@ -312,38 +398,44 @@ impl<V: DeviceRing, N: Notify> Port for PeerPort<V, N> {
         if self.offload.is_some() {
             return self.rx_with_headers(count, &mut receive);
         }
+        let count = count.min(MAX_BURST);
+        let fetch = |from: *mut u8, len: usize| {
+            bulk::fetch(
+                from.wrapping_add(HEADER_LEN),
+                len.saturating_sub(HEADER_LEN),
+            );
+        };
         let ring = &mut self.from_peer.ring;
-        let n = ring.get(&mut self.chains[..count.min(MAX_BURST)], &mut self.buffers)?;
+        let whole = take(ring, self.window, &mut self.whole, (count, false), fetch)?;
+        let n = match whole {
+            0 => self.take_pieces(count)?,
+            _ => whole,
+        };
         if n == 0 {
             return Ok(0);
         }
-        for chain in &self.chains[..n] {
-            if let [whole] = *pieces(&self.buffers, chain)
-                && let Some((from, len)) = in_place(self.window, whole, HEADER_LEN)
-            {
-                bulk::fetch(from, len);
-            }
-        }
-        for chain in &self.chains[..n] {
-            let pieces = pieces(&self.buffers, chain);
-            let frame = match *pieces {
-                [whole] => in_place(self.window, whole, HEADER_LEN),
-                [header, frame] if header.len as usize == HEADER_LEN => {
-                    in_place(self.window, frame, 0)
-                }
-                _ => gather(self.window, pieces, &mut self.scratch)
-                    .and_then(|len| self.scratch.get(HEADER_LEN..len))
-                    .map(|frame| (frame.as_ptr(), frame.len())),
+        for i in 0..n {
+            let frame = if whole > 0 {
+                let next = self.whole.get(i).copied().unwrap_or(NOTHING);
+                let len = (next.len as usize).saturating_sub(HEADER_LEN);
+                Some((next.ptr.wrapping_add(HEADER_LEN).cast_const(), len))
+            } else {
+                self.piece(i)
             };
             match frame {
-                Some((from, len)) if len > 0 => {
+                Some((from, len)) if (1..=MAX_FRAME).contains(&len) => {
                     // SAFETY: `len` bytes are there, in the window or in our own memory.
                     receive(&unsafe { Frame::new(from, len) });
                 }
                 _ => self.dropped += 1,
             }
         }
-        ring.put_read(&self.chains[..n]);
+        let ring = &mut self.from_peer.ring;
+        if whole > 0 {
+            ring.put_read_each(self.whole.iter().take(n).map(|whole| whole.id));
+        } else {
+            ring.put_read(self.chains.get(..n).unwrap_or_default());
+        }
         if ring.publish() {
             self.from_peer.call.notify();
         }

@@ -10,6 +10,7 @@ use core::marker::PhantomData;
 use virtqueue::net::Header;
 pub use virtqueue::net::{MAX_FRAME, MAX_LARGE_FRAME, Offloads};
 
+use crate::line::{LINE, Line};
 use crate::pieces::{Piece, total, walk};
 use crate::{bulk, virtio_iommu};
 
@@ -198,6 +199,14 @@ impl<'a> Frame<'a> {
             })
     }
 
+    /// The first 64 bytes, each loaded once; `None` where the frame is shorter.
+    #[inline(always)]
+    #[must_use]
+    pub fn first_line(&self) -> Option<Line> {
+        // SAFETY: `holds` keeps the load inside the frame.
+        self.holds(0, LINE).then(|| unsafe { Line::load(self.ptr) })
+    }
+
     #[inline(always)]
     fn holds(&self, offset: usize, len: usize) -> bool {
         holds(self.len, offset, len)
@@ -324,6 +333,17 @@ impl<'a> Slot<'a> {
                     true
                 })
             })
+    }
+
+    /// Writes the first 64 bytes; `false` (and nothing written) where they do not fit.
+    #[inline(always)]
+    pub fn put_first_line(&mut self, line: Line) -> bool {
+        let fits = holds(self.len, 0, LINE);
+        if fits {
+            // SAFETY: they are inside the slot.
+            unsafe { line.store(self.ptr) };
+        }
+        fits
     }
 
     /// Writes a little-endian word; `false` (and nothing written) where it does not fit.

@@ -170,6 +170,25 @@ impl core::error::Error for Error {}
 pub trait DriverRing {
     /// How many more descriptors can be added now (sections 2.7.13.1 and 2.8.21.1).
     fn free(&self) -> u16;
+    /// Adds up to `count` chains of one buffer each, as [`DriverRing::add`] would one after the other: `buffer` says what is in the n-th, `added` gets n and its
+    /// token. Returns how many there was room for.
+    fn add_each(
+        &mut self,
+        count: usize,
+        mut buffer: impl FnMut(usize) -> Buffer,
+        mut added: impl FnMut(usize, u16),
+    ) -> usize
+    where
+        Self: Sized,
+    {
+        for n in 0..count {
+            match self.add(&[buffer(n)]) {
+                Some(id) => added(n, id),
+                None => return n,
+            }
+        }
+        count
+    }
     /// Adds a chain of buffers, device-readable ones first (sections 2.7.13.1, 2.7.13.2 and 2.8.21.1). The device does not see it before [`DriverRing::publish`]. Returns the
     /// token by which [`DriverRing::take`] reports it, or `None` where there is no room for the whole chain (or `buffers` is empty).
     fn add(&mut self, buffers: &[Buffer]) -> Option<u16>;
@@ -183,6 +202,10 @@ pub trait DriverRing {
     fn publish(&mut self) -> bool;
     /// Takes up to `out.len()` used chains (sections 2.7.14 and 2.8.22); returns how many. Their descriptors are free again.
     fn take(&mut self, out: &mut [Used]) -> Result<usize, Error>;
+    /// The same for up to `count`, each of which is shown to `each`.
+    fn take_each(&mut self, count: usize, each: impl FnMut(Used)) -> Result<usize, Error>
+    where
+        Self: Sized;
     /// Asks for no interrupts (sections 2.7.7 and 2.8.10; a hint: one may still come).
     fn disable_calls(&mut self);
     /// Asks for an interrupt at the next used chain (sections 2.7.7 and 2.8.10). Returns whether used chains are there already: then take them first.
@@ -195,19 +218,33 @@ pub trait DeviceRing {
     /// array is full, and returns how many chains it took. A chain that does not fit in the rest of `buffers` is left for the next call; one that
     /// does not fit an empty array is [`Error::ChainTooLong`]. Every buffer is checked with [`Memory::contains`].
     fn get(&mut self, chains: &mut [Chain], buffers: &mut [Buffer]) -> Result<usize, Error>;
-    /// Puts back the last `n` chains that [`DeviceRing::get`] returned, as if they had not been taken. The driver sees nothing of it.
+    /// Takes up to `count` available chains of one buffer each, up to the first of several or with a table, which is left for [`DeviceRing::get`] (sections 2.7.6 and
+    /// 2.8.6). Shows id and buffer of each to `each`; returns how many. Every buffer is checked with [`Memory::contains`].
+    fn get_each(&mut self, count: usize, each: impl FnMut(u16, Buffer)) -> Result<usize, Error>
+    where
+        Self: Sized;
+    /// Puts back the last `n` chains that [`DeviceRing::get`] and [`DeviceRing::get_each`] returned, as if they had not been taken. The driver sees nothing of it.
     fn unget(&mut self, n: usize);
     /// Marks a chain used with `written` bytes (sections 2.7.8 and 2.8.13). The driver does not see it before [`DeviceRing::publish`]. With VIRTIO_F_IN_ORDER chains are
     /// put in the order in which they were taken (sections 2.7.9 and 2.8.8).
     /// An id that was not taken is the caller's mistake: the driver may get to see it, nothing else happens.
     fn put(&mut self, id: u16, written: u32);
-    /// Marks chains used that held nothing for the device to write, in the order in which they were taken; the same as
-    /// [`DeviceRing::put`] of each with 0 bytes. With VIRTIO_F_IN_ORDER one used element stands for all of them (sections 2.7.9 and 2.8.8).
-    fn put_read(&mut self, chains: &[Chain]) {
-        for chain in chains {
-            self.put(chain.id, 0);
+    /// Marks chains used with `written` bytes each, in the order in which they were taken; the same as [`DeviceRing::put`] of each.
+    fn put_each(&mut self, ids: impl Iterator<Item = u16>, written: u32)
+    where
+        Self: Sized,
+    {
+        for id in ids {
+            self.put(id, written);
         }
     }
+    /// Marks chains used that held nothing for the device to write, in the order in which they were taken; the same as
+    /// [`DeviceRing::put`] of each with 0 bytes. With VIRTIO_F_IN_ORDER one used element stands for all of them (sections 2.7.9 and 2.8.8).
+    fn put_read(&mut self, chains: &[Chain]);
+    /// [`DeviceRing::put_read`] by id.
+    fn put_read_each(&mut self, ids: impl ExactSizeIterator<Item = u16> + DoubleEndedIterator)
+    where
+        Self: Sized;
     /// Makes everything put visible to the driver with one shared store (sections 2.7.8 and 2.8.1). Returns whether the driver wants a call
     /// (sections 2.7.7 and 2.8.10).
     fn publish(&mut self) -> bool;

@@ -138,6 +138,13 @@ impl Region for LinearRegion {
 
     #[inline]
     fn fence(order: Ordering) {
+        // A locked instruction is as full a fence as mfence is for memory of this kind, and takes half the time.
+        #[cfg(target_arch = "x86_64")]
+        if order == Ordering::SeqCst {
+            // SAFETY: the word at the top of the stack is ours, and keeps its value.
+            unsafe { core::arch::asm!("lock or dword ptr [rsp], 0") };
+            return;
+        }
         fence(order);
     }
 

@@ -148,18 +148,32 @@ impl<D: DriverRing> DriverRing for Checked<D> {
     }
 
     fn take(&mut self, out: &mut [Used]) -> Result<usize, virtqueue::Error> {
-        let n = self.inner.take(out)?;
-        let mut ledger = self.ledger.borrow_mut();
-        for used in &out[..n] {
-            for page in self.pages_of.remove(&used.id).unwrap() {
+        let mut places = out.iter_mut();
+        self.take_each(places.len(), |used| *places.next().unwrap() = used)
+    }
+
+    fn take_each(
+        &mut self,
+        count: usize,
+        mut each: impl FnMut(Used),
+    ) -> Result<usize, virtqueue::Error> {
+        let Self {
+            inner,
+            ledger,
+            pages_of,
+            ..
+        } = self;
+        let mut ledger = ledger.borrow_mut();
+        inner.take_each(count, |used| {
+            for page in pages_of.remove(&used.id).unwrap() {
                 let count = ledger.given.get_mut(&page).unwrap();
                 *count -= 1;
                 if *count == 0 {
                     ledger.given.remove(&page);
                 }
             }
-        }
-        Ok(n)
+            each(used);
+        })
     }
 
     fn disable_calls(&mut self) {

@@ -1,5 +1,6 @@
 //! The frames that workloads exchange: Ethernet, IPv4, UDP, and a payload that can be checked (docs/bare-metal.md).
 
+use guest_driver::line::{LINE, Line};
 use guest_driver::{Frame, Slot};
 
 /// Shortest frame that a workload sends.
@@ -10,7 +11,7 @@ pub const MAX_FRAME: usize = guest_driver::port::MAX_FRAME;
 /// How many bytes of a frame are written and compared: all of them.
 pub const EVERY_BYTE: usize = MAX_FRAME;
 /// Those of the first line.
-pub const FIRST_LINE: usize = 64;
+pub const FIRST_LINE: usize = LINE;
 
 /// The simple Internet mix, 7:4:1: lengths of bursts, one after the other. (A burst is of frames of one length.)
 pub const IMIX: [usize; 12] = [64, 570, 64, 64, 570, 64, 1518, 64, 570, 64, 64, 570];
@@ -18,9 +19,10 @@ pub const IMIX: [usize; 12] = [64, 570, 64, 64, 570, 64, 1518, 64, 570, 64, 64, 
 const HEADERS: usize = 42;
 /// The UDP port "discard".
 const PORT: u16 = 9;
-const SEQUENCE: usize = 42;
-const TAG: usize = 50;
-const PATTERN: usize = 54;
+const TAG: usize = 42;
+/// Two bytes are zero in front of it: so a frame's first 48 bytes are the same in a whole run.
+const SEQUENCE: usize = 48;
+const PATTERN: usize = 56;
 
 /// Positions in the pattern table repeat after this many.
 const PERIOD: usize = 4096;
@@ -44,12 +46,21 @@ const fn table() -> [u8; PERIOD + MAX_FRAME] {
     table
 }
 
-/// The bytes behind the fixed part of frame `sequence`.
+/// Bytes of the pattern of frame `sequence`, from its byte `skip` on.
 #[inline(always)]
-fn pattern(sequence: u64, len: usize) -> &'static [u8] {
+fn pattern(sequence: u64, skip: usize, len: usize) -> &'static [u8] {
     let [low, high, ..] = sequence.to_le_bytes();
-    let start = usize::from(u16::from_le_bytes([low, high])) % PERIOD;
+    let start = usize::from(u16::from_le_bytes([low, high])) % PERIOD + skip;
     TABLE.get(start..start + len).unwrap_or(&[])
+}
+
+/// The last two words of the first line of frame `sequence`.
+#[inline(always)]
+fn variable(sequence: u64) -> [u64; 2] {
+    let bytes = pattern(sequence, 0, LINE - PATTERN).first_chunk();
+    let first = bytes.copied().map_or(0, u64::from_le_bytes);
+    // The pattern repeats: so a number that was changed would go for another frame's.
+    [sequence, first ^ sequence.rotate_left(32)]
 }
 
 /// Which end a frame comes from.
@@ -105,6 +116,9 @@ pub struct Format {
     headers: [u8; HEADERS],
     len: usize,
     run: u16,
+    /// What a data frame begins with, but for the last two words; and an end frame.
+    data: Line,
+    end: Line,
 }
 
 impl Format {
@@ -132,7 +146,13 @@ impl Format {
         udp[0..2].copy_from_slice(&PORT.to_be_bytes());
         udp[2..4].copy_from_slice(&PORT.to_be_bytes());
         udp[4..6].copy_from_slice(&(ip_len - 20).to_be_bytes());
-        Self { headers, len, run }
+        Self {
+            len,
+            run,
+            data: line(&headers, tag(run, Kind::Data)),
+            end: line(&headers, tag(run, Kind::End)),
+            headers,
+        }
     }
 
     /// The same with the UDP ports of flow `flow`: ports 9, of flow 0, and those behind them.
@@ -142,6 +162,8 @@ impl Format {
         for at in [34, 36] {
             self.headers[at..at + 2].copy_from_slice(&port);
         }
+        self.data = line(&self.headers, tag(self.run, Kind::Data));
+        self.end = line(&self.headers, tag(self.run, Kind::End));
         self
     }
 
@@ -157,32 +179,42 @@ impl Format {
         false
     }
 
-    #[inline(always)]
-    fn tag(&self, kind: Kind) -> u32 {
-        let kind = match kind {
-            Kind::Data => 0,
-            Kind::End => 1 << 16,
-        };
-        u32::from(self.run) | kind
-    }
-
-    /// How many bytes of a frame's pattern are written and compared, where `MOST` of the frame are.
-    #[inline(always)]
-    fn pattern_len<const MOST: usize>(&self) -> usize {
-        if MOST < MAX_FRAME {
-            self.len.min(MOST) - PATTERN
-        } else {
-            self.len - PATTERN
-        }
-    }
-
     /// Writes a frame into a slot of [`Format::len`] bytes, or the first `MOST` bytes of it ([`EVERY_BYTE`], [`FIRST_LINE`]).
     #[inline(always)]
     pub fn build<const MOST: usize>(&self, slot: &mut Slot, kind: Kind, sequence: u64) {
+        let line = match kind {
+            Kind::Data => self.data,
+            Kind::End => self.end,
+        };
+        if !slot.put_first_line(line.with_last(variable(sequence))) {
+            self.build_short(slot, kind, sequence);
+        }
+        if MOST > LINE && self.len > LINE {
+            self.build_rest(slot, sequence);
+        }
+    }
+
+    /// What comes behind the first line. (A function of its own keeps the loops of short frames short.)
+    #[inline(never)]
+    fn build_rest(&self, slot: &mut Slot, sequence: u64) {
+        slot.write(LINE, pattern(sequence, LINE - PATTERN, self.len - LINE));
+    }
+
+    /// Whether that is what it should be.
+    #[inline(never)]
+    fn check_rest(&self, frame: &Frame, sequence: u64) -> bool {
+        frame.matches(LINE, pattern(sequence, LINE - PATTERN, self.len - LINE))
+    }
+
+    /// The first line of a frame that is shorter, or whose first piece is.
+    #[cold]
+    fn build_short(&self, slot: &mut Slot, kind: Kind, sequence: u64) {
         slot.write(0, &self.headers);
+        slot.put_u64(TAG, tag(self.run, kind));
         slot.put_u64(SEQUENCE, sequence);
-        slot.put_u32(TAG, self.tag(kind));
-        slot.write(PATTERN, pattern(sequence, self.pattern_len::<MOST>()));
+        let [_, last] = variable(sequence);
+        let len = LINE.min(self.len) - PATTERN;
+        slot.write(PATTERN, last.to_le_bytes().get(..len).unwrap_or(&[]));
     }
 
     /// Gives a frame that was copied into a slot this format's headers.
@@ -195,29 +227,77 @@ impl Format {
     #[inline(always)]
     #[must_use]
     pub fn check<const MOST: usize>(&self, frame: &Frame) -> Seen {
-        let (Some(sequence), Some(tag)) = (frame.u64(SEQUENCE), frame.u32(TAG)) else {
+        let rest = MOST > LINE && self.len > LINE;
+        let Some(line) = frame.first_line() else {
+            return self.check_short(frame, rest);
+        };
+        let [sequence, _] = line.last();
+        let whole = line == self.data.with_last(variable(sequence))
+            && frame.len() == self.len
+            && (!rest || self.check_rest(frame, sequence));
+        if whole {
+            Seen::Good(Kind::Data, sequence)
+        } else {
+            self.check_short(frame, rest)
+        }
+    }
+
+    /// The same for a frame that is no whole data frame of this run, or whose first line is not in one piece. What it finds, the frame was when it looked: the
+    /// peer may have changed it since.
+    #[cold]
+    fn check_short(&self, frame: &Frame, rest: bool) -> Seen {
+        let (Some(sequence), Some(found)) = (frame.u64(SEQUENCE), frame.u64(TAG)) else {
             return Seen::Corrupt;
         };
-        let kind = if tag == self.tag(Kind::Data) {
+        let found = found & 0xffff_ffff_ffff;
+        let kind = if found == tag(self.run, Kind::Data) {
             Kind::Data
-        } else if tag == self.tag(Kind::End) {
+        } else if found == tag(self.run, Kind::End) {
             Kind::End
         } else {
-            return if tag & 0xffff == u32::from(self.run) {
+            return if found & 0xffff == u64::from(self.run) {
                 Seen::Corrupt
             } else {
                 Seen::Stale
             };
         };
+        let [_, last] = variable(sequence);
+        let first = LINE.min(self.len) - PATTERN;
         let whole = frame.len() == self.len
             && frame.matches(0, &self.headers)
-            && frame.matches(PATTERN, pattern(sequence, self.pattern_len::<MOST>()));
+            && frame.matches(PATTERN, last.to_le_bytes().get(..first).unwrap_or(&[]))
+            && (!rest || self.check_rest(frame, sequence));
         if whole {
             Seen::Good(kind, sequence)
         } else {
             Seen::Corrupt
         }
     }
+}
+
+/// What stands in front of a frame's sequence number: the run, the kind, and two zero bytes. (As a word, the lower six bytes count.)
+#[inline(always)]
+const fn tag(run: u16, kind: Kind) -> u64 {
+    let kind = match kind {
+        Kind::Data => 0,
+        Kind::End => 1 << 16,
+    };
+    run as u64 | kind
+}
+
+/// The first line of the frames of a run, as far as it is the same in all of them.
+fn line(headers: &[u8; HEADERS], tag: u64) -> Line {
+    let mut bytes = [0; LINE];
+    bytes[..HEADERS].copy_from_slice(headers);
+    bytes[TAG..TAG + 6].copy_from_slice(&tag.to_le_bytes()[..6]);
+    let mut words = [0; 8];
+    for (word, bytes) in words.iter_mut().zip(bytes.chunks_exact(8)) {
+        *word = bytes
+            .iter()
+            .rev()
+            .fold(0, |word, &byte| word << 8 | u64::from(byte));
+    }
+    Line::from_words(words)
 }
 
 /// The Internet checksum (RFC 1071) of an even number of bytes.
@@ -304,7 +384,7 @@ mod tests {
     #[test]
     fn the_pattern_differs_between_neighbouring_frames() {
         for sequence in 0..PERIOD as u64 {
-            assert_ne!(pattern(sequence, 6), pattern(sequence + 1, 6));
+            assert_ne!(pattern(sequence, 0, 4), pattern(sequence + 1, 0, 4));
         }
     }
 }

@@ -595,7 +595,7 @@ fn every_fault_is_counted_as_what_it_is() {
     assert_eq!(meddle(Fault::Duplicate), (0, 1, 0, 0));
     assert_eq!(meddle(Fault::Swap), (0, 0, 1, 0));
     assert_eq!(meddle(Fault::Truncate), (1, 0, 0, 1));
-    for at in [0, 11, 20, 41, 54, 63] {
+    for at in [0, 11, 20, 41, 45, 47, 48, 54, 55, 56, 63] {
         assert_eq!(meddle(Fault::Corrupt(at)), (1, 0, 0, 1), "byte {at}");
     }
     // Where only the first line is looked at, what is wrong behind it goes unseen, and nothing else does.

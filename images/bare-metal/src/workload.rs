@@ -124,8 +124,8 @@ impl fmt::Display for Stopped {
 
 impl core::error::Error for Stopped {}
 
-/// How long an end that found nothing to do looks away, in processor pauses.
-const PAUSES: u32 = 8;
+/// How long an end that found nothing to do looks away, in processor pauses. (One takes 40 to 140 cycles, by processor.)
+const PAUSES: u32 = 1;
 /// How often that number is doubled at most.
 const LONGEST_PAUSE: u32 = 3;
 /// Bursts between two looks at the control path.

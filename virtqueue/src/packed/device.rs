@@ -4,8 +4,8 @@ use alloc::boxed::Box;
 use core::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
 
 use super::{
-    Areas, EVENT_DISABLE, INDIRECT, NEXT, Position, STATE, WRITE, id_of, in_word, len_of, pack,
-    wants, wish,
+    Areas, Cursor, EVENT_DISABLE, INDIRECT, NEXT, Position, STATE, WRITE, id_of, in_word, len_of,
+    pack, wants, wish,
 };
 use crate::chain::{Collector, DESC_LEN, open_table};
 use crate::{Buffer, Chain, DeviceRing, Error, Memory, Region, RingConfig};
@@ -55,28 +55,6 @@ struct Found {
     descriptors: u16,
     /// How many buffers it has.
     count: u16,
-}
-
-/// What is left of the caller's arrays, and how far the ring has been read.
-struct Burst<'a> {
-    chains: &'a mut [Chain],
-    room: &'a mut [Buffer],
-    /// Buffers that have been filled.
-    filled: u16,
-    next: Position,
-    taken: u64,
-}
-
-impl Burst<'_> {
-    /// Has used up some of the arrays.
-    #[inline]
-    fn skip(&mut self, chains: usize, buffers: u16) {
-        let rest = core::mem::take(&mut self.chains);
-        self.chains = rest.get_mut(chains..).unwrap_or_default();
-        let rest = core::mem::take(&mut self.room);
-        self.room = rest.get_mut(usize::from(buffers)..).unwrap_or_default();
-        self.filled = self.filled.wrapping_add(buffers);
-    }
 }
 
 /// Whether a chain is taken and not put, given what [`Device::by_id`] holds for its id.
@@ -190,47 +168,49 @@ impl<M: Memory> Device<M> {
         u64::from(self.size).wrapping_sub(taken.wrapping_sub(self.shown))
     }
 
-    /// Takes chains of one descriptor, up to the first other thing and not beyond the end of the ring. Returns how many, and the second half
-    /// of the descriptor that stopped it.
+    /// The body of [`DeviceRing::get_each`]; the caller latches the error. Returns how many chains there were, and the second half of the descriptor that stopped it,
+    /// if one did.
     #[inline]
-    fn run<const IN_ORDER: bool>(
+    fn singles<const IN_ORDER: bool>(
         &mut self,
-        burst: &mut Burst<'_>,
-    ) -> Result<(u16, Option<u64>), Error> {
-        let expected = burst.next.available();
-        let done = self.done;
-        let free = usize::try_from(self.free(burst.taken)).unwrap_or(usize::MAX);
-        let slot = usize::from(burst.next.slot());
-        let mut at = burst.next.offset();
-        let mut taken = burst.taken;
-        let mut first = burst.filled;
-        let mut count = 0u16;
-        let ends = self.by_end.get_mut(slot..).unwrap_or_default();
-        let places = burst.chains.iter_mut().zip(burst.room.iter_mut()).zip(ends);
-        for ((chain, place), end) in places.take(free) {
-            let word = self.areas.desc.load_u64(at + 8, Acquire);
-            if word & (STATE | in_word(NEXT | INDIRECT)) != expected {
-                return Ok((count, Some(word)));
+        count: usize,
+        mut each: impl FnMut(u16, Buffer),
+    ) -> Result<(usize, Option<u64>), Error> {
+        let mut next = Cursor::available(self.next, self.size);
+        let (done, mut taken) = (self.done, self.taken);
+        let free = usize::try_from(self.free(taken)).unwrap_or(usize::MAX);
+        let most = count.min(free);
+        let mut got = 0;
+        let mut stopped = None;
+        while got < most {
+            let word = self.areas.desc.load_u64(next.at + 8, Acquire);
+            if word & (STATE | in_word(NEXT | INDIRECT)) != next.state {
+                stopped = Some(word);
+                break;
             }
-            let checked = buffer(self.areas.desc.load_u64(at, Relaxed), word);
+            let checked = buffer(self.areas.desc.load_u64(next.at, Relaxed), word);
             if !self.memory.contains(checked.addr, checked.len) {
                 return Err(Error::BadAddress);
             }
             taken = taken.wrapping_add(1);
             let id = id_of(word);
             Self::book::<IN_ORDER>(self.by_id.get_mut(usize::from(id)), done, 1, taken)?;
-            *place = checked;
-            *end = (id, 1);
-            *chain = Chain {
-                id,
-                first,
-                count: 1,
-            };
-            first = first.wrapping_add(1);
-            count = count.wrapping_add(1);
-            at = at.wrapping_add(DESC_LEN);
+            if let Some(end) = self.by_end.get_mut(next.at / DESC_LEN)
+                && *end != (id, 1)
+            {
+                *end = (id, 1);
+            }
+            next.advance();
+            got += 1;
+            each(id, checked);
         }
-        Ok((count, None))
+        let next = next.position();
+        // More chains than there are descriptors.
+        if got == free && got < count && self.word(next) & STATE == next.available() {
+            return Err(Error::IndexOutOfRange);
+        }
+        (self.next, self.taken) = (next, taken);
+        Ok((got, stopped))
     }
 
     /// The body of [`DeviceRing::get`]; the caller latches the error.
@@ -242,62 +222,74 @@ impl<M: Memory> Device<M> {
     ) -> Result<usize, Error> {
         // A chain has at least one buffer. `Chain::first` is what limits the array.
         let limit = buffers.len().min(usize::from(u16::MAX));
-        let (room, _) = buffers.split_at_mut(limit);
+        let (buffers, _) = buffers.split_at_mut(limit);
         let wanted = chains.len();
-        let mut burst = Burst {
-            chains,
-            room,
-            filled: 0,
-            next: self.next,
-            taken: self.taken,
-        };
-        while !burst.chains.is_empty() && !burst.room.is_empty() {
-            let (count, stopped) = self.run::<IN_ORDER>(&mut burst)?;
-            burst.skip(usize::from(count), count);
-            burst.next = burst.next.step(count, self.size);
-            burst.taken = burst.taken.wrapping_add(count.into());
-            let free = self.free(burst.taken);
-            let word = match stopped {
-                Some(word) => word,
-                None if burst.chains.is_empty() || burst.room.is_empty() => break,
-                // The end of the ring.
-                None if free > 0 => continue,
-                None => self.word(burst.next),
-            };
-            if word & STATE != burst.next.available() {
+        let (mut got, mut filled) = (0, 0);
+        while got < wanted && filled < limit {
+            let mut places = chains
+                .iter_mut()
+                .skip(got)
+                .zip(buffers.iter_mut().skip(filled));
+            let most = (wanted - got).min(limit - filled);
+            let mut first = filled;
+            let (singles, stopped) = self.singles::<IN_ORDER>(most, |id, buffer| {
+                if let Some((chain, place)) = places.next() {
+                    *chain = Chain {
+                        id,
+                        first: u16::try_from(first).unwrap_or_default(),
+                        count: 1,
+                    };
+                    *place = buffer;
+                }
+                first += 1;
+            })?;
+            got += singles;
+            filled += singles;
+            let (Some(chain), Some(room)) = (chains.get_mut(got), buffers.get_mut(filled..)) else {
                 break;
-            }
-            if free == 0 {
-                return Err(Error::IndexOutOfRange);
-            }
-            let found = match self.follow(burst.next, word, free, burst.room)? {
+            };
+            let word = stopped.filter(|word| word & STATE == self.next.available());
+            let Some(word) = word.filter(|_| !room.is_empty()) else {
+                break;
+            };
+            let found = match self.other::<IN_ORDER>(word, room)? {
                 Some(found) => found,
-                None if burst.filled == 0 => return Err(Error::ChainTooLong),
+                None if filled == 0 => return Err(Error::ChainTooLong),
                 None => break,
             };
-            let length = u64::from(found.descriptors);
-            burst.taken = burst.taken.wrapping_add(length);
-            let entry = self.by_id.get_mut(usize::from(found.id));
-            Self::book::<IN_ORDER>(entry, self.done, length, burst.taken)?;
-            let end = burst
-                .next
-                .step(found.descriptors.wrapping_sub(1), self.size);
-            if let Some(end) = self.by_end.get_mut(usize::from(end.slot())) {
-                *end = (found.id, found.descriptors);
-            }
-            burst.next = end.next(self.size);
-            if let Some(chain) = burst.chains.first_mut() {
-                *chain = Chain {
-                    id: found.id,
-                    first: burst.filled,
-                    count: found.count,
-                };
-            }
-            burst.skip(1, found.count);
+            *chain = Chain {
+                id: found.id,
+                first: u16::try_from(filled).unwrap_or_default(),
+                count: found.count,
+            };
+            got += 1;
+            filled += usize::from(found.count);
         }
-        self.next = burst.next;
-        self.taken = burst.taken;
-        Ok(wanted.wrapping_sub(burst.chains.len()))
+        Ok(got)
+    }
+
+    /// Takes the next chain, which is of several descriptors or has a table, `word` being the second half of its first. `None` where it does not fit in `room`.
+    #[inline(never)]
+    fn other<const IN_ORDER: bool>(
+        &mut self,
+        word: u64,
+        room: &mut [Buffer],
+    ) -> Result<Option<Found>, Error> {
+        let first = self.next;
+        let free = self.free(self.taken);
+        let Some(found) = self.follow(first, word, free, room)? else {
+            return Ok(None);
+        };
+        let length = u64::from(found.descriptors);
+        self.taken = self.taken.wrapping_add(length);
+        let entry = self.by_id.get_mut(usize::from(found.id));
+        Self::book::<IN_ORDER>(entry, self.done, length, self.taken)?;
+        let end = first.step(found.descriptors.wrapping_sub(1), self.size);
+        if let Some(end) = self.by_end.get_mut(usize::from(end.slot())) {
+            *end = (found.id, found.descriptors);
+        }
+        self.next = end.next(self.size);
+        Ok(Some(found))
     }
 
     /// Follows a chain of more than one descriptor, `word` being the second half of its first, and at most `free` in the ring. `None` where it does not fit in `out`.
@@ -358,13 +350,14 @@ impl<M: Memory> Device<M> {
     /// Writes used descriptors: ids, and how much was written. The first of a batch is held back.
     #[inline]
     fn write_used<const IN_ORDER: bool>(&mut self, chains: impl Iterator<Item = (u16, u32)>) {
-        let mut used = self.used;
-        let mut done = self.done;
+        let mut used = Cursor::used(self.used, self.size);
+        let (mut done, taken) = (self.done, self.taken);
+        let mut first = done == self.shown;
         for (id, written) in chains {
             let Some(entry) = self.by_id.get_mut(usize::from(id)) else {
                 continue;
             };
-            if !is_out::<IN_ORDER>(*entry, done, self.taken) {
+            if !is_out::<IN_ORDER>(*entry, done, taken) {
                 continue;
             }
             let length = if IN_ORDER {
@@ -372,23 +365,19 @@ impl<M: Memory> Device<M> {
             } else {
                 core::mem::take(entry)
             };
-            // Not more than the ring has.
-            let Ok(count) = u16::try_from(length) else {
-                continue;
-            };
             let write = if written > 0 { in_word(WRITE) } else { 0 };
-            let word = pack(written, id, used.used() | write);
-            if done == self.shown {
+            let word = pack(written, id, used.state | write);
+            if first {
+                first = false;
                 self.head = word;
             } else {
-                let at = used.offset() + 8;
-                self.areas.desc.store_u64(at, word, Relaxed);
+                self.areas.desc.store_u64(used.at + 8, word, Relaxed);
             }
-            used = used.step(count, self.size);
+            // Not more than the ring has.
+            used.skip(u16::try_from(length).unwrap_or_default());
             done = done.wrapping_add(length);
         }
-        self.used = used;
-        self.done = done;
+        (self.used, self.done) = (used.position(), done);
     }
 
     /// Asks for a kick at the next chain. The order of this store and a later look at the descriptor is up to the caller.
@@ -450,13 +439,43 @@ impl<M: Memory> DeviceRing for Device<M> {
     }
 
     #[inline]
+    fn get_each(&mut self, count: usize, each: impl FnMut(u16, Buffer)) -> Result<usize, Error> {
+        if self.broken {
+            return Err(Error::Broken);
+        }
+        let result = if self.in_order {
+            self.singles::<true>(count, each)
+        } else {
+            self.singles::<false>(count, each)
+        };
+        if result.is_err() {
+            self.broken = true;
+        }
+        result.map(|(got, _)| got)
+    }
+
+    #[inline]
+    fn put_each(&mut self, ids: impl Iterator<Item = u16>, written: u32) {
+        let each = ids.map(|id| (id, written));
+        if self.in_order {
+            self.write_used::<true>(each);
+        } else {
+            self.write_used::<false>(each);
+        }
+    }
+
     fn put_read(&mut self, chains: &[Chain]) {
+        self.put_read_each(chains.iter().map(|chain| chain.id));
+    }
+
+    #[inline]
+    fn put_read_each(&mut self, mut ids: impl ExactSizeIterator<Item = u16> + DoubleEndedIterator) {
         if self.in_order {
             // Section 2.8.8: one descriptor for all, in the place of the first, with the id of the last. The driver takes the others
             // to be used completely, which for chains that it only lets us read is the same as what we would write.
-            self.write_used::<true>(chains.last().map(|chain| (chain.id, 0)).into_iter());
+            self.write_used::<true>(ids.next_back().map(|id| (id, 0)).into_iter());
         } else {
-            self.write_used::<false>(chains.iter().map(|chain| (chain.id, 0)));
+            self.write_used::<false>(ids.map(|id| (id, 0)));
         }
     }
 

@@ -5,8 +5,8 @@ use core::hint::cold_path;
 use core::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
 
 use super::{
-    Areas, EVENT_DISABLE, EVENT_ENABLE, INDIRECT, NEXT, Position, STATE, id_of, in_word, len_of,
-    pack, wants, wish, write_flag,
+    Areas, Cursor, EVENT_DISABLE, EVENT_ENABLE, INDIRECT, NEXT, Position, STATE, id_of, in_word,
+    len_of, pack, wants, wish, write_flag,
 };
 use crate::chain::{self, DESC_LEN};
 use crate::{Buffer, DriverRing, Error, Memory, Region, RingConfig, Used};
@@ -209,19 +209,18 @@ impl<M: Memory> Driver<M> {
 
     /// Returns how many were taken.
     #[inline]
-    fn take_any_order(&mut self, out: &mut [Used]) -> Result<usize, Error> {
+    fn take_any_order(&mut self, count: usize, mut each: impl FnMut(Used)) -> Result<usize, Error> {
+        let size = self.size;
+        let (mut last, mut tail, mut free) = (self.last, self.id_tail, self.free);
         let mut taken = 0;
-        let mut last = self.last;
-        let mut tail = self.id_tail;
-        let mut free = self.free;
-        for entry in out {
+        while taken < count {
             let Some(word) = self.used_word(last) else {
                 break;
             };
             let id = id_of(word);
             let sent = self.sent.get_mut(usize::from(id)).ok_or(Error::BadId)?;
-            let count = sent.count;
-            if count == 0 {
+            let descriptors = sent.count;
+            if descriptors == 0 {
                 return Err(Error::BadId);
             }
             let len = written(len_of(word), sent.writable)?;
@@ -229,63 +228,76 @@ impl<M: Memory> Driver<M> {
             if let Some(cell) = self.ids.get_mut(usize::from(tail)) {
                 *cell = id;
             }
-            tail = behind(tail, self.size);
-            free = free.wrapping_add(count);
-            last = last.step(count, self.size);
-            *entry = Used { id, len };
+            tail = behind(tail, size);
+            free = free.wrapping_add(descriptors);
+            last = last.step(descriptors, size);
             taken += 1;
+            each(Used { id, len });
         }
-        self.last = last;
-        self.id_tail = tail;
-        self.free = free;
+        (self.last, self.id_tail, self.free) = (last, tail, free);
         Ok(taken)
     }
 
     /// Section 2.8.8: a used descriptor stands for all chains up to the one that it names; it is in the place of the first of them. Returns
     /// how many were taken.
     #[inline]
-    fn take_in_order(&mut self, out: &mut [Used]) -> Result<usize, Error> {
-        let mut taken = 0u16;
-        let mut last = self.last;
-        let mut oldest = self.id_tail;
-        let mut free = self.free;
-        let waiting = self.waiting;
+    fn take_in_order(&mut self, count: usize, mut each: impl FnMut(Used)) -> Result<usize, Error> {
+        let size = self.size;
+        let mut last = Cursor::used(self.last, size);
+        let (mut oldest, mut free) = (self.id_tail, self.free);
         let (mut left, mut len) = self.batch;
-        for entry in out {
+        let waiting = self.waiting;
+        let most = count.min(usize::from(waiting));
+        let mut taken = 0;
+        while taken < most {
             if left == 0 {
-                let Some(word) = self.used_word(last) else {
+                let word = self.areas.desc.load_u64(last.at + 8, Acquire);
+                if word & STATE != last.state {
                     break;
-                };
-                let id = id_of(word);
-                let others = if id >= oldest {
-                    id.wrapping_sub(oldest)
-                } else {
-                    id.wrapping_add(self.size).wrapping_sub(oldest)
-                };
-                if id >= self.size || others >= waiting.wrapping_sub(taken) {
-                    return Err(Error::BadId);
                 }
-                left = others.wrapping_add(1);
                 len = len_of(word);
+                left = 1;
+                let id = id_of(word);
+                if id != oldest {
+                    cold_path();
+                    let others = if id >= oldest {
+                        id.wrapping_sub(oldest)
+                    } else {
+                        id.wrapping_add(size).wrapping_sub(oldest)
+                    };
+                    if id >= size || usize::from(others) >= usize::from(waiting) - taken {
+                        return Err(Error::BadId);
+                    }
+                    left = others.wrapping_add(1);
+                }
             }
             let sent = self.sent.get(usize::from(oldest)).ok_or(Error::BadId)?;
-            let len = match left {
-                1 => written(len, sent.writable)?,
-                _ => sent.writable,
+            let used = Used {
+                id: oldest,
+                len: match left {
+                    1 => written(len, sent.writable)?,
+                    _ => sent.writable,
+                },
             };
-            *entry = Used { id: oldest, len };
             left = left.wrapping_sub(1);
-            taken = taken.wrapping_add(1);
             free = free.wrapping_add(sent.count);
-            last = last.step(sent.count, self.size);
-            oldest = behind(oldest, self.size);
+            last.skip(sent.count);
+            oldest = behind(oldest, size);
+            taken += 1;
+            each(used);
         }
-        self.last = last;
-        self.id_tail = oldest;
-        self.free = free;
-        self.waiting = waiting.wrapping_sub(taken);
+        // More than there are.
+        if taken == usize::from(waiting)
+            && taken < count
+            && self.areas.desc.load_u64(last.at + 8, Relaxed) & STATE == last.state
+        {
+            return Err(Error::BadId);
+        }
+        (self.last, self.id_tail, self.free) = (last.position(), oldest, free);
+        // No more than there were.
+        self.waiting = waiting.wrapping_sub(u16::try_from(taken).unwrap_or(waiting));
         self.batch = (left, len);
-        Ok(taken.into())
+        Ok(taken)
     }
 
     /// How many chains are added and not published.
@@ -316,17 +328,17 @@ impl<M: Memory> Driver<M> {
         }
     }
 
-    /// The body of [`DriverRing::take`]; the caller latches the error.
+    /// The body of [`DriverRing::take_each`]; the caller latches the error.
     #[inline]
-    fn reap(&mut self, out: &mut [Used]) -> Result<usize, Error> {
+    fn reap(&mut self, count: usize, each: impl FnMut(Used)) -> Result<usize, Error> {
         if self.in_order {
-            return self.take_in_order(out);
+            return self.take_in_order(count, each);
         }
         if self.next == self.published {
-            return self.take_any_order(out);
+            return self.take_any_order(count, each);
         }
         self.toggle_unpublished();
-        let taken = self.take_any_order(out)?;
+        let taken = self.take_any_order(count, each)?;
         self.toggle_unpublished();
         Ok(taken)
     }
@@ -351,6 +363,52 @@ impl<M: Memory> DriverRing for Driver<M> {
             self.write_chain(buffers, count, id);
         }
         self.book((id, cell), count, chain::writable(buffers))
+    }
+
+    #[inline]
+    fn add_each(
+        &mut self,
+        count: usize,
+        mut buffer: impl FnMut(usize) -> Buffer,
+        mut added: impl FnMut(usize, u16),
+    ) -> usize {
+        let count = count.min(usize::from(self.free));
+        let size = self.size;
+        let mut next = Cursor::available(self.next, size);
+        let mut cell = self.id_head;
+        let mut first = self.next == self.published;
+        for n in 0..count {
+            let id = if self.in_order {
+                cell
+            } else {
+                self.ids.get(usize::from(cell)).copied().unwrap_or_default()
+            };
+            let buffer = buffer(n);
+            let word = pack(buffer.len, id, write_flag(&buffer) | next.state);
+            self.areas.desc.store_u64(next.at, buffer.addr, Relaxed);
+            if first {
+                first = false;
+                self.head = word;
+            } else {
+                self.areas.desc.store_u64(next.at + 8, word, Relaxed);
+            }
+            if let Some(sent) = self.sent.get_mut(usize::from(id)) {
+                let writable = if buffer.device_writes { buffer.len } else { 0 };
+                // It is the same time and again in a pool of equal buffers, and each store takes a place in the processor's queue of them.
+                if (sent.writable, sent.count) != (writable, 1) {
+                    (sent.writable, sent.count) = (writable, 1);
+                }
+            }
+            next.advance();
+            cell = behind(cell, size);
+            added(n, id);
+        }
+        (self.next, self.id_head) = (next.position(), cell);
+        // No more than what is free.
+        self.free = self
+            .free
+            .wrapping_sub(u16::try_from(count).unwrap_or(self.free));
+        count
     }
 
     fn add_indirect(&mut self, table: u64, buffers: &[Buffer]) -> Option<u16> {
@@ -390,10 +448,20 @@ impl<M: Memory> DriverRing for Driver<M> {
 
     #[inline]
     fn take(&mut self, out: &mut [Used]) -> Result<usize, Error> {
+        let mut places = out.iter_mut();
+        self.take_each(places.len(), |used| {
+            if let Some(place) = places.next() {
+                *place = used;
+            }
+        })
+    }
+
+    #[inline]
+    fn take_each(&mut self, count: usize, each: impl FnMut(Used)) -> Result<usize, Error> {
         if self.broken {
             return Err(Error::Broken);
         }
-        let result = self.reap(out);
+        let result = self.reap(count, each);
         if result.is_err() {
             self.broken = true;
             // Nothing can be added or published any more.

@@ -202,6 +202,74 @@ impl Position {
     }
 }
 
+/// A [`Position`] as loops use it: the offset of a descriptor, and the flags that it has there in one of the two states.
+#[derive(Clone, Copy)]
+struct Cursor {
+    at: usize,
+    state: u64,
+    end: usize,
+}
+
+impl Cursor {
+    /// For descriptors that are available.
+    #[inline]
+    fn available(position: Position, size: u16) -> Self {
+        Self {
+            at: position.offset(),
+            state: position.available(),
+            end: DESC_LEN * usize::from(size),
+        }
+    }
+
+    /// For used ones.
+    #[inline]
+    fn used(position: Position, size: u16) -> Self {
+        Self {
+            state: position.used(),
+            ..Self::available(position, size)
+        }
+    }
+
+    /// One descriptor further.
+    #[inline]
+    fn advance(&mut self) {
+        self.at = self.at.wrapping_add(DESC_LEN);
+        if self.at == self.end {
+            cold_path();
+            self.at = 0;
+            // Both flags change from one turn to the next, in either state.
+            self.state ^= STATE;
+        }
+    }
+
+    /// `count` descriptors further, at most a whole turn.
+    #[inline]
+    fn skip(&mut self, count: u16) {
+        if count == 1 {
+            return self.advance();
+        }
+        cold_path();
+        self.at = self.at.wrapping_add(DESC_LEN * usize::from(count));
+        if self.at >= self.end {
+            self.at = self.at.wrapping_sub(self.end);
+            self.state ^= STATE;
+        }
+    }
+
+    /// The place. (In either state the driver's flag is the wrap counter.)
+    #[inline]
+    fn position(self) -> Position {
+        // Less than 2^15.
+        let slot = u16::try_from(self.at / DESC_LEN).unwrap_or_default();
+        let wrap = if self.state & in_word(AVAIL) != 0 {
+            WRAP
+        } else {
+            0
+        };
+        Position(slot | wrap)
+    }
+}
+
 /// The two flags that say what a descriptor is.
 const STATE: u64 = in_word(AVAIL | USED);
 

@@ -159,20 +159,16 @@ impl<M: Memory> Device<M> {
         Ok(usize::from(count).min(wanted))
     }
 
-    /// The body of [`DeviceRing::get`]; the caller latches the error.
+    /// Takes up to `count` chains and shows each with its head; `each` says whether it takes it, and where it does not, that and those behind it are left.
     #[inline]
-    fn walk(&mut self, chains: &mut [Chain], buffers: &mut [Buffer]) -> Result<usize, Error> {
-        // A chain has at least one buffer. `Chain::first` is what limits the array.
-        let limit = buffers.len().min(usize::from(u16::MAX));
-        let (mut room, _) = buffers.split_at_mut(limit);
-        let available = self.available(chains.len().min(limit))?;
-        let mut filled = 0u16;
+    fn walk(
+        &mut self,
+        count: usize,
+        mut each: impl FnMut(&Self, u16, Descriptor) -> Result<bool, Error>,
+    ) -> Result<usize, Error> {
+        let available = self.available(count)?;
         let mut next = self.next;
-        for (chain, ahead) in chains.iter_mut().take(available).zip(usize::from(AHEAD)..) {
-            let place = core::mem::take(&mut room);
-            if place.is_empty() {
-                break;
-            }
+        for ahead in usize::from(AHEAD)..usize::from(AHEAD) + available {
             // Not beyond what is published: that would take lines away which the driver is about to write.
             if ahead < available {
                 let entry = avail_entry(next.wrapping_add(AHEAD) & self.mask);
@@ -185,34 +181,64 @@ impl<M: Memory> Device<M> {
                 return Err(Error::BadId);
             }
             let first = Descriptor::read(&self.areas.desc, head);
-            let count = if first.has(DESC_NEXT | DESC_INDIRECT) {
-                match self.follow(first, place)? {
-                    Some(count) => count,
-                    None if filled == 0 => return Err(Error::ChainTooLong),
-                    None => break,
-                }
-            } else {
-                let checked = first.buffer();
-                if !self.memory.contains(checked.addr, checked.len) {
-                    return Err(Error::BadAddress);
-                }
-                if let Some(buffer) = place.first_mut() {
-                    *buffer = checked;
-                }
-                1
-            };
-            room = place.get_mut(usize::from(count)..).unwrap_or_default();
-            *chain = Chain {
-                id: head,
-                first: filled,
-                count,
-            };
-            filled += count;
+            if !each(self, head, first)? {
+                break;
+            }
             next = next.wrapping_add(1);
         }
         let taken = next.wrapping_sub(self.next);
         self.next = next;
         Ok(usize::from(taken))
+    }
+
+    /// The buffer of a chain of one.
+    #[inline]
+    fn checked(&self, first: Descriptor) -> Result<Buffer, Error> {
+        let buffer = first.buffer();
+        if self.memory.contains(buffer.addr, buffer.len) {
+            Ok(buffer)
+        } else {
+            Err(Error::BadAddress)
+        }
+    }
+
+    /// The body of [`DeviceRing::get`]; the caller latches the error.
+    #[inline]
+    fn chains(&mut self, chains: &mut [Chain], buffers: &mut [Buffer]) -> Result<usize, Error> {
+        // A chain has at least one buffer. `Chain::first` is what limits the array.
+        let limit = buffers.len().min(usize::from(u16::MAX));
+        let (mut room, _) = buffers.split_at_mut(limit);
+        let mut filled = 0u16;
+        let most = chains.len().min(limit);
+        let mut places = chains.iter_mut();
+        self.walk(most, |ring, head, first| {
+            let place = core::mem::take(&mut room);
+            if place.is_empty() {
+                return Ok(false);
+            }
+            let count = if first.has(DESC_NEXT | DESC_INDIRECT) {
+                match ring.follow(first, place)? {
+                    Some(count) => count,
+                    None if filled == 0 => return Err(Error::ChainTooLong),
+                    None => return Ok(false),
+                }
+            } else {
+                if let Some(buffer) = place.first_mut() {
+                    *buffer = ring.checked(first)?;
+                }
+                1
+            };
+            room = place.get_mut(usize::from(count)..).unwrap_or_default();
+            if let Some(chain) = places.next() {
+                *chain = Chain {
+                    id: head,
+                    first: filled,
+                    count,
+                };
+            }
+            filled += count;
+            Ok(true)
+        })
     }
 
     /// Follows a chain of more than one descriptor. Returns how many buffers it has, or `None` where they do not fit in `out`.
@@ -289,7 +315,29 @@ impl<M: Memory> DeviceRing for Device<M> {
         if self.broken {
             return Err(Error::Broken);
         }
-        let result = self.walk(chains, buffers);
+        let result = self.chains(chains, buffers);
+        if result.is_err() {
+            self.broken = true;
+        }
+        result
+    }
+
+    #[inline]
+    fn get_each(
+        &mut self,
+        count: usize,
+        mut each: impl FnMut(u16, Buffer),
+    ) -> Result<usize, Error> {
+        if self.broken {
+            return Err(Error::Broken);
+        }
+        let result = self.walk(count, |ring, head, first| {
+            let single = !first.has(DESC_NEXT | DESC_INDIRECT);
+            if single {
+                each(head, ring.checked(first)?);
+            }
+            Ok(single)
+        });
         if result.is_err() {
             self.broken = true;
         }
@@ -311,18 +359,22 @@ impl<M: Memory> DeviceRing for Device<M> {
         self.used = self.used.wrapping_add(1);
     }
 
-    #[inline]
     fn put_read(&mut self, chains: &[Chain]) {
+        self.put_read_each(chains.iter().map(|chain| chain.id));
+    }
+
+    #[inline]
+    fn put_read_each(&mut self, mut ids: impl ExactSizeIterator<Item = u16> + DoubleEndedIterator) {
         if !self.in_order {
-            for chain in chains {
-                self.put(chain.id, 0);
+            for id in ids {
+                self.put(id, 0);
             }
             return;
         }
         // Section 2.7.9: one element for all, in the place of the first, with the id of the last. The driver takes the others
         // to be used completely, which for chains that it only lets us read is the same as what we would write.
-        if let (Some(last), Ok(count)) = (chains.last(), u16::try_from(chains.len())) {
-            self.write_used(self.used & self.mask, last.id, 0);
+        if let (Ok(count), Some(last)) = (u16::try_from(ids.len()), ids.next_back()) {
+            self.write_used(self.used & self.mask, last, 0);
             self.used = self.used.wrapping_add(count);
         }
     }

@@ -210,9 +210,9 @@ impl<M: Memory> Driver<M> {
     }
 
     #[inline]
-    fn take_any_order(&mut self, out: &mut [Used]) -> Result<(), Error> {
+    fn take_any_order(&mut self, count: usize, mut each: impl FnMut(Used)) -> Result<(), Error> {
         let mut last = self.last;
-        for entry in out {
+        for _ in 0..count {
             let (id, len) = self.element(last & self.mask)?;
             let slot = self.slots.get_mut(usize::from(id)).ok_or(Error::BadId)?;
             let count = slot.count;
@@ -224,8 +224,8 @@ impl<M: Memory> Driver<M> {
             }
             slot.count = 0;
             self.release(id, count);
-            *entry = Used { id, len };
             last = last.wrapping_add(1);
+            each(Used { id, len });
         }
         self.last = last;
         Ok(())
@@ -233,8 +233,8 @@ impl<M: Memory> Driver<M> {
 
     /// Section 2.7.9: an element may stand for all chains up to its own; it is in the place of the first of them.
     #[inline]
-    fn take_in_order(&mut self, out: &mut [Used]) -> Result<(), Error> {
-        for entry in out {
+    fn take_in_order(&mut self, count: usize, mut each: impl FnMut(Used)) -> Result<(), Error> {
+        for _ in 0..count {
             let id = self.oldest;
             let (end, len) = match self.batch {
                 Some(batch) => batch,
@@ -265,7 +265,7 @@ impl<M: Memory> Driver<M> {
             }
             self.release(id, count);
             self.oldest = id.wrapping_add(count) & self.mask;
-            *entry = Used { id, len: written };
+            each(Used { id, len: written });
         }
         Ok(())
     }
@@ -288,22 +288,21 @@ impl<M: Memory> Driver<M> {
         }
     }
 
-    /// The body of [`DriverRing::take`]; the caller latches the error. Returns how many were taken.
+    /// The body of [`DriverRing::take_each`]; the caller latches the error. Returns how many were taken.
     #[inline]
-    fn reap(&mut self, out: &mut [Used]) -> Result<usize, Error> {
-        let count = self.used(out.len())?;
+    fn reap(&mut self, wanted: usize, each: impl FnMut(Used)) -> Result<usize, Error> {
+        let count = self.used(wanted)?;
         if count == 0 {
             return Ok(0);
         }
-        let (out, _) = out.split_at_mut(count);
         let unpublished = self.next != self.published;
         if unpublished {
             self.toggle_unpublished();
         }
         if self.in_order {
-            self.take_in_order(out)?;
+            self.take_in_order(count, each)?;
         } else {
-            self.take_any_order(out)?;
+            self.take_any_order(count, each)?;
         }
         if unpublished {
             self.toggle_unpublished();
@@ -372,10 +371,20 @@ impl<M: Memory> DriverRing for Driver<M> {
 
     #[inline]
     fn take(&mut self, out: &mut [Used]) -> Result<usize, Error> {
+        let mut places = out.iter_mut();
+        self.take_each(places.len(), |used| {
+            if let Some(place) = places.next() {
+                *place = used;
+            }
+        })
+    }
+
+    #[inline]
+    fn take_each(&mut self, count: usize, each: impl FnMut(Used)) -> Result<usize, Error> {
         if self.broken {
             return Err(Error::Broken);
         }
-        let result = self.reap(out);
+        let result = self.reap(count, each);
         if result.is_err() {
             self.broken = true;
             // Nothing can be added or published any more.
