@@ -1,4 +1,4 @@
-//! Device models: PCI, the virtio-pci transport, the vhost-user protocol, virtio-net and
+//! Device models: PCI, the virtio-pci transport, the vhost-user protocol, virtio-net, virtio-iommu, virtio-blk, virtio-rng and
 //! vhost-pci.
 //!
 //! Nothing here names KVM. A device reaches the machine that it is plugged into through the
@@ -15,5 +15,7 @@ pub mod pci;
 pub mod vhost_pci;
 pub mod vhost_user;
 pub mod virtio;
+pub mod virtio_blk;
 pub mod virtio_iommu;
 pub mod virtio_net;
+pub mod virtio_rng;

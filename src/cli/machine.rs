@@ -8,6 +8,7 @@ use devices::host::Files;
 use devices::vhost_pci::{MAX_QUEUES, VhostPciConfig};
 use devices::vhost_user::SocketRole;
 use devices::virtio::MAX_QUEUE_SIZE;
+use devices::virtio_blk::BlkConfig;
 use devices::virtio_iommu::IommuConfig;
 use devices::virtio_net::tap::{Server, TapConfig, is_interface_name};
 use devices::virtio_net::{MAX_QUEUE_PAIRS, NetConfig, RingFeatures};
@@ -189,6 +190,24 @@ static VHOST_PCI: KeyList = KeyList {
     ],
 };
 
+static DISK: KeyList = KeyList {
+    flag: "--disk",
+    keys: &[
+        Key {
+            name: "path",
+            form: "FILE",
+            missing: Missing::Required,
+            help: "raw file or block device, a multiple of 512 bytes",
+        },
+        Key {
+            name: "readonly",
+            form: "on|off",
+            missing: Missing::Default("off"),
+            help: "on: it is not written, and other VMs may read it at the same time",
+        },
+    ],
+};
+
 static IOMMU: KeyList = KeyList {
     flag: "--iommu",
     keys: &[
@@ -286,6 +305,12 @@ pub struct RunArgs {
     #[arg(long, value_name = "KEY=VALUE,…",
         help = VHOST_PCI.help("A vhost-pci device, which lets the guest serve another VM's rings (the back-end); can be given again"))]
     pub vhost_pci: Vec<String>,
+    #[arg(long, value_name = "KEY=VALUE,…",
+        help = DISK.help("A virtio-blk disk; can be given again"))]
+    pub disk: Vec<String>,
+    /// A virtio-rng device: random numbers of the host's kernel
+    #[arg(long)]
+    pub rng: bool,
     #[arg(long, value_name = "KEY=VALUE,…", num_args = 0..=1, default_missing_value = "",
         help = IOMMU.help("A virtio-iommu with all of the VM's devices behind it: they reach what the guest maps for them; the list may be empty"))]
     pub iommu: Option<String>,
@@ -518,6 +543,15 @@ fn vhost_pci(text: &str) -> Result<VhostPciConfig, Failure> {
     })
 }
 
+/// Reads one `--disk`.
+fn disk(text: &str) -> Result<BlkConfig, Failure> {
+    let values = DISK.parse(text)?;
+    Ok(BlkConfig {
+        path: values.need("path", |text| Ok(text.into()))?,
+        readonly: values.need("readonly", switch)?,
+    })
+}
+
 /// Milliseconds, from `least` to a minute.
 fn milliseconds(least: u64) -> impl FnOnce(&str) -> Result<Duration, String> {
     move |text| number(least..=60_000)(text).map(Duration::from_millis)
@@ -615,6 +649,12 @@ impl RunArgs {
             net,
             taps,
             vhost_pci,
+            disks: self
+                .disk
+                .iter()
+                .map(|text| disk(text))
+                .collect::<Result<_, _>>()?,
+            rng: self.rng,
             console: match self.console {
                 ConsoleArg::Stdio => Console::Stdio,
                 ConsoleArg::Output => Console::Output,
@@ -681,7 +721,7 @@ mod tests {
         assert_eq!(net.iotlb_timeout, Duration::from_secs(1));
         assert_eq!(device.miss_timeout, Duration::from_millis(50));
         assert_eq!(device.files, Files::Sealed);
-        assert!(config.iommu.is_none());
+        assert!(config.iommu.is_none() && config.disks.is_empty() && !config.rng);
     }
 
     #[test]
@@ -715,6 +755,11 @@ mod tests {
             "socket=/n,listen=on,mac=02:aa:bb:cc:dd:ee,size=1024,queues=16,iotlb-timeout=250",
             "--vhost-pci",
             "socket=/v,listen=off,window=1T,queues=4,miss-timeout=0,unsealed=on,uuid=00112233-4455-6677-8899-aabbccddeeff",
+            "--disk",
+            "path=/d,readonly=on",
+            "--disk",
+            "path=/e",
+            "--rng",
             "--console",
             "output",
             "--cmdline",
@@ -847,6 +892,11 @@ mod tests {
             (&["--metrics", "m,format=x"], "--metrics: format=x: "),
             (&["--metrics", "m,interval=9"], "--metrics: interval=9: "),
             (&["--metrics", "m,x=9"], "--metrics: unknown key 'x'"),
+            (&["--disk", ""], "--disk: the key 'path' is missing"),
+            (
+                &["--disk", "path=a,readonly=yes"],
+                "--disk: readonly=yes: it is on or off",
+            ),
             (&["--iommu", "range=3G"], "--iommu: range=3G: "),
             (&["--iommu", "mappings=0"], "--iommu: mappings=0: "),
             (&["--iommu", "domains=0"], "--iommu: domains=0: "),

@@ -34,6 +34,7 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
 use devices::vhost_pci::VhostPciConfig;
+use devices::virtio_blk::{self, BlkConfig};
 use devices::virtio_iommu::IommuConfig;
 use devices::virtio_net::NetConfig;
 use devices::virtio_net::tap::{self, TapConfig};
@@ -69,6 +70,10 @@ pub struct VmConfig {
     pub taps: Vec<TapConfig>,
     /// Its vhost-pci devices.
     pub vhost_pci: Vec<VhostPciConfig>,
+    /// Its disks.
+    pub disks: Vec<BlkConfig>,
+    /// Whether it has a source of random numbers.
+    pub rng: bool,
     /// Its virtio-iommu, with all other virtio devices behind it; each is known to it by its PCI requester ID. The page size is that of the
     /// memory, whatever is set here.
     pub iommu: Option<IommuConfig>,
@@ -151,6 +156,14 @@ pub enum Error {
         name: String,
         /// Why.
         source: tap::Error,
+    },
+    /// A disk cannot be made.
+    #[error("disk {}: {source}", .path.display())]
+    Disk {
+        /// Its file.
+        path: PathBuf,
+        /// Why.
+        source: virtio_blk::Error,
     },
     /// A vhost-pci device cannot be made.
     #[error("vhost-pci device {}: {source}", .socket.display())]

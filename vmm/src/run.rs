@@ -17,9 +17,11 @@ use devices::pci::PciRoot;
 use devices::vhost_pci::{VhostPci, VhostPciConfig};
 use devices::vhost_user::SocketRole;
 use devices::virtio::{VirtioDevice, VirtioPci};
+use devices::virtio_blk::VirtioBlk;
 use devices::virtio_iommu::{Endpoint, IommuConfig, VirtioIommu};
 use devices::virtio_net::tap::TapNet;
 use devices::virtio_net::{NetConfig, VirtioNet};
+use devices::virtio_rng::VirtioRng;
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use log::{debug, info, warn};
 
@@ -144,6 +146,14 @@ pub fn run(config: VmConfig) -> Result<Outcome, Error> {
     let device_thread = DeviceThread::spawn("devices".into(), subscribers, &stop, move || {
         seccomp.enter(Thread::Devices)
     })?;
+    let mut disk_threads = Vec::new();
+    for (index, disk) in devices.disks.iter().enumerate() {
+        let subscribers = vec![disk.device.file_subscriber()];
+        let name = format!("disk{index}");
+        disk_threads.push(DeviceThread::spawn(name, subscribers, &stop, move || {
+            seccomp.enter(Thread::Disk)
+        })?);
+    }
     let mut tap_threads = Vec::new();
     for tap in &devices.taps {
         let name = tap.socket.display().to_string();
@@ -176,6 +186,7 @@ pub fn run(config: VmConfig) -> Result<Outcome, Error> {
     drop(device_thread);
     drop(tap_threads);
     drop(metrics);
+    drop(disk_threads);
     if let Some(outbox) = outbox {
         outbox.finish();
     }
@@ -246,7 +257,7 @@ fn check(config: &VmConfig) -> Result<(), Error> {
     Ok(())
 }
 
-/// A device with its socket, and what it is to the IOMMU where there is one.
+/// A device with its socket, or what it has in place of one, and what it is to the IOMMU where there is one.
 struct Attached<D> {
     socket: PathBuf,
     device: Arc<D>,
@@ -270,6 +281,10 @@ struct Devices {
     net: Vec<Attached<VirtioNet>>,
     /// With the interface in place of a socket.
     taps: Vec<Attached<TapNet>>,
+    /// With the file.
+    disks: Vec<Attached<VirtioBlk>>,
+    /// With its name.
+    rng: Option<Attached<VirtioRng>>,
     vhost_pci: Vec<Attached<VhostPci>>,
 }
 
@@ -288,6 +303,8 @@ impl Devices {
             iommu: None,
             net: Vec::new(),
             taps: Vec::new(),
+            disks: Vec::new(),
+            rng: None,
             vhost_pci: Vec::new(),
         };
         if let Some(iommu) = config.iommu {
@@ -320,6 +337,30 @@ impl Devices {
                 socket: name.into(),
                 device,
                 endpoint: None,
+            });
+        }
+        for disk in &config.disks {
+            let (path, endpoint) = (disk.path.clone(), endpoint()?);
+            let device = match VirtioBlk::new(disk, endpoint.clone(), host()) {
+                Ok(device) => device,
+                Err(source) => return Err(Error::Disk { path, source }),
+            };
+            subscribers.push(device.subscriber());
+            devices.disks.push(Attached {
+                socket: path,
+                device,
+                endpoint,
+            });
+        }
+        if config.rng {
+            let endpoint = endpoint()?;
+            let device = VirtioRng::new(endpoint.clone(), host());
+            let device = device.map_err(|e| context("virtio-rng", e))?;
+            subscribers.push(device.subscriber());
+            devices.rng = Some(Attached {
+                socket: "virtio-rng".into(),
+                device,
+                endpoint,
             });
         }
         for vhost_pci in &config.vhost_pci {
@@ -367,7 +408,16 @@ fn plug(
         let device: Arc<dyn VirtioDevice> = Arc::clone(&tap.device) as _;
         (&tap.socket, device, &tap.endpoint)
     });
-    for (socket, device, endpoint) in net.chain(taps).chain(vhost_pci) {
+    let disks = devices.disks.iter().map(|disk| {
+        let device: Arc<dyn VirtioDevice> = Arc::clone(&disk.device) as _;
+        (&disk.socket, device, &disk.endpoint)
+    });
+    let rng = devices.rng.iter().map(|rng| {
+        let device: Arc<dyn VirtioDevice> = Arc::clone(&rng.device) as _;
+        (&rng.socket, device, &rng.endpoint)
+    });
+    let all = net.chain(taps).chain(vhost_pci).chain(disks).chain(rng);
+    for (socket, device, endpoint) in all {
         let function = VirtioPci::new(device, host()).map_err(|source| Error::Virtio {
             socket: socket.clone(),
             source,
@@ -408,6 +458,10 @@ fn stats_record(vcpus: Vec<Arc<VcpuStats>>, devices: Devices) -> Stats {
         if !devices.taps.is_empty() {
             let all = devices.taps.iter().map(|tap| tap.device.stats());
             record += &format!(",\"tap\":{}", object(all.map(|s| tap_counters(&s))));
+        }
+        if !devices.disks.is_empty() {
+            let all = devices.disks.iter().map(|disk| disk.device.stats());
+            record += &format!(",\"disk\":{}", object(all.map(|s| disk_counters(&s))));
         }
         let all = devices.vhost_pci.iter().map(|v| v.device.stats());
         // An empty window where there is no device.
@@ -529,6 +583,15 @@ fn tap_counters(stats: &devices::virtio_net::tap::Stats) -> [(&'static str, u64)
     ]
 }
 
+fn disk_counters(stats: &devices::virtio_blk::Stats) -> [(&'static str, u64); 4] {
+    [
+        ("reads", stats.reads),
+        ("writes", stats.writes),
+        ("flushes", stats.flushes),
+        ("errors", stats.errors),
+    ]
+}
+
 fn window_counters(stats: &devices::vhost_pci::Stats) -> [(&'static str, u64); 11] {
     [
         ("reads", stats.window_reads),
@@ -545,7 +608,7 @@ fn window_counters(stats: &devices::vhost_pci::Stats) -> [(&'static str, u64); 1
     ]
 }
 
-/// The thread that the devices, the console's input and the control channel live on; or that of a tap.
+/// The thread that the devices, the console's input and the control channel live on; or that of a tap, or of a disk's file.
 struct DeviceThread {
     stop: Arc<Stop>,
     handle: Option<JoinHandle<()>>,

@@ -41,6 +41,8 @@ pub(crate) enum Thread {
     Metrics,
     /// A tap's rings.
     Tap,
+    /// A disk's file.
+    Disk,
     /// A virtual processor.
     Vcpu,
 }

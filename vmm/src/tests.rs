@@ -28,6 +28,8 @@ fn config(kernel: Kernel) -> VmConfig {
         vcpus: 1,
         net: Vec::new(),
         taps: Vec::new(),
+        disks: Vec::new(),
+        rng: false,
         vhost_pci: Vec::new(),
         iommu: None,
         console: Console::Output,

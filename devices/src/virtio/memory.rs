@@ -13,6 +13,7 @@ use vm_memory::{
     VolatileSlice,
 };
 
+use super::RingFault;
 use crate::host::Access;
 use crate::virtio_iommu::Endpoint;
 
@@ -42,6 +43,15 @@ impl<'m> DeviceMemory<'m> {
     /// Whether the IOMMU has refused an access. It was told of each.
     pub(crate) fn refused(&self) -> bool {
         self.refused.get()
+    }
+
+    /// An error where that has happened. The virtio-queue crate takes what it cannot read for the end of a chain or of the ring, so who
+    /// reads a ring through this has to ask.
+    pub(crate) fn check(&self, ring: &'static str) -> std::result::Result<(), RingFault> {
+        if self.refused() {
+            return Err(RingFault::Unmapped(ring));
+        }
+        Ok(())
     }
 
     /// Where `count` bytes lie in the guest physical address space. The caller's `count` bounds the pieces.

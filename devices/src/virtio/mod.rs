@@ -11,6 +11,7 @@ pub mod event;
 #[cfg_attr(not(test), allow(dead_code))] // the fuzz bodies use a part of it
 pub(crate) mod harness;
 mod memory;
+mod orders;
 mod pci;
 #[cfg(test)]
 mod tests;
@@ -23,8 +24,9 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::host::Window;
 
-pub(crate) use control_queue::control_queue;
+pub(crate) use control_queue::{Chain, ControlRing, RingFault, control_queue};
 pub(crate) use memory::DeviceMemory;
+pub(crate) use orders::Orders;
 pub use pci::{Error, VirtioPci};
 
 /// VIRTIO_F_VERSION_1: every device offers it and every driver has to accept it.

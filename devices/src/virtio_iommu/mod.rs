@@ -26,15 +26,14 @@ mod worker;
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use event_manager::MutEventSubscriber;
 use thiserror::Error;
-use vmm_sys_util::eventfd::EventFd;
 
 use crate::host::Host;
-use crate::virtio::{Activation, F_VERSION_1, Transport, VirtioDevice, copy_config, event};
+use crate::virtio::{Activation, F_VERSION_1, Orders, Transport, VirtioDevice, copy_config};
 use domains::Domains;
 use wire::{Kind, PROBE_SIZE};
 use worker::Worker;
@@ -230,35 +229,14 @@ fn count(counter: &AtomicU64) {
     counter.fetch_add(1, Ordering::Relaxed);
 }
 
-/// What vCPU threads want of the device thread.
-#[derive(Default)]
-struct Orders {
-    /// Stop everything; what was activated before is void.
-    reset: bool,
-    /// Start with this, after the reset where there is one.
-    activation: Option<Activation>,
-}
-
 /// What both sides of the device, vCPU threads and the device thread, have in common.
 struct Shared {
-    orders: Mutex<Orders>,
+    orders: Orders,
     /// The field `bypass`.
     bypass: AtomicBool,
     /// What the driver accepted; 0 as long as it has not.
     features: AtomicU64,
-    wake: EventFd,
-    transport: OnceLock<Weak<dyn Transport>>,
     counters: Counters,
-}
-
-impl Shared {
-    fn orders(&self) -> MutexGuard<'_, Orders> {
-        self.orders.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn transport(&self) -> Option<Arc<dyn Transport>> {
-        self.transport.get().and_then(Weak::upgrade)
-    }
 }
 
 /// The device.
@@ -285,11 +263,9 @@ impl VirtioIommu {
             return Err(Error::NoDomains);
         }
         let shared = Arc::new(Shared {
-            orders: Mutex::default(),
+            orders: Orders::new().map_err(Error::EventFd)?,
             bypass: AtomicBool::new(config.bypass),
             features: AtomicU64::new(0),
-            wake: event::new().map_err(Error::EventFd)?,
-            transport: OnceLock::new(),
             counters: Counters::default(),
         });
         let domains = Domains::new(&config, host.memory_regions());
@@ -314,7 +290,7 @@ impl VirtioIommu {
         let mut worker = self.worker.lock().unwrap_or_else(PoisonError::into_inner);
         worker.add(id, endpoint);
         drop(worker);
-        event::signal(&self.shared.wake);
+        self.shared.orders.signal();
     }
 
     /// The counters.
@@ -399,28 +375,22 @@ impl VirtioDevice for VirtioIommu {
         // Only 0 and 1 may be written.
         if let (Some(&value @ 0..=1), true) = (byte, accepted) {
             self.shared.bypass.store(value == 1, Ordering::Release);
-            event::signal(&self.shared.wake);
+            self.shared.orders.signal();
         }
     }
 
     fn bind(&self, transport: Weak<dyn Transport>) {
-        // A device has one transport for life; the trait says that a second call does not come.
-        let _ = self.shared.transport.set(transport);
+        self.shared.orders.bind(transport);
     }
 
     fn activate(&self, activation: Activation) {
         let features = activation.features;
         self.shared.features.store(features, Ordering::Release);
-        self.shared.orders().activation = Some(activation);
-        event::signal(&self.shared.wake);
+        self.shared.orders.activate(activation);
     }
 
     fn reset(&self) {
         self.shared.features.store(0, Ordering::Release);
-        *self.shared.orders() = Orders {
-            reset: true,
-            activation: None,
-        };
-        event::signal(&self.shared.wake);
+        self.shared.orders.reset();
     }
 }

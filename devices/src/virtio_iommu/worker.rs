@@ -18,12 +18,12 @@ use vm_memory::GuestMemoryMmap;
 
 use super::domains::{Domains, Ticket};
 use super::endpoint::{self, Endpoint};
-use super::queues::{Chain, Fault, Ring};
+use super::queues;
 use super::wire::{self, Kind, Request, Status};
-use super::{F_BYPASS_CONFIG, F_MAP_UNMAP, Shared, count};
+use super::{F_BYPASS_CONFIG, F_EVENT_IDX, F_MAP_UNMAP, QUEUE_SIZE, Shared, count};
 use crate::host::Host;
 use crate::vhost_user::RateLimit;
-use crate::virtio::{Activation, event};
+use crate::virtio::{Activation, Chain, ControlRing, RingFault, event};
 
 /// How many requests, and how many fault reports, one call handles before other devices on the thread have their turn.
 const BUDGET: usize = 256;
@@ -50,8 +50,8 @@ struct Pending {
 }
 
 struct Live {
-    requests: Ring,
-    events: Ring,
+    requests: ControlRing,
+    events: ControlRing,
     features: u64,
     pending: VecDeque<Pending>,
 }
@@ -115,7 +115,7 @@ impl Worker {
 
     fn run(&mut self, ops: &mut EventOps) {
         self.watch_endpoints(ops);
-        let orders = std::mem::take(&mut *self.shared.orders());
+        let orders = self.shared.orders.take();
         if orders.reset {
             self.reset(ops);
         }
@@ -127,7 +127,7 @@ impl Worker {
             .resetting
             .take_if(|tickets| self.domains.is_done(tickets))
             .is_some()
-            && let Some(transport) = self.shared.transport()
+            && let Some(transport) = self.shared.orders.transport()
         {
             transport.reset_done();
         }
@@ -181,10 +181,10 @@ impl Worker {
         }
     }
 
-    fn broken(&mut self, fault: &Fault, ops: &mut EventOps) {
+    fn broken(&mut self, fault: &RingFault, ops: &mut EventOps) {
         self.warn(format_args!("the driver has to reset the device: {fault}"));
         self.stop(ops);
-        if let Some(transport) = self.shared.transport() {
+        if let Some(transport) = self.shared.orders.transport() {
             transport.set_needs_reset();
         }
     }
@@ -203,7 +203,7 @@ impl Worker {
 
     // ---- the queues ----
 
-    fn serve(&mut self) -> Result<(), Fault> {
+    fn serve(&mut self) -> Result<(), RingFault> {
         self.take_requests()?;
         self.complete()?;
         self.report_faults()
@@ -214,7 +214,7 @@ impl Worker {
         endpoints.any(|endpoint| endpoint.outstanding() > MAX_OUTSTANDING)
     }
 
-    fn take_requests(&mut self) -> Result<(), Fault> {
+    fn take_requests(&mut self) -> Result<(), RingFault> {
         let host = Arc::clone(&self.host);
         let memory = host.memory();
         let taken = Instant::now();
@@ -233,7 +233,7 @@ impl Worker {
                 }
                 break;
             };
-            let (features, head) = (live.features, chain.head);
+            let (features, head) = (live.features, chain.head());
             // What the driver wrote before it made this request available holds for it.
             self.follow_bypass();
             let mut tickets = std::mem::take(&mut self.loose);
@@ -276,11 +276,11 @@ impl Worker {
         memory: &GuestMemoryMmap,
         tickets: &mut Vec<Ticket>,
     ) -> (Option<Kind>, u32) {
-        let Some(room) = chain.answer_room(memory) else {
+        let Some(room) = queues::answer_room(chain, memory) else {
             count(&self.shared.counters.malformed);
             return (None, 0);
         };
-        let bytes = chain.request(memory);
+        let bytes = queues::request(chain, memory);
         let kind = bytes.as_deref().and_then(Kind::of);
         let status = match (&bytes, kind) {
             (None, _) => Status::IoErr,
@@ -304,7 +304,7 @@ impl Worker {
         if let Some(tail) = answer.get_mut(room - wire::TAIL) {
             *tail = status as u8;
         }
-        (kind, chain.write(&answer, memory))
+        (kind, queues::write(chain, &answer, memory))
     }
 
     fn carry_out(
@@ -330,7 +330,7 @@ impl Worker {
     }
 
     /// Completes what has been followed, in order, with one interrupt for all.
-    fn complete(&mut self) -> Result<(), Fault> {
+    fn complete(&mut self) -> Result<(), RingFault> {
         let Some(live) = &mut self.live else {
             return Ok(());
         };
@@ -373,7 +373,7 @@ impl Worker {
     }
 
     /// Puts faults where the driver has left room for them.
-    fn report_faults(&mut self) -> Result<(), Fault> {
+    fn report_faults(&mut self) -> Result<(), RingFault> {
         let host = Arc::clone(&self.host);
         let memory = host.memory();
         let (mut left, mut used) = (BUDGET, false);
@@ -395,8 +395,8 @@ impl Worker {
                 None => break,
             };
             // One that is too small goes back empty, and the next is tried.
-            let written = chain.write(&report, memory);
-            live.events.put(memory, chain.head, written)?;
+            let written = queues::write(&chain, &report, memory);
+            live.events.put(memory, chain.head(), written)?;
             let counters = &self.shared.counters;
             if written > 0 {
                 self.fault = None;
@@ -420,14 +420,16 @@ impl Worker {
 }
 
 impl Live {
-    fn new(activation: &Activation, memory: &GuestMemoryMmap) -> Result<Self, Fault> {
-        let [requests, events] = activation.queues.as_slice() else {
-            return Err(Fault::Setup("requestq"));
-        };
+    fn new(activation: &Activation, memory: &GuestMemoryMmap) -> Result<Self, RingFault> {
         let features = activation.features;
+        let ring = |name, index: usize| {
+            let event_idx = features & F_EVENT_IDX != 0;
+            let setup = activation.queues.get(index);
+            ControlRing::new(name, setup, QUEUE_SIZE, event_idx, memory)
+        };
         Ok(Self {
-            requests: Ring::new("requestq", requests, features, memory)?,
-            events: Ring::new("eventq", events, features, memory)?,
+            requests: ring("requestq", 0)?,
+            events: ring("eventq", 1)?,
             features,
             pending: VecDeque::new(),
         })
@@ -436,13 +438,13 @@ impl Live {
 
 impl MutEventSubscriber for Worker {
     fn init(&mut self, ops: &mut EventOps) {
-        Self::watch(&self.shared.wake, WAKE, ops);
+        Self::watch(self.shared.orders.wake(), WAKE, ops);
         self.run(ops);
     }
 
     fn process(&mut self, events: Events, ops: &mut EventOps) {
         match (events.data(), &self.live) {
-            (WAKE, _) => event::clear(&self.shared.wake),
+            (WAKE, _) => event::clear(self.shared.orders.wake()),
             (REQUESTQ, Some(live)) => event::clear(live.requests.kick()),
             (EVENTQ, Some(live)) => event::clear(live.events.kick()),
             (what, _) => {

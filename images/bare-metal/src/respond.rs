@@ -14,7 +14,7 @@ use smoltcp::wire::{EthernetAddress, HardwareAddress, IpCidr, Ipv4Address, Ipv4C
 
 use crate::record::{Outcome, Responded};
 use crate::study::mix;
-use crate::workload::{Link, SERVICE_EVERY, Stopped, pause, wait};
+use crate::workload::{Link, SERVICE_EVERY, Stopped, pause};
 use crate::{Address, Run};
 
 /// Bytes of an Ethernet header.
@@ -302,7 +302,27 @@ impl Host {
     }
 }
 
-/// Answers what comes, until the peer goes or a command waits.
+/// Sleeps until frames arrive on any pair (`rx`), there is room to send on pair `tx`, or the clock shows `until`. Where there is no port any more, the
+/// next turn says so.
+fn wait<L: Link>(link: &mut L, pairs: usize, rx: bool, tx: Option<usize>, until: u64) {
+    let mut ready = link.port().is_none();
+    for pair in 0..pairs {
+        let port = link.pair(pair);
+        ready |= port.is_some_and(|port| port.arm(rx, tx == Some(pair)));
+    }
+    if !ready {
+        link.sleep(until);
+        link.service();
+    }
+    for pair in 0..pairs {
+        if let Some(port) = link.pair(pair) {
+            port.disarm();
+        }
+    }
+}
+
+/// Answers what comes on any of `run.queues` pairs, until the peer goes or a command waits. One pair after the other has its turn; what is sent
+/// goes out on the pair on which a frame came last, which answers a flow where it comes (VIRTIO 1.3, section 5.1.6.5.6).
 #[inline(never)]
 pub(crate) fn respond<L: Link>(link: &mut L, run: &Run) -> Result<Outcome, Stopped> {
     let length = match run.count {
@@ -315,9 +335,14 @@ pub(crate) fn respond<L: Link>(link: &mut L, run: &Run) -> Result<Outcome, Stopp
     let mut wake = start;
     let mut turn = 0u32;
     let mut idle_turns = 0u32;
-    while let Some(port) = link.port() {
+    let pairs = usize::from(run.queues.max(1));
+    // The pair whose turn it is, how many in a row had nothing to do, and the one on which a frame came last.
+    let (mut pair, mut quiet, mut answer) = (0, 0, 0);
+    while link.port().is_some() {
         let mut came = 0;
-        if host.frames.arrived.is_empty() {
+        if host.frames.arrived.is_empty()
+            && let Some(port) = link.pair(pair)
+        {
             let frames = &mut host.frames;
             came = port
                 .rx_burst(run.batch, |frame| frames.take(frame))
@@ -331,7 +356,14 @@ pub(crate) fn respond<L: Link>(link: &mut L, run: &Run) -> Result<Outcome, Stopp
             let delay = delay.map_or(LONGEST_MS, |delay| delay.total_millis());
             wake = now + delay.min(LONGEST_MS) * ticks_per_ms;
         }
-        let Some(port) = link.port() else {
+        if came > 0 {
+            answer = pair;
+        }
+        if link.pair(answer).is_none() {
+            // It went out of use.
+            answer = 0;
+        }
+        let Some(port) = link.pair(answer) else {
             break;
         };
         let sent = host.frames.flush(port).map_err(Stopped::Port)?;
@@ -344,15 +376,25 @@ pub(crate) fn respond<L: Link>(link: &mut L, run: &Run) -> Result<Outcome, Stopp
         }
         let full = !host.frames.leaving.is_empty();
         if came + sent > 0 || !full && !host.frames.arrived.is_empty() {
-            idle_turns = 0;
+            (idle_turns, quiet) = (0, 0);
+            if !full && host.frames.arrived.is_empty() {
+                pair = (pair + 1) % pairs;
+            }
             continue;
         }
+        pair = (pair + 1) % pairs;
+        quiet += 1;
+        if quiet < pairs {
+            continue;
+        }
+        quiet = 0;
         if link.gone() {
             break;
         }
         if run.sleeps(idle_turns) {
             if wake > now {
-                wait(link, host.frames.arrived.is_empty(), full, wake);
+                let rx = host.frames.arrived.is_empty();
+                wait(link, pairs, rx, full.then_some(answer), wake);
             }
             if link.called() {
                 break;

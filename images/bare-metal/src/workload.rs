@@ -147,7 +147,7 @@ pub fn attempt<L: Link>(link: &mut L, run: &Run, outcome: &mut Outcome) -> Resul
     let queues = usize::from(run.queues);
     let one = run.queues == 1;
     let spread = matches!(run.work, Work::Source | Work::Sink | Work::Both);
-    if !(one || spread) || !link.use_pairs(queues) {
+    if !(one || spread || run.work == Work::Respond) || !link.use_pairs(queues) {
         return Err(Stopped::NoPairs);
     }
     if run.imix && !spread {
@@ -185,7 +185,7 @@ fn work<L: Link, const MOST: usize>(
 ) -> Result<(), Stopped> {
     let mut whole = |result: Result<Outcome, Stopped>| result.map(|whole| *outcome = whole);
     match run.work {
-        work if run.queues > 1 => {
+        work if run.queues > 1 && work != Work::Respond => {
             let (send, receive) = (work != Work::Sink, work != Work::Source);
             whole(pairs::traffic::<L, MOST>(link, run, send, receive))
         }

@@ -30,6 +30,8 @@ fn config(directory: &TempDir, iommu: IommuConfig) -> VmConfig {
         vcpus: 1,
         net: Vec::new(),
         taps: Vec::new(),
+        disks: Vec::new(),
+        rng: false,
         vhost_pci: vec![device("a"), device("b")],
         iommu: Some(iommu),
         console: Console::Output,

@@ -205,6 +205,11 @@ pub(super) fn program(thread: Thread, action: SeccompAction) -> Result<BpfProgra
             rules.allow(LOOP);
             [VM, TAP].concat()
         }
+        Thread::Disk => {
+            rules.allow(LOOP);
+            rules.allow(&[libc::SYS_fdatasync, libc::SYS_pread64, libc::SYS_pwrite64]);
+            Vec::new()
+        }
         Thread::Metrics => {
             rules.allow(FILES);
             rules.allow(&[

@@ -11,11 +11,12 @@ use vmm_sys_util::tempdir::TempDir;
 
 use super::*;
 
-const ALL: [Thread; 5] = [
+const ALL: [Thread; 6] = [
     Thread::Main,
     Thread::Devices,
     Thread::Metrics,
     Thread::Tap,
+    Thread::Disk,
     Thread::Vcpu,
 ];
 

@@ -26,7 +26,7 @@ const PATIENCE: std::time::Duration = std::time::Duration::from_secs(60);
 
 /// An end whose peer leaves when the test says so.
 struct Thread<'a, P> {
-    port: P,
+    ports: Vec<P>,
     over: &'a AtomicBool,
     start: Clock,
 }
@@ -39,7 +39,16 @@ impl<P: Port> Link for Thread<'_, P> {
     }
 
     fn port(&mut self) -> Option<&mut P> {
-        (!self.over.load(Ordering::Acquire)).then_some(&mut self.port)
+        self.pair(0)
+    }
+
+    fn pair(&mut self, index: usize) -> Option<&mut P> {
+        let over = self.over.load(Ordering::Acquire);
+        self.ports.get_mut(index).filter(|_| !over)
+    }
+
+    fn use_pairs(&mut self, count: usize) -> bool {
+        count <= self.ports.len()
     }
 
     fn service(&mut self) {
@@ -61,6 +70,11 @@ impl<P: Port> Link for Thread<'_, P> {
 
 /// Runs the responder on `port` while `client` runs.
 fn beside<P: Port + Send>(port: P, run: Run, client: impl FnOnce()) -> Outcome {
+    beside_pairs(vec![port], run, client)
+}
+
+/// The same on several pairs.
+fn beside_pairs<P: Port + Send>(ports: Vec<P>, run: Run, client: impl FnOnce()) -> Outcome {
     /// Also ends the responder where the client panics.
     struct Leave<'a>(&'a AtomicBool);
     impl Drop for Leave<'_> {
@@ -70,7 +84,7 @@ fn beside<P: Port + Send>(port: P, run: Run, client: impl FnOnce()) -> Outcome {
     }
     let over = AtomicBool::new(false);
     let mut link = Thread {
-        port,
+        ports,
         over: &over,
         start: Clock::now(),
     };
@@ -229,6 +243,35 @@ fn a_front_end_serves_tcp_over_split_rings_and_sleeps_between_frames() {
 #[test]
 fn a_front_end_serves_tcp_over_packed_rings() {
     services(true, true, Mode::Poll);
+}
+
+#[test]
+fn what_comes_on_a_pair_is_answered_on_that_pair() {
+    for interrupts in [false, true] {
+        let config = JoinConfig {
+            size: 64,
+            ..JoinConfig::default()
+        };
+        let beds = [Bed::new(&config), Bed::new(&config), Bed::new(&config)];
+        let joined = beds
+            .iter()
+            .map(|bed| joined::join(bed.memory, 0, &config, Silent, Silent, false).unwrap());
+        let (fronts, backs): (Vec<_>, Vec<_>) = joined.unzip();
+        let run = Run {
+            queues: 3,
+            interrupts,
+            ..run()
+        };
+        let outcome = beside_pairs(backs, run, || {
+            // A client that looks at one pair alone, from which it has its answers.
+            let mut clients: Vec<_> = fronts.into_iter().map(Client::new).collect();
+            for (client, local) in clients.iter_mut().rev().zip(50_000..) {
+                let data = random(20_000 + u64::from(local));
+                assert!(client.talk(7, local, &data) == data);
+            }
+        });
+        assert_eq!(outcome.responded.unwrap().connections, 3);
+    }
 }
 
 /// The sum of the words of a header, as RFC 1071 wants it, for the frames made by hand.
