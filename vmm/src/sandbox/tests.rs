@@ -158,6 +158,12 @@ fn each_thread_may_do_its_own_work_and_not_that_of_the_others() {
             vec![Thread::Tap],
         ),
         (
+            "write a disk",
+            libc::SYS_pwrite64,
+            [bad, 0, 0, 0, 0, 0],
+            vec![Thread::Disk],
+        ),
+        (
             "copy within the process",
             libc::SYS_process_vm_readv,
             [own, 0, 0, 0, 0, 0],
