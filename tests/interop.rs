@@ -27,6 +27,9 @@ const SMALL_BUFFERS: &[&str] = &[
     "--max-pkt-len=1518",
 ];
 
+/// What testpmd needs to use two queue pairs.
+const TWO_PAIRS: &[&str] = &["--rxq=2", "--txq=2"];
+
 /// Which end of the socket is ours.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Our {
@@ -95,6 +98,13 @@ exchanges! {
     ];
     our_back_end_serves_virtio_user_whose_frames_span_buffers: [
         Run { guest: "size=1518", testpmd: SMALL_BUFFERS, ..back_end("packed_vq=0,mrg_rxbuf=1,in_order=0") },
+        // Without indirect tables: see docs/interop.md.
+        Run { guest: "indirect=off size=1518", testpmd: SMALL_BUFFERS, ..back_end("packed_vq=1,mrg_rxbuf=1,in_order=0") },
+        Run { guest: "indirect=off size=1518", testpmd: SMALL_BUFFERS, ..back_end("packed_vq=1,mrg_rxbuf=1,in_order=1") },
+    ];
+    our_back_end_sleeps_until_virtio_user_kicks: [
+        Run { guest: "mode=irq", ..back_end("packed_vq=0,mrg_rxbuf=1,in_order=0") },
+        Run { guest: "mode=irq", ..back_end("packed_vq=1,mrg_rxbuf=1,in_order=0") },
     ];
     dpdk_vhost_serves_our_front_end_over_split_rings: [
         front_end("in-order=on,event-idx=on"),
@@ -117,6 +127,15 @@ exchanges! {
     dpdk_vhost_serves_our_front_end_from_indirect_tables: [
         Run { guest: "tx=indirect", ..front_end("indirect=on") },
         Run { guest: "tx=indirect", ..front_end("packed=on,indirect=on") },
+    ];
+    dpdk_vhost_serves_two_queue_pairs_of_our_front_end: [
+        Run { guest: "queues=2", dpdk: "queues=2", testpmd: TWO_PAIRS, ..front_end("queues=2") },
+        Run { guest: "queues=2", dpdk: "queues=2", testpmd: TWO_PAIRS, ..front_end("queues=2,packed=on") },
+    ];
+    our_front_end_sleeps_until_dpdk_vhost_calls: [
+        Run { guest: "mode=irq", ..front_end("event-idx=on") },
+        Run { guest: "mode=irq", ..front_end("packed=on,event-idx=on") },
+        Run { guest: "mode=irq", ..front_end("event-idx=off") },
     ];
     // A thread of DPDK's that shares a core with one that polls acknowledges late. Packed rings: see docs/interop.md.
     dpdk_vhost_serves_our_front_end_behind_an_iommu: [
@@ -209,7 +228,7 @@ fn wait_for_file(path: &str) {
 }
 
 fn vm(device: &[&str], words: &str) -> Running {
-    let cmdline = format!("work=both count={FRAMES} timeout_ms=60000 {words}");
+    let cmdline = format!("work=both timeout_ms=60000 {words}");
     let run = ["run", "-vv", "--console", "output", "--cpus", "affinity=0"];
     let all = [&run[..], device, &["--cmdline", &cmdline]].concat();
     Running::start(tool(&all))
@@ -224,10 +243,20 @@ fn exchange(runs: &[Run]) {
         let socket = dir.file("s");
         let device = format!("socket={socket},{}", run.keys);
         let comma = if run.dpdk.is_empty() { "" } else { "," };
-        let keys = format!("queues=1{comma}{}", run.dpdk);
+        let keys = match run.dpdk.starts_with("queues=") {
+            true => run.dpdk.to_owned(),
+            false => format!("queues=1{comma}{}", run.dpdk),
+        };
+        // Each of two flows is half of them.
+        let count = if keys.starts_with("queues=2") {
+            FRAMES / 2
+        } else {
+            FRAMES
+        };
+        let guest = format!("count={count} {}", run.guest);
         let (vm, testpmd) = match run.our {
             Our::BackEnd => {
-                let vm = vm(&["--vhost-pci", &device], run.guest);
+                let vm = vm(&["--vhost-pci", &device], &guest);
                 wait_for_file(&socket);
                 let vdev = format!("net_virtio_user0,path={socket},{keys}");
                 (vm, Testpmd::start(&dir, &vdev, run.testpmd))
@@ -237,7 +266,7 @@ fn exchange(runs: &[Run]) {
                 let testpmd = Testpmd::start(&dir, &vdev, run.testpmd);
                 wait_for_file(&socket);
                 let flags = [&["--net", &device], run.flags].concat();
-                (vm(&flags, run.guest), testpmd)
+                (vm(&flags, &guest), testpmd)
             }
         };
         let ended = vm.end_within(EXCHANGE);

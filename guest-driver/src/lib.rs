@@ -29,6 +29,7 @@ pub mod peer;
 mod pieces;
 pub mod platform;
 pub mod port;
+pub mod steering;
 pub mod translated;
 pub mod vhost_pci;
 pub mod vhost_user;

@@ -4,10 +4,11 @@ use alloc::vec::Vec;
 
 use virtqueue::linear::Linear;
 use virtqueue::net::{
-    F_CSUM, F_CTRL_VQ, F_MAC, F_MQ, F_MRG_RXBUF, F_STATUS, GUEST_LARGE, GUEST_OFFLOADS,
+    F_CSUM, F_CTRL_VQ, F_MAC, F_MQ, F_MRG_RXBUF, F_RSS, F_STATUS, GUEST_LARGE, GUEST_OFFLOADS,
     HOST_OFFLOADS, consistent, features,
 };
 use virtqueue::packed::Packed;
+use virtqueue::rss;
 use virtqueue::split::Split;
 use virtqueue::{Layout, RingConfig};
 
@@ -78,6 +79,8 @@ pub struct NetDevice<M = Fixed> {
     /// How many it may have at most, as the caller wants it.
     wanted: u16,
     control: Option<ControlQueue>,
+    /// How the device steers what is received, where it was told.
+    rss: Option<rss::Config>,
     /// The data paths, one a pair.
     ports: Vec<NetDevicePort<M>>,
 }
@@ -111,6 +114,7 @@ impl<M: Mapper> NetDevice<M> {
             in_use,
             wanted,
             control,
+            rss,
             ..
         } = self;
         transport.reset()?;
@@ -122,7 +126,10 @@ impl<M: Mapper> NetDevice<M> {
         });
         let parts = (shape, mapper);
         let mut device = Self::set_up(platform, transport, memory, parts, wanted, earlier)?;
-        device.use_pairs(in_use.min(device.pairs.len()))?;
+        match rss {
+            Some(config) => device.set_rss(&config)?,
+            None => device.use_pairs(in_use.min(device.pairs.len()))?,
+        }
         Ok(device)
     }
 
@@ -142,7 +149,7 @@ impl<M: Mapper> NetDevice<M> {
         earlier: Option<Earlier>,
     ) -> Result<Self, Error> {
         let usable = if wanted > 1 {
-            USABLE | USABLE_MQ
+            USABLE | USABLE_MQ | F_RSS
         } else {
             USABLE
         };
@@ -206,6 +213,7 @@ impl<M: Mapper> NetDevice<M> {
             in_use: 1,
             wanted,
             control,
+            rss: None,
             ports,
         };
         device.fill()?;
@@ -215,7 +223,7 @@ impl<M: Mapper> NetDevice<M> {
     /// Has the device use this many of the pairs that are set up, and waits for that. Nothing may be sent on the others
     /// (section 5.1.6.5.6): [`NetDevice::pair`] does not show them. What is in their rings stays there.
     pub fn use_pairs(&mut self, count: usize) -> Result<(), Error> {
-        if count == self.in_use {
+        if count == self.in_use && self.rss.is_none() {
             return Ok(());
         }
         let pairs = u16::try_from(count)
@@ -226,7 +234,28 @@ impl<M: Mapper> NetDevice<M> {
         };
         control.use_pairs(&self.transport, self.memory, pairs)?;
         self.in_use = count;
+        self.rss = None;
         Ok(())
+    }
+
+    /// Has the device steer what is received by RSS (section 5.1.6.5.7) until the next [`NetDevice::use_pairs`], and waits for that. The pairs that this takes are in use
+    /// then.
+    pub fn set_rss(&mut self, config: &rss::Config) -> Result<(), Error> {
+        let pairs = usize::from(config.pairs());
+        let fits = self.features & F_RSS != 0 && pairs <= self.pairs.len();
+        let (true, Some(control)) = (fits, &mut self.control) else {
+            return Err(Error::Features);
+        };
+        control.set_rss(&self.transport, self.memory, config)?;
+        self.in_use = pairs;
+        self.rss = Some(*config);
+        Ok(())
+    }
+
+    /// How the device steers what is received, where it was told.
+    #[must_use]
+    pub fn rss(&self) -> Option<&rss::Config> {
+        self.rss.as_ref()
     }
 
     /// How many pairs are set up.

@@ -3,6 +3,7 @@
 use virtqueue::linear::Linear;
 use virtqueue::net::features;
 use virtqueue::packed::Packed;
+use virtqueue::rss;
 use virtqueue::split::Split;
 use virtqueue::{Buffer, DriverRing, Layout, RingConfig, Used};
 
@@ -12,12 +13,14 @@ use crate::{Dma, Platform};
 
 /// Descriptors of the queue: one command is under way at a time, of two buffers.
 const SIZE: u16 = 4;
-/// VIRTIO_NET_CTRL_MQ and VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET (section 5.1.6.5.6).
+/// VIRTIO_NET_CTRL_MQ, and its commands (section 5.1.6.5.5): VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET, VIRTIO_NET_CTRL_MQ_RSS_CONFIG.
 const MQ: u8 = 4;
 const VQ_PAIRS_SET: u8 = 0;
+const RSS_CONFIG: u8 = 1;
 /// Where the device writes its status, behind the command; and how much room both take.
-const STATUS: u64 = 16;
-const POOL: usize = 64;
+const STATUS: u64 = 384;
+const POOL: usize = 448;
+const _: () = assert!(2 + rss::MAX_LEN <= 384);
 /// No status that there is.
 const UNSET: u8 = 0xff;
 /// Each look at the device leaves the guest and takes tens of microseconds, so this waits for seconds: a device may have to ask a back-end,
@@ -84,16 +87,41 @@ impl ControlQueue {
         memory: Linear,
         pairs: u16,
     ) -> Result<(), Error> {
-        let [low, high] = pairs.to_le_bytes();
-        let command = [MQ, VQ_PAIRS_SET, low, high];
+        self.command(transport, memory, [MQ, VQ_PAIRS_SET], &pairs.to_le_bytes())
+    }
+
+    /// Has the device steer frames so, and use the pairs that this takes, and waits for that.
+    pub(crate) fn set_rss(
+        &mut self,
+        transport: &Transport,
+        memory: Linear,
+        config: &rss::Config,
+    ) -> Result<(), Error> {
+        let mut bytes = [0; rss::MAX_LEN];
+        let config = config.encode(&mut bytes);
+        self.command(transport, memory, [MQ, RSS_CONFIG], config)
+    }
+
+    /// Sends a command, class and number first, and waits for its status.
+    fn command(
+        &mut self,
+        transport: &Transport,
+        memory: Linear,
+        number: [u8; 2],
+        data: &[u8],
+    ) -> Result<(), Error> {
         let (at, status) = (self.pool.addr, self.pool.addr + STATUS);
-        if !(write(memory, at, &command) && write(memory, status, &[UNSET])) {
+        let written = write(memory, at, &number)
+            && write(memory, at + 2, data)
+            && write(memory, status, &[UNSET]);
+        let len = u32::try_from(2 + data.len()).map_err(|_| Error::Memory)?;
+        if !written || u64::from(len) > STATUS {
             return Err(Error::Memory);
         }
         let chain = [
             Buffer {
                 addr: at,
-                len: 4,
+                len,
                 device_writes: false,
             },
             Buffer {

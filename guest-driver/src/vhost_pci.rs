@@ -8,12 +8,14 @@ use alloc::vec::Vec;
 use virtqueue::linear::Linear;
 use virtqueue::net::{F_CTRL_VQ, F_MQ, F_MRG_RXBUF, F_STATUS, features};
 use virtqueue::packed::Packed;
+use virtqueue::rss;
 use virtqueue::split::{self, Split};
 use virtqueue::{Buffer, DriverRing, Layout, RingConfig, Used};
 
 use crate::pci::Function;
 use crate::peer::{PeerPort, Vring};
 use crate::port::{Either, Frame};
+use crate::steering;
 use crate::vhost_user::{self as proto, MAX_MESSAGE, Message, request};
 use crate::virtio_pci::{Doorbell, Error, Notify, Transport};
 use crate::{Dma, Platform};
@@ -54,6 +56,28 @@ const FEATURES: u64 = features::VERSION_1
     | proto::F_PROTOCOL_FEATURES;
 const PROTOCOL_FEATURES: u64 =
     proto::PROTOCOL_F_MQ | proto::PROTOCOL_F_REPLY_ACK | proto::PROTOCOL_F_CONFIGURE_MEM_SLOTS;
+
+/// What a caller decides of that.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Offer {
+    /// How many queue pairs at most; at least one is served.
+    pub pairs: usize,
+    /// VIRTIO_F_INDIRECT_DESC.
+    pub indirect: bool,
+    /// That frames to a front-end with several pairs go where [`VhostPci::steer`] says.
+    pub rss: bool,
+}
+
+impl Default for Offer {
+    /// What a caller can leave to this driver.
+    fn default() -> Self {
+        Self {
+            pairs: MAX_PAIRS,
+            indirect: true,
+            rss: false,
+        }
+    }
+}
 
 /// The data path over rings of one layout.
 pub type Ports<L> = PeerPort<<L as Layout>::Device<Linear>, Doorbell>;
@@ -125,6 +149,8 @@ struct Connection {
     regions: Vec<Region>,
     vrings: [VringState; VRINGS],
     features: u64,
+    /// How the front-end wants frames to be steered.
+    rss: Option<Box<rss::Config>>,
 }
 
 /// The driver of a vhost-pci device.
@@ -136,6 +162,7 @@ pub struct VhostPci {
     txq: Control,
     /// For each vring that the device has, where its doorbells are: call and error.
     doorbells: Vec<[u16; 2]>,
+    offer: Offer,
     connection: Connection,
     /// The data path of each pair, while its rings are started and enabled.
     ports: Box<[Option<VhostPciPort>]>,
@@ -235,16 +262,30 @@ impl VhostPci {
         function: Function,
         memory: Linear,
     ) -> Result<Self, Error> {
-        Self::with_pairs(platform, function, memory, MAX_PAIRS)
+        Self::with_offer(platform, function, memory, Offer::default())
     }
 
     /// The same for who serves no more than `most` queue pairs, which is at least one: the front-end is told so.
-    #[allow(unsafe_code)] // one block: the window becomes memory that rings can lie in
     pub fn with_pairs<P: Platform>(
         platform: &P,
         function: Function,
         memory: Linear,
         most: usize,
+    ) -> Result<Self, Error> {
+        let offer = Offer {
+            pairs: most,
+            ..Offer::default()
+        };
+        Self::with_offer(platform, function, memory, offer)
+    }
+
+    /// As [`VhostPci::new`], with an offer of the caller's.
+    #[allow(unsafe_code)] // one block: the window becomes memory that rings can lie in
+    pub fn with_offer<P: Platform>(
+        platform: &P,
+        function: Function,
+        memory: Linear,
+        offer: Offer,
     ) -> Result<Self, Error> {
         let transport = Transport::new(platform, function)?;
         transport.negotiate(|offered| {
@@ -263,7 +304,7 @@ impl VhostPci {
         let txq = Control::new(platform, &transport, memory, TXQ, TX_STRIDE)?;
         let vrings = transport.device().read_u32(CONFIG_MAX_QUEUES);
         let pairs = usize::try_from(vrings).map_or(MAX_PAIRS, |n| (n / 2).min(MAX_PAIRS));
-        let pairs = pairs.min(most);
+        let pairs = pairs.min(offer.pairs);
         if pairs == 0 {
             return Err(Error::Structure("second vhost queue"));
         }
@@ -280,6 +321,7 @@ impl VhostPci {
             rxq,
             txq,
             doorbells,
+            offer,
             connection: Connection::default(),
             ports: (0..pairs).map(|_| None).collect(),
             message: vec![0; MAX_MESSAGE],
@@ -296,6 +338,14 @@ impl VhostPci {
     /// The data path of a pair, while its rings can be used: the front-end may take a pair out of use and put it back.
     pub fn pair(&mut self, index: usize) -> Option<&mut VhostPciPort> {
         self.ports.get_mut(index)?.as_mut()
+    }
+
+    /// On which pair a frame that begins so goes to the front-end ([`steering::pair`]); `None` where the front-end leaves that to its back-end.
+    #[inline(always)]
+    #[must_use]
+    pub fn steer(&self, headers: &[u8]) -> Option<usize> {
+        let config = self.connection.rss.as_deref()?;
+        Some(steering::pair(config, headers).into())
     }
 
     /// How many pairs this driver serves on this device.
@@ -495,7 +545,11 @@ impl VhostPci {
     fn answer(&mut self, message: &Message) -> Option<[u8; REPLY_LEN]> {
         let value = |value: u64| Some(proto::reply(message.request, &value.to_le_bytes()));
         match message.request {
-            request::GET_FEATURES => value(FEATURES),
+            request::GET_FEATURES if self.offer.indirect => value(FEATURES),
+            request::GET_FEATURES => value(FEATURES & !features::INDIRECT_DESC),
+            request::GET_PROTOCOL_FEATURES if self.offer.rss => {
+                value(PROTOCOL_FEATURES | proto::PROTOCOL_F_RSS)
+            }
             request::GET_PROTOCOL_FEATURES => value(PROTOCOL_FEATURES),
             // Of a network device's queues, pairs are counted.
             request::GET_QUEUE_NUM => value(self.ports.len() as u64),
@@ -576,6 +630,10 @@ impl VhostPci {
                     self.stop_vring(message.u32(0)?);
                 }
                 self.vring(message.u32(0)?)?.enabled = enabled;
+            }
+            request::SET_RSS if self.offer.rss => {
+                let pairs = u16::try_from(self.ports.len()).ok()?;
+                self.connection.rss = message.rss(pairs)?.map(Box::new);
             }
             _ => return None,
         }

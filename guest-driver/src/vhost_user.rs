@@ -1,5 +1,7 @@
 //! The vhost-user messages that a back-end driver answers (vhost-user specification, "Message specification").
 
+use virtqueue::rss;
+
 /// Bytes of a header: request, flags and payload size, each le32.
 pub const HEADER: usize = 12;
 /// Room for the longest message.
@@ -20,6 +22,9 @@ pub const PROTOCOL_F_MQ: u64 = 1 << 0;
 pub const PROTOCOL_F_REPLY_ACK: u64 = 1 << 3;
 /// Protocol feature: memory regions are added and removed one by one.
 pub const PROTOCOL_F_CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
+
+/// Protocol feature, of this project's: the front-end says how frames to it are to be steered (docs/device.md, section 7).
+pub const PROTOCOL_F_RSS: u64 = 1 << 62;
 
 /// Bit 8 of the payload of SET_VRING_KICK and its like: no descriptor comes with it.
 pub const VRING_NO_FD: u64 = 1 << 8;
@@ -44,6 +49,8 @@ pub mod request {
     pub const SET_VRING_ENABLE: u32 = 18;
     pub const ADD_MEM_REG: u32 = 37;
     pub const REM_MEM_REG: u32 = 38;
+    /// No name of the specification: docs/device.md, section 7.
+    pub const SET_RSS: u32 = 0x7663_0001;
 }
 
 /// A message that was copied out of shared memory.
@@ -85,6 +92,16 @@ impl<'a> Message<'a> {
         ))
     }
 
+    /// How a front-end of `pairs` queue pairs wants frames to be steered, in the payload of SET_RSS: by RSS, or as the back-end likes. `None` where it is neither.
+    #[must_use]
+    pub fn rss(&self, pairs: u16) -> Option<Option<rss::Config>> {
+        if self.payload.is_empty() {
+            Some(None)
+        } else {
+            rss::Config::parse(self.payload, pairs).map(Some)
+        }
+    }
+
     /// The payload's le32 at a byte offset.
     #[must_use]
     pub fn u32(&self, offset: usize) -> Option<u32> {
@@ -107,4 +124,28 @@ fn u32_at(bytes: &[u8], offset: usize) -> Option<u32> {
     Some(u32::from_le_bytes(
         bytes.get(offset..offset + 4)?.try_into().ok()?,
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn steering_is_by_rss_or_as_the_back_end_likes_and_nothing_else() {
+        let config = rss::Config::new(rss::types::ALL, 0, &[0, 1], 2, &[7; 40], 2).unwrap();
+        let mut bytes = [0; rss::MAX_LEN];
+        let bytes = config.encode(&mut bytes);
+        let message = |payload| Message {
+            request: request::SET_RSS,
+            flags: VERSION,
+            payload,
+        };
+        assert_eq!(message(&[]).rss(2), Some(None));
+        assert_eq!(message(bytes).rss(2), Some(Some(config)));
+        // Of fewer pairs than it names, and cut off.
+        assert_eq!(message(bytes).rss(1), None);
+        for len in 1..bytes.len() {
+            assert_eq!(message(&bytes[..len]).rss(2), None);
+        }
+    }
 }

@@ -12,6 +12,7 @@ mod pair;
 mod process;
 mod promises;
 mod queues;
+mod rss;
 mod sandbox;
 mod soak;
 

@@ -111,13 +111,13 @@ fn a_front_end_with_more_pairs_than_the_back_end_has_one_and_says_so() {
 }
 
 /// A VM whose guest is told what to do over its control channel. It is killed when the test is done with it.
-struct Told {
+pub(crate) struct Told {
     child: Child,
     channel: BufReader<UnixStream>,
 }
 
 impl Told {
-    fn start(flag: &str, device: &str, words: &str) -> Self {
+    pub(crate) fn start(flag: &str, device: &str, words: &str) -> Self {
         let (ours, theirs) = UnixStream::pair().unwrap();
         ours.set_read_timeout(Some(PATIENCE)).unwrap();
         let args = ["run", "--console", "output", "--control-fd", "0"];
@@ -128,14 +128,14 @@ impl Told {
         Self { child, channel }
     }
 
-    fn send(&mut self, line: &str) {
+    pub(crate) fn send(&mut self, line: &str) {
         let channel = self.channel.get_mut();
         channel.write_all(format!("{line}\n").as_bytes()).unwrap();
     }
 
     /// The next record of this kind; an error record is a failure.
     #[track_caller]
-    fn next(&mut self, kind: &str) -> Value {
+    pub(crate) fn next(&mut self, kind: &str) -> Value {
         loop {
             let mut line = String::new();
             let got = self.channel.read_line(&mut line);

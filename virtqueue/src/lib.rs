@@ -30,6 +30,7 @@ pub mod linear;
 mod loom_tests;
 pub mod net;
 pub mod packed;
+pub mod rss;
 pub mod split;
 #[cfg(any(test, feature = "fuzzing"))]
 mod test_memory;
@@ -157,7 +158,9 @@ impl fmt::Display for Error {
             Self::BadId => "the peer named a descriptor that is not there or not outstanding",
             Self::BadAddress => "a descriptor points outside the memory",
             Self::ChainTooLong => "a descriptor chain is too long or loops",
-            Self::BadFlags => "a descriptor has flags that were not negotiated",
+            Self::BadFlags => {
+                "a descriptor has flags that were not negotiated, or a buffer to read is behind one to write"
+            }
             Self::BadLength => "the device reports more bytes than it may write",
             Self::Broken => "the queue is broken by an earlier violation",
         })

@@ -30,8 +30,10 @@ pub(super) const PAGE: u64 = 4096;
 const HEADER: usize = 12;
 
 /// Protocol features of the driver's that pass. BACKEND_REQ is the device's own.
-const PROTOCOL_FEATURES: u64 =
-    protocol_features::MQ | protocol_features::REPLY_ACK | protocol_features::CONFIGURE_MEM_SLOTS;
+const PROTOCOL_FEATURES: u64 = protocol_features::MQ
+    | protocol_features::REPLY_ACK
+    | protocol_features::CONFIGURE_MEM_SLOTS
+    | protocol_features::RSS;
 /// Feature bits that the device cannot carry: VHOST_F_LOG_ALL.
 const WITHHELD_FEATURES: u64 = 1 << 26;
 
@@ -237,6 +239,8 @@ pub(super) struct Backend {
     offers_channel: bool,
     /// BACKEND_REQ was negotiated.
     has_channel: bool,
+    /// RSS was negotiated.
+    has_rss: bool,
     /// What the window shows: `table` at its guest addresses, or, where ACCESS_PLATFORM was negotiated, `translations` into it.
     translating: bool,
     table: Vec<Shown>,
@@ -254,6 +258,7 @@ impl Backend {
             driver_translates: false,
             offers_channel: false,
             has_channel: false,
+            has_rss: false,
             translating: false,
             table: Vec::new(),
             translations: Translations::default(),
@@ -442,6 +447,7 @@ impl Backend {
                 }
                 self.reply_ack = features & protocol_features::REPLY_ACK != 0;
                 self.has_channel = features & protocol_features::BACKEND_REQ != 0;
+                self.has_rss = features & protocol_features::RSS != 0;
                 // The driver has not offered it.
                 message.payload = U64(features & PROTOCOL_FEATURES).encode();
             }
@@ -460,6 +466,7 @@ impl Backend {
                 }
                 return Ok(Applied::Consumed(Step::Done));
             }
+            requests::SET_RSS if !self.has_rss => return Err(Fault::NotOffered(request).into()),
             _ if needs_withheld_feature(request) => return Err(Fault::NotOffered(request).into()),
             _ => expect(request, 0, &fds)?,
         }

@@ -23,6 +23,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use thiserror::Error;
+use virtqueue::rss;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::channel::Channel;
@@ -46,7 +47,8 @@ const PROTOCOL_FEATURES: u64 = protocol_features::MQ
     | protocol_features::REPLY_ACK
     | protocol_features::BACKEND_REQ
     | protocol_features::INFLIGHT_SHMFD
-    | protocol_features::CONFIGURE_MEM_SLOTS;
+    | protocol_features::CONFIGURE_MEM_SLOTS
+    | protocol_features::RSS;
 
 /// How many regions SET_MEM_TABLE may have ("Multiple memory regions description").
 const MAX_TABLE_REGIONS: u64 = 8;
@@ -143,6 +145,8 @@ pub struct Offer {
     /// How many queues it serves as GET_QUEUE_NUM says (back-ends for a network device count pairs); 1 where it was
     /// not asked.
     pub queues: u64,
+    /// Whether it steers frames by RSS ([`Frontend::steer`]).
+    pub rss: bool,
 }
 
 /// A vring to start. Addresses are the device's: guest physical ones, or IO virtual ones where ACCESS_PLATFORM was negotiated. They are checked
@@ -276,6 +280,8 @@ pub struct Frontend {
     bases: Vec<(u8, u32)>,
     /// The vring that has just been stopped by itself.
     stopped: Option<(u8, u32)>,
+    /// The back-end was told how to steer frames.
+    steered: bool,
     /// The vrings have just been enabled and disabled as the caller wanted.
     enabled: bool,
     /// Where the back-end keeps what is in flight.
@@ -302,6 +308,7 @@ impl Frontend {
             offer: Offer {
                 features: 0,
                 queues: 1,
+                rss: false,
             },
             has_protocol_features: false,
             protocol_features: 0,
@@ -314,6 +321,7 @@ impl Frontend {
             packed: false,
             bases: Vec::new(),
             stopped: None,
+            steered: false,
             enabled: false,
             inflight: None,
             waiting: Vec::new(),
@@ -332,6 +340,12 @@ impl Frontend {
     #[must_use]
     pub fn is_started(&self) -> bool {
         matches!(self.state, State::Starting | State::Running)
+    }
+
+    /// Whether the back-end is still taking up what [`Frontend::start`] sent.
+    #[must_use]
+    pub fn is_starting(&self) -> bool {
+        self.state == State::Starting
     }
 
     /// Whether this vring is started, or about to be.
@@ -522,6 +536,23 @@ impl Frontend {
             self.connection.send(&enable(index, false))?;
         }
         self.ask(&get_base(index), Owed::SingleBase(index))
+    }
+
+    /// Has the back-end steer frames by RSS, or as it likes: VIRTIO_NET_CTRL_MQ_RSS_CONFIG and VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET on their way to where they mean something. What is
+    /// asked for next is done behind it. Where [`Offer::rss`] is not set, there is nothing to do but for a caller who asks for RSS all the same.
+    pub fn steer(&mut self, config: Option<&rss::Config>) -> Result<(), Error> {
+        if config.is_none() && !self.steered {
+            return Ok(());
+        }
+        if !self.uses(protocol_features::RSS) || self.state == State::Handshake {
+            return Err(Error::State("steering frames"));
+        }
+        self.steered = config.is_some();
+        let mut bytes = [0; rss::MAX_LEN];
+        let payload = config.map_or(&[][..], |config| config.encode(&mut bytes));
+        let mut message = Message::bare(requests::SET_RSS);
+        message.payload = payload.to_vec();
+        self.step(message)
     }
 
     /// Enables and disables vrings that are started; [`Event::Enabled`] follows when the back-end has done it: where REPLY_ACK was negotiated it
@@ -766,6 +797,7 @@ impl Frontend {
 
     fn got_protocol_features(&mut self, offered: u64) -> Result<(), Error> {
         self.protocol_features = offered & PROTOCOL_FEATURES;
+        self.offer.rss = self.uses(protocol_features::RSS);
         let features = U64(self.protocol_features);
         let message = Message::request(requests::SET_PROTOCOL_FEATURES, &features);
         self.connection.send(&message)?;

@@ -90,6 +90,8 @@ numbers! {
         SET_DEVICE_STATE_FD = 42,
         CHECK_DEVICE_STATE = 43,
         GET_SHMEM_CONFIG = 44,
+        // No name of the specification, which counts from 1 on: docs/device.md, section 7.
+        SET_RSS = 0x7663_0001,
     }
 }
 
@@ -135,6 +137,8 @@ pub mod protocol_features {
     pub const XEN_MMAP: u64 = 1 << 17;
     pub const SHARED_OBJECT: u64 = 1 << 18;
     pub const DEVICE_STATE: u64 = 1 << 19;
+    /// No name of the specification, which counts from 0 on: SET_RSS (docs/device.md, section 7).
+    pub const RSS: u64 = 1 << 62;
 }
 
 /// One message, whole.

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering, fence};
 
 use thiserror::Error;
 use virtqueue::packed::Packed;
+use virtqueue::rss;
 use virtqueue::split::Split;
 use virtqueue::{Buffer, Chain, DeviceRing, Layout, Memory, Region, RingConfig};
 use vm_memory::{Bytes, GuestAddress, GuestMemory, Permissions};
@@ -21,11 +22,12 @@ use crate::virtio_iommu::Endpoint;
 /// VIRTIO_NET_OK and VIRTIO_NET_ERR.
 const OK: u8 = 0;
 const ERR: u8 = 1;
-/// VIRTIO_NET_CTRL_MQ and VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET (section 5.1.6.5.6).
+/// VIRTIO_NET_CTRL_MQ, and its commands (section 5.1.6.5.5): VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET, VIRTIO_NET_CTRL_MQ_RSS_CONFIG.
 const MQ: u8 = 4;
 const VQ_PAIRS_SET: u8 = 0;
-/// Class, command and le16 `virtqueue_pairs`.
-const LENGTH: usize = 4;
+const RSS_CONFIG: u8 = 1;
+/// Class and command, and the longest configuration for RSS.
+const LENGTH: usize = 2 + rss::MAX_LEN;
 
 /// What the driver did that only a reset of the device mends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
@@ -45,18 +47,23 @@ impl From<virtqueue::Error> for Fault {
 }
 
 /// A command that waits for its answer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Command {
     /// Use so many queue pairs.
     Pairs(u16),
+    /// Steer what is received so.
+    Rss(Box<rss::Config>),
     /// One that there is not, or that is not as the specification wants it.
     Unknown,
 }
 
 impl Command {
-    fn parse(bytes: &[u8]) -> Self {
+    /// A command for a device with so many pairs.
+    fn parse(bytes: &[u8], pairs: u16) -> Self {
         match *bytes {
             [MQ, VQ_PAIRS_SET, low, high] => Self::Pairs(u16::from_le_bytes([low, high])),
+            [MQ, RSS_CONFIG, ref config @ ..] => rss::Config::parse(config, pairs)
+                .map_or(Self::Unknown, |config| Self::Rss(Box::new(config))),
             _ => Self::Unknown,
         }
     }
@@ -78,13 +85,15 @@ pub(super) struct Control {
     /// As many as a chain can have.
     buffers: Vec<Buffer>,
     open: Option<Open>,
+    /// How many queue pairs the device has.
+    pairs: u16,
 }
 
 impl Control {
     /// A queue whose place has been checked, with what was negotiated.
     pub(super) fn new(
         setup: &QueueSetup,
-        features: u64,
+        (features, pairs): (u64, u16),
         host: Arc<dyn Host>,
         endpoint: Option<Arc<Endpoint>>,
     ) -> Result<Self, Fault> {
@@ -114,6 +123,7 @@ impl Control {
             call: setup.call.clone(),
             buffers: vec![Buffer::default(); setup.size.into()],
             open: None,
+            pairs,
         })
     }
 
@@ -152,7 +162,7 @@ impl Control {
             status: status.map(|piece| piece.addr),
         };
         let command = match open.status {
-            Some(_) => Command::parse(&self.memory.read(pieces)?),
+            Some(_) => Command::parse(&self.memory.read(pieces)?, self.pairs),
             // What nobody can be told of is not done.
             None => Command::Unknown,
         };

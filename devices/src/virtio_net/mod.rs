@@ -28,8 +28,8 @@
 //! the pairs in use are enabled (SET_VRING_ENABLE). The driver's command to use more or fewer is complete when the back-end has acknowledged
 //! the change, so that nothing is put into a ring that is out of use (VIRTIO 1.3, section 5.1.6.5.6).
 //!
-//! Which pair a received frame comes in on is the back-end's choice. VIRTIO_NET_F_RSS is not offered: vhost-user has no message that
-//! takes the driver's key and indirection table to a back-end.
+//! Which pair a received frame comes in on is the back-end's choice, unless it takes the driver's key and indirection table. vhost-user has no message for those; with a back-end that knows ours
+//! (SET_RSS, docs/device.md, section 7) VIRTIO_NET_F_RSS is offered.
 //!
 //! # Behind a vIOMMU
 //!
@@ -56,6 +56,7 @@ use std::time::Duration;
 
 use event_manager::MutEventSubscriber;
 use thiserror::Error;
+use virtqueue::rss;
 use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -80,6 +81,8 @@ const F_STATUS: u64 = 1 << 16;
 const F_CTRL_VQ: u64 = 1 << 17;
 /// VIRTIO_NET_F_MQ: there are several queue pairs.
 const F_MQ: u64 = 1 << 22;
+/// VIRTIO_NET_F_RSS: received frames are steered as the driver says.
+const F_RSS: u64 = 1 << 60;
 /// VIRTIO_F_INDIRECT_DESC.
 const F_INDIRECT_DESC: u64 = 1 << 28;
 /// VIRTIO_F_EVENT_IDX.
@@ -92,6 +95,12 @@ const OWN_FEATURES: u64 = F_MAC | F_STATUS | F_RING_RESET;
 /// The same, and what it answers for where it has several pairs.
 const OWN_FEATURES_MQ: u64 = OWN_FEATURES | F_CTRL_VQ;
 
+/// What a configuration for RSS may have, at most.
+#[allow(clippy::cast_possible_truncation, reason = "40 and 128")]
+const RSS_MAX_KEY: u8 = rss::MAX_KEY as u8;
+#[allow(clippy::cast_possible_truncation, reason = "40 and 128")]
+const RSS_MAX_TABLE: u16 = rss::MAX_TABLE as u16;
+
 /// The most queue pairs that a device can have.
 pub const MAX_QUEUE_PAIRS: u16 = 16;
 
@@ -99,6 +108,8 @@ pub const MAX_QUEUE_PAIRS: u16 = 16;
 const LINK_UP: u16 = 1;
 /// Length of the device configuration: mac, status, max_virtqueue_pairs.
 const CONFIG_SIZE: usize = 10;
+/// The same with what follows where there may be several pairs: mtu, speed and duplex, which are not used, rss_max_key_size, rss_max_indirection_table_length, supported_hash_types.
+const CONFIG_SIZE_RSS: usize = 24;
 
 /// Which features of rings the driver is offered where the back-end offers them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -226,7 +237,7 @@ impl Shared {
     /// The features that a driver is offered with a back-end that offers `backend`.
     fn offered(&self, backend: u64) -> u64 {
         let pairs = if backend & F_MQ != 0 && self.pairs > 1 {
-            F_MQ | F_CTRL_VQ
+            F_MQ | F_CTRL_VQ | backend & F_RSS
         } else {
             0
         };
@@ -321,16 +332,19 @@ impl VirtioNet {
     }
 
     /// The device configuration as it is now (VIRTIO 1.3, section 5.1.4).
-    fn config(&self) -> [u8; CONFIG_SIZE] {
+    fn config(&self) -> [u8; CONFIG_SIZE_RSS] {
         let status = if self.shared.link_up.load(Ordering::Acquire) {
             LINK_UP
         } else {
             0
         };
-        let mut config = [0; CONFIG_SIZE];
+        let mut config = [0; CONFIG_SIZE_RSS];
         config[0..6].copy_from_slice(&self.mac);
         config[6..8].copy_from_slice(&status.to_le_bytes());
         config[8..10].copy_from_slice(&self.shared.pairs.to_le_bytes());
+        config[17] = RSS_MAX_KEY;
+        config[18..20].copy_from_slice(&RSS_MAX_TABLE.to_le_bytes());
+        config[20..24].copy_from_slice(&rss::types::ALL.to_le_bytes());
         config
     }
 }
@@ -361,7 +375,12 @@ impl VirtioDevice for VirtioNet {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        copy_config(&self.config(), offset, data);
+        let config = self.config();
+        let len = match self.shared.pairs {
+            1 => CONFIG_SIZE,
+            _ => CONFIG_SIZE_RSS,
+        };
+        copy_config(&config[..len], offset, data);
     }
 
     /// Nothing in the configuration can be written by a driver that accepted VERSION_1.

@@ -2,11 +2,11 @@
 
 use std::fmt;
 
-use super::{F_EVENT_IDX, F_IN_ORDER, F_INDIRECT_DESC, F_MRG_RXBUF};
+use super::{F_EVENT_IDX, F_IN_ORDER, F_INDIRECT_DESC, F_MRG_RXBUF, F_RSS};
 use crate::virtio::{F_ACCESS_PLATFORM, F_RING_PACKED, F_VERSION_1};
 
 /// What a driver can have of a back-end here, as VIRTIO 1.3 calls it.
-const NAMES: [(u64, &str); 7] = [
+const NAMES: [(u64, &str); 8] = [
     (F_MRG_RXBUF, "VIRTIO_NET_F_MRG_RXBUF"),
     (F_INDIRECT_DESC, "VIRTIO_F_INDIRECT_DESC"),
     (F_EVENT_IDX, "VIRTIO_F_EVENT_IDX"),
@@ -14,6 +14,7 @@ const NAMES: [(u64, &str); 7] = [
     (F_ACCESS_PLATFORM, "VIRTIO_F_ACCESS_PLATFORM"),
     (F_RING_PACKED, "VIRTIO_F_RING_PACKED"),
     (F_IN_ORDER, "VIRTIO_F_IN_ORDER"),
+    (F_RSS, "VIRTIO_NET_F_RSS"),
 ];
 
 /// Feature bits, by name as far as they have one here.

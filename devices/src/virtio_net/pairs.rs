@@ -4,10 +4,11 @@ use std::os::fd::AsRawFd;
 
 use event_manager::{EventOps, EventSet, Events};
 use log::{debug, error, warn};
+use virtqueue::rss;
 
-use super::F_MQ;
 use super::control::{self, Command, Control};
-use super::worker::{CONTROL, Worker};
+use super::worker::{Active, CONTROL, Worker};
+use super::{F_MQ, F_RSS};
 use crate::virtio::{QueueSetup, event};
 
 /// How many commands of the control queue are served before others on the thread have their turn.
@@ -26,7 +27,8 @@ impl Worker {
             return self.refuse(error, ops);
         }
         let endpoint = self.follower.as_ref().map(|f| f.endpoint.clone());
-        let control = Control::new(setup, active.features, self.host.clone(), endpoint);
+        let negotiated = (active.features, self.shared.pairs);
+        let control = Control::new(setup, negotiated, self.host.clone(), endpoint);
         let control = match control {
             Ok(control) => control,
             Err(fault) => return self.control_fault(fault, ops),
@@ -65,7 +67,10 @@ impl Worker {
                 return;
             };
             let done = match control.take() {
-                Ok(Some(Command::Pairs(pairs))) => self.use_pairs(pairs, ops),
+                Ok(Some(Command::Pairs(pairs))) => self.use_pairs(pairs, F_MQ, None, ops),
+                Ok(Some(Command::Rss(config))) => {
+                    self.use_pairs(config.pairs(), F_RSS, Some(config), ops)
+                }
                 Ok(Some(Command::Unknown)) => Some(false),
                 Ok(None) => return,
                 Err(fault) => return self.control_fault(fault, ops),
@@ -91,9 +96,16 @@ impl Worker {
         }
     }
 
-    /// Puts so many pairs into use; returns whether that is possible, or `None` where the back-end has to say so first.
-    fn use_pairs(&mut self, pairs: u16, ops: &mut EventOps) -> Option<bool> {
-        let Some(active) = self.active.as_mut().filter(|a| a.features & F_MQ != 0) else {
+    /// Puts so many pairs into use, with RSS or without, where `feature` was negotiated; returns whether that is possible, or `None` where the back-end has to say so first.
+    fn use_pairs(
+        &mut self,
+        pairs: u16,
+        feature: u64,
+        config: Option<Box<rss::Config>>,
+        ops: &mut EventOps,
+    ) -> Option<bool> {
+        let negotiated = |active: &&mut Active| active.features & feature != 0;
+        let Some(active) = self.active.as_mut().filter(negotiated) else {
             return Some(false);
         };
         if !(1..=self.shared.pairs).contains(&pairs) {
@@ -105,6 +117,8 @@ impl Worker {
             active.pairs = before;
             return Some(false);
         }
+        let steers = active.rss.is_some() || config.is_some();
+        active.rss = config;
         let Some(peer) = self.peer.as_mut().filter(|p| p.frontend.is_started()) else {
             return Some(true);
         };
@@ -113,12 +127,14 @@ impl Worker {
             .filter(|&index| peer.frontend.has_vring(index))
             .map(|index| (index, active.in_use(index)))
             .collect();
-        if changes.is_empty() {
+        if changes.is_empty() && !steers {
             return Some(true);
         }
         debug!("{pairs} queue pairs are used in place of {before}");
         self.enabling += 1;
-        match peer.frontend.enable_vrings(&changes) {
+        // First: no pair is steered to any more when it goes out of use, and until it is in use the back-end has another for its frames.
+        let told = peer.frontend.steer(active.rss.as_deref());
+        match told.and_then(|()| peer.frontend.enable_vrings(&changes)) {
             Ok(()) => {
                 self.arm_deadline(ops);
             }

@@ -6,6 +6,7 @@ mod lacking;
 mod noise;
 mod pairs;
 mod queues;
+mod rss;
 
 use std::io::Write;
 use std::os::unix::net::{UnixListener, UnixStream};

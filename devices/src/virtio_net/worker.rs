@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use log::{Level, debug, error, info, log, warn};
+use virtqueue::rss;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::errno;
 use vmm_sys_util::timerfd::TimerFd;
@@ -16,7 +17,7 @@ use super::control::Control;
 use super::iotlb::{Follower, Watched};
 use super::names::Names;
 use super::rings::{self, RingError, Space};
-use super::{F_CTRL_VQ, F_MQ, OWN_FEATURES_MQ, QueueOrder, Shared};
+use super::{F_CTRL_VQ, F_MQ, F_RSS, OWN_FEATURES_MQ, QueueOrder, Shared};
 use crate::host::Host;
 use crate::vhost_user::frontend::{self, Event, Frontend, Offer, PACKED_BASE, Vring};
 use crate::vhost_user::{Connection, InflightArea, RateLimit, Socket};
@@ -28,6 +29,8 @@ const RECONNECT: Duration = Duration::from_millis(100);
 /// handshake: a connection can wait long in the backlog of a back-end that is not up yet, and nobody waits for it but the one who
 /// started it.
 pub(super) const STOP_DEADLINE: Duration = Duration::from_secs(1);
+/// The same where it is still taking up the rings that it was given before: a process that shares its processor with one that polls may need seconds to map memory.
+pub(super) const START_DEADLINE: Duration = Duration::from_secs(10);
 /// How often something that a peer or a guest can bring about may be logged.
 const LOG_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -57,6 +60,8 @@ pub(super) struct Active {
     vrings: u16,
     /// How many pairs of these are in use.
     pub(super) pairs: u16,
+    /// How received frames are steered, where the driver has said so.
+    pub(super) rss: Option<Box<rss::Config>>,
     /// What the last back-end left for the next; while one is at work, its [`Frontend`] knows better.
     inflight: Option<InflightArea>,
 }
@@ -72,8 +77,13 @@ impl Active {
         Self {
             features,
             queues: queues.collect(),
-            vrings: if features & F_MQ != 0 { 2 * pairs } else { 2 },
+            vrings: if features & (F_MQ | F_RSS) != 0 {
+                2 * pairs
+            } else {
+                2
+            },
             pairs: 1,
+            rss: None,
             inflight: None,
         }
     }
@@ -345,7 +355,12 @@ impl Worker {
         while let Some(peer) = &mut self.peer {
             match peer.frontend.process() {
                 Ok(Some(Event::Ready(offer))) => self.handshake_done(offer, ops),
-                Ok(Some(Event::Started)) => debug!("{}: the rings are started", self.path()),
+                Ok(Some(Event::Started)) => {
+                    debug!("{}: the rings are started", self.path());
+                    if !self.resetting {
+                        self.rearm_deadline(ops);
+                    }
+                }
                 Ok(Some(Event::Stopped(bases))) => {
                     debug!("{}: the rings stopped at {bases:?}", self.path());
                     self.finish_reset();
@@ -387,12 +402,14 @@ impl Worker {
         }
     }
 
-    /// What a back-end offers: several pairs only where it serves all that were asked for.
+    /// What a back-end offers: several pairs only where it serves all that were asked for, and RSS with those where it knows SET_RSS (which the specification
+    /// does not, so that the feature bit by itself promises nothing).
     fn backend_features(&self, offer: Offer) -> u64 {
-        if offer.queues < self.shared.pairs.into() {
-            offer.features & !F_MQ
-        } else {
-            offer.features
+        let several = offer.queues >= self.shared.pairs.into() && offer.features & F_MQ != 0;
+        match (several, offer.rss) {
+            (true, true) => offer.features | F_RSS,
+            (true, false) => offer.features & !F_RSS,
+            (false, _) => offer.features & !(F_MQ | F_RSS),
         }
     }
 
@@ -480,9 +497,10 @@ impl Worker {
         if let Some(inflight) = inflight {
             peer.frontend.resume(inflight);
         }
-        let result = peer
-            .frontend
-            .start(features, self.host.memory_regions(), &vrings);
+        let result = peer.frontend.steer(active.rss.as_deref()).and_then(|()| {
+            let memory = self.host.memory_regions();
+            peer.frontend.start(features, memory, &vrings)
+        });
         if let Err(error) = result {
             return self.lost(&error, ops);
         }
@@ -695,7 +713,12 @@ impl Worker {
 
     /// Gives the back-end time to stop; returns whether there still is one.
     pub(super) fn arm_deadline(&mut self, ops: &mut EventOps) -> bool {
-        let result = self.deadline.reset(STOP_DEADLINE, None);
+        let starting = |peer: &Peer| peer.frontend.is_starting();
+        let time = match self.peer.as_ref().is_some_and(starting) {
+            true => START_DEADLINE,
+            false => STOP_DEADLINE,
+        };
+        let result = self.deadline.reset(time, None);
         if let Err(error) = &result {
             let why = format_args!("was cut off: cannot arm a timer: {error}");
             self.drop_peer(Level::Error, why, ops);
@@ -728,7 +751,7 @@ impl Worker {
         self.drive(ops);
         if self.resetting || !self.queue_resets.is_empty() || self.enabling > 0 {
             let why = format_args!(
-                "was cut off: it did not stop, enable or disable a vring within {STOP_DEADLINE:?}"
+                "was cut off: it did not stop, enable or disable a vring within {STOP_DEADLINE:?}, or {START_DEADLINE:?} at its start"
             );
             self.drop_peer(Level::Warn, why, ops);
         }

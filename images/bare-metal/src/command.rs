@@ -1,10 +1,13 @@
 //! Commands: the kernel command line, and lines on the control channel (docs/bare-metal.md).
 
+use alloc::boxed::Box;
+use alloc::vec::Vec;
 use core::net::Ipv4Addr;
 
 use guest_driver::net_port::{Shape, TxShape};
-use guest_driver::vhost_pci::Junk;
+use guest_driver::vhost_pci::{Junk, Offer};
 use guest_driver::virtio_iommu::access;
+use virtqueue::rss::{self, types};
 
 use crate::frame::{End, IMIX};
 use crate::study::Sweep;
@@ -14,6 +17,9 @@ use crate::study::windows::MAX_LIVE;
 
 /// Smallest receive buffer.
 const MIN_RX_BUFFER: u16 = 128;
+
+/// Most flows of a workload.
+const MAX_FLOWS: u64 = 64;
 
 /// Most queue pairs that a workload uses.
 const MAX_QUEUES: u16 = 16;
@@ -133,6 +139,10 @@ pub struct Run {
     pub queues: u16,
     /// How often a second all pairs but the first go out of use or come back (front-end).
     pub flips: u64,
+    /// How many flows there are, where they are not one a pair.
+    pub flows: u16,
+    /// How often a second the RSS table is turned round (front-end, with flows).
+    pub turns: u64,
     /// Which end to be, where it is not the device that says so: two front-ends that a switch joins are one of each.
     pub end: Option<End>,
     /// Who a responder is.
@@ -158,6 +168,8 @@ impl Default for Run {
             churn: 0,
             queues: 1,
             flips: 0,
+            flows: 0,
+            turns: 0,
             end: None,
             address: Address::default(),
         }
@@ -211,7 +223,7 @@ fn network(text: &str) -> Option<([u8; 4], u8)> {
 pub struct BadWord<'a>(pub &'a str);
 
 /// A line on the control channel.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Command {
     /// Run a workload.
     Run(Run),
@@ -219,6 +231,8 @@ pub enum Command {
     ResetRings,
     /// Reset the device and set it up anew (front-end).
     ResetDevice,
+    /// Have the device steer what is received by RSS (front-end).
+    Rss(Box<rss::Config>),
     /// Power off with an exit code.
     Exit(u8),
     /// A step of the isolation study.
@@ -585,6 +599,7 @@ impl Command {
                 None => Ok(Some(Self::ResetDevice)),
                 Some(word) => Err(BadWord(word)),
             },
+            Some("rss") => rss_config(line).map(|config| Some(Self::Rss(Box::new(config)))),
             Some("exit") => {
                 let mut code = 0;
                 for word in words {
@@ -601,6 +616,45 @@ impl Command {
             },
         }
     }
+}
+
+/// `rss table=0,1,… types=… key=… unclassified=…`: queue pairs, a mask of hash types, hexadecimal digits, a pair. As many transmit queues are used as there are pairs
+/// in it.
+fn rss_config(line: &str) -> Result<rss::Config, BadWord<'_>> {
+    let words = Words(line);
+    words.only(&["table", "types", "key", "unclassified"])?;
+    let pairs = |text: &str| {
+        let entries = text.split(',').map(|entry| entry.parse().ok());
+        entries.collect::<Option<Vec<u16>>>()
+    };
+    let table = words.named("table", pairs)?;
+    let types = match words.has("types") {
+        true => words.within("types", 0..=u32::MAX.into())?,
+        false => types::ALL.into(),
+    };
+    let unclassified = match words.has("unclassified") {
+        true => words.within("unclassified", 0..=u16::MAX.into())?,
+        false => 0,
+    };
+    let key = words.named("key", bytes)?;
+    let bad = BadWord(line);
+    let types = u32::try_from(types).map_err(|_| bad)?;
+    let unclassified = u16::try_from(unclassified).map_err(|_| bad)?;
+    let last = table.iter().copied().max().unwrap_or(0).max(unclassified);
+    let pairs = last
+        .checked_add(1)
+        .filter(|&pairs| pairs <= MAX_QUEUES)
+        .ok_or(bad)?;
+    rss::Config::new(types, unclassified, &table, pairs, &key, pairs).ok_or(bad)
+}
+
+/// Bytes as hexadecimal digits, two each.
+fn bytes(text: &str) -> Option<Vec<u8>> {
+    let (pairs, rest) = text.as_bytes().as_chunks::<2>();
+    let digits = text.bytes().all(|digit| digit.is_ascii_hexdigit());
+    let byte = |pair: &[u8; 2]| u8::from_str_radix(core::str::from_utf8(pair).ok()?, 16).ok();
+    let bytes = pairs.iter().map(byte).collect::<Option<_>>();
+    bytes.filter(|_| digits && rest.is_empty())
 }
 
 impl Run {
@@ -665,6 +719,8 @@ impl Run {
             "rate" => self.rate = within(0..=1_000_000_000)?,
             "queues" => self.queues = queues(value).ok_or(bad)?,
             "flips" => self.flips = within(0..=1000)?,
+            "flows" => self.flows = u16::try_from(within(0..=MAX_FLOWS)?).map_err(|_| bad)?,
+            "turns" => self.turns = within(0..=1000)?,
             "timeout_ms" => self.timeout_ms = within(1..=86_400_000)?,
             "end" => {
                 self.end = match value {
@@ -702,6 +758,8 @@ pub struct Boot {
     pub shape: Shape,
     /// How many queue pairs the front-end sets up.
     pub queues: u16,
+    /// What the back-end's driver offers.
+    pub offer: Offer,
     /// A workload to run at once; otherwise commands are read from the control channel.
     pub run: Option<Run>,
     /// How the front-end's buffers are mapped where there is a virtio-iommu.
@@ -718,6 +776,10 @@ impl Default for Boot {
             dma: (0, 0),
             shape: Shape::default(),
             queues: 1,
+            offer: Offer {
+                rss: true,
+                ..Offer::default()
+            },
             run: None,
             iommu: IommuMode::default(),
             iova: 1 << 32,
@@ -776,6 +838,10 @@ impl Boot {
                 Some(("queues", value)) => queues(value)
                     .map(|n| (boot.queues, run.queues) = (n, n))
                     .is_some(),
+                Some(("indirect", value)) => {
+                    on_off(value).map(|on| boot.offer.indirect = on).is_some()
+                }
+                Some(("rss", value)) => on_off(value).map(|on| boot.offer.rss = on).is_some(),
                 Some(("work", "control")) => true,
                 Some(("work", name)) => Work::parse(name)
                     .map(|parsed| work = Some(parsed))
@@ -795,6 +861,14 @@ impl Boot {
 fn queues(text: &str) -> Option<u16> {
     let pairs = number(text).and_then(|n| u16::try_from(n).ok())?;
     (1..=MAX_QUEUES).contains(&pairs).then_some(pairs)
+}
+
+fn on_off(text: &str) -> Option<bool> {
+    match text {
+        "on" => Some(true),
+        "off" => Some(false),
+        _ => None,
+    }
 }
 
 /// How frames to send are given to the device, by name.

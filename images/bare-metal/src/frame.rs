@@ -17,8 +17,8 @@ pub const FIRST_LINE: usize = LINE;
 pub const IMIX: [usize; 12] = [64, 570, 64, 64, 570, 64, 1518, 64, 570, 64, 64, 570];
 
 const HEADERS: usize = 42;
-/// The UDP port "discard".
-const PORT: u16 = 9;
+/// The UDP port "discard", of flow 0.
+pub(crate) const PORT: u16 = 9;
 const TAG: usize = 42;
 /// Two bytes are zero in front of it: so a frame's first 48 bytes are the same in a whole run.
 const SEQUENCE: usize = 48;
@@ -165,6 +165,11 @@ impl Format {
         self.data = line(&self.headers, tag(self.run, Kind::Data));
         self.end = line(&self.headers, tag(self.run, Kind::End));
         self
+    }
+
+    /// What the frames begin with: as far as they are the same.
+    pub(crate) fn headers(&self) -> &[u8] {
+        &self.headers
     }
 
     /// Length of the frames in bytes.

@@ -7,6 +7,7 @@
 extern crate alloc;
 
 pub mod command;
+mod flows;
 pub mod frame;
 pub mod histogram;
 mod paced;

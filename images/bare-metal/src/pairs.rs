@@ -9,16 +9,21 @@ use crate::Run;
 use crate::record::{Outcome, Received, Sent};
 use crate::workload::{Link, Receiver, SERVICE_EVERY, Sender, Stopped, pause};
 
-/// One pair's part of a run.
-struct Flow {
-    sender: Option<Sender>,
-    receiver: Option<Receiver>,
+/// One flow's part of a run.
+pub(crate) struct Flow {
+    pub(crate) sender: Option<Sender>,
+    pub(crate) receiver: Option<Receiver>,
     /// When the end of what is received was seen.
-    stopped_at: Option<u64>,
+    pub(crate) stopped_at: Option<u64>,
 }
 
 impl Flow {
-    fn new<L: Link>(link: &L, run: &Run, number: u16, [send, receive]: [bool; 2]) -> Self {
+    pub(crate) fn new<L: Link>(
+        link: &L,
+        run: &Run,
+        number: u16,
+        [send, receive]: [bool; 2],
+    ) -> Self {
         Self {
             sender: send.then(|| Sender::new(link, run, number)),
             receiver: receive.then(|| Receiver::new(link, run, number)),
@@ -26,11 +31,11 @@ impl Flow {
         }
     }
 
-    fn sends(&self) -> bool {
+    pub(crate) fn sends(&self) -> bool {
         self.sender.as_ref().is_some_and(|sender| !sender.done)
     }
 
-    fn receives(&self) -> bool {
+    pub(crate) fn receives(&self) -> bool {
         let receiver = self.receiver.as_ref();
         receiver.is_some_and(|receiver| receiver.ended.is_none())
     }
@@ -74,7 +79,7 @@ impl Flow {
         Ok(idle)
     }
 
-    fn tick(&mut self, now: u64, run: &Run) {
+    pub(crate) fn tick(&mut self, now: u64, run: &Run) {
         if let Some(sender) = &mut self.sender {
             sender.tick(now, run);
         }
@@ -162,7 +167,7 @@ fn wait<L: Link>(link: &mut L, flows: &[Flow], deadline: u64) {
 }
 
 /// All flows together: what they did is added up, and they took as long as the longest.
-fn outcome(flows: Vec<Flow>, timeout: bool, now: u64) -> Outcome {
+pub(crate) fn outcome(flows: Vec<Flow>, timeout: bool, now: u64) -> Outcome {
     let mut outcome = Outcome {
         timeout,
         ..Outcome::default()

@@ -1,5 +1,6 @@
 //! Records: one JSON object a line (docs/bare-metal.md).
 
+use alloc::vec::Vec;
 use core::fmt;
 
 use crate::Run;
@@ -56,6 +57,42 @@ pub struct Responded {
     pub tx_bytes: u64,
 }
 
+/// Where the frames of several flows came in.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Landed {
+    /// How many, by flow and by queue pair.
+    pub frames: Vec<Vec<u64>>,
+    /// Those of which the driver's RSS configuration says on which pair they should.
+    pub placed: u64,
+    /// Those of these that came in on another.
+    pub strays: u64,
+    /// How often the table was changed meanwhile.
+    pub turns: u64,
+}
+
+impl fmt::Display for Landed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("{\"frames\":[")?;
+        for (flow, pairs) in self.frames.iter().enumerate() {
+            f.write_str(if flow > 0 { ",[" } else { "[" })?;
+            for (pair, frames) in pairs.iter().enumerate() {
+                write!(f, "{}{frames}", if pair > 0 { "," } else { "" })?;
+            }
+            f.write_str("]")?;
+        }
+        let Self {
+            placed,
+            strays,
+            turns,
+            ..
+        } = self;
+        write!(
+            f,
+            "],\"placed\":{placed},\"strays\":{strays},\"turns\":{turns}}}"
+        )
+    }
+}
+
 /// How a run went.
 #[derive(Clone, Debug, Default)]
 pub struct Outcome {
@@ -67,6 +104,8 @@ pub struct Outcome {
     pub round_trips: Option<alloc::boxed::Box<Histogram>>,
     /// Windows that came and went beside it, where that was asked for.
     pub churn: Option<Churned>,
+    /// Where frames came in, where there were more flows than pairs.
+    pub landed: Option<Landed>,
     /// The responder's account, where there was one.
     pub responded: Option<Responded>,
     /// Nothing came for too long.
@@ -200,6 +239,9 @@ impl fmt::Display for ResultRecord<'_> {
                 times.quantile(990),
                 times.max()
             )?;
+        }
+        if let Some(landed) = &outcome.landed {
+            write!(f, ",\"landed\":{landed}")?;
         }
         if let Some(responded) = outcome.responded {
             let Responded {

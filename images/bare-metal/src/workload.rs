@@ -7,13 +7,14 @@ use core::fmt;
 
 use guest_driver::port::{self, MAX_BURST};
 use guest_driver::{Frame, Port, Slot};
+use virtqueue::rss;
 
 use crate::frame::{EVERY_BYTE, End, FIRST_LINE, Format, IMIX, Kind, MAX_FRAME, Seen};
 use crate::histogram::Histogram;
 use crate::record::{Outcome, Received, Sent};
 use crate::respond::respond;
 use crate::study::windows::Churned;
-use crate::{Payload, Run, Source, Work, paced, pairs};
+use crate::{Payload, Run, Source, Work, flows, paced, pairs};
 
 /// What a workload runs on: a port, and the things that go on beside it.
 pub trait Link {
@@ -38,6 +39,22 @@ pub trait Link {
     /// Puts so many queue pairs into use, or gets ready for as many as the peer puts into use; `false` where there are not so many.
     fn use_pairs(&mut self, count: usize) -> bool {
         count == 1
+    }
+
+    /// On which pair a frame that begins so goes to the peer, where the peer's driver has said how frames are to be steered.
+    #[inline(always)]
+    fn steer(&self, _headers: &[u8]) -> Option<usize> {
+        None
+    }
+
+    /// How the peer was told to steer frames to this end, where it was.
+    fn rss(&self) -> Option<rss::Config> {
+        None
+    }
+
+    /// Has the peer steer frames to this end so; `false` where that is not possible.
+    fn set_rss(&mut self, _config: &rss::Config) -> bool {
+        false
     }
 
     /// Begins to take all pairs of so many but the first out of use, and to put them back, so many times a second beside a workload;
@@ -112,7 +129,7 @@ impl fmt::Display for Stopped {
             Self::Port(error) => error.fmt(f),
             Self::NoChurn => f.write_str("churn is for a front-end behind an IOMMU"),
             Self::NoPairs => f.write_str(
-                "not so many queue pairs (several are for source, sink and both, flips for a front-end)",
+                "not so many queue pairs (several, and flows, are for source, sink and both, flips for a front-end)",
             ),
             Self::NoRate => f.write_str(
                 "rate= is for source and round-trip, over one queue pair, of one size, built in place",
@@ -146,14 +163,17 @@ pub fn attempt<L: Link>(link: &mut L, run: &Run, outcome: &mut Outcome) -> Resul
     }
     let queues = usize::from(run.queues);
     let one = run.queues == 1;
+    let alone = one && run.flows == 0;
     let spread = matches!(run.work, Work::Source | Work::Sink | Work::Both);
-    if !(one || spread || run.work == Work::Respond) || !link.use_pairs(queues) {
+    let steered = run.flows > 0 && link.rss().is_some();
+    let fits = alone || spread || run.work == Work::Respond && run.flows == 0;
+    if !fits || !steered && !link.use_pairs(queues) {
         return Err(Stopped::NoPairs);
     }
     if run.imix && !spread {
         return Err(Stopped::NoMix);
     }
-    let paced = matches!(run.work, Work::Source | Work::RoundTrip) && one && !run.imix;
+    let paced = matches!(run.work, Work::Source | Work::RoundTrip) && alone && !run.imix;
     if run.rate > 0 && (!paced || run.source == Source::Copy) {
         return Err(Stopped::NoRate);
     }
@@ -185,6 +205,10 @@ fn work<L: Link, const MOST: usize>(
 ) -> Result<(), Stopped> {
     let mut whole = |result: Result<Outcome, Stopped>| result.map(|whole| *outcome = whole);
     match run.work {
+        work if run.flows > 0 => {
+            let directions = [work != Work::Sink, work != Work::Source];
+            whole(flows::traffic::<L, MOST>(link, run, directions))
+        }
         work if run.queues > 1 && work != Work::Respond => {
             let (send, receive) = (work != Work::Sink, work != Work::Source);
             whole(pairs::traffic::<L, MOST>(link, run, send, receive))
@@ -259,7 +283,7 @@ impl Mix {
 
 /// The sending half of a run.
 pub(crate) struct Sender {
-    format: Format,
+    pub(crate) format: Format,
     /// Absent where all frames are of one length.
     mix: Option<Mix>,
     private: Private,
@@ -401,7 +425,7 @@ const MAX_GAPS: usize = 1024;
 
 /// The receiving half of a run.
 pub(crate) struct Receiver {
-    format: Format,
+    pub(crate) format: Format,
     /// Those of other lengths, where there are some.
     others: Vec<Format>,
     next: u64,

@@ -351,6 +351,9 @@ fn a_table_for_the_device_to_write_is_a_table<L>() {
 fn a_readable_buffer_behind_a_writable_one_in_a_table_is_bad_flags<L>() {
     let mut bad = Bad::<L>::new(8);
     bad.offer_table(TABLE, &[GOOD, (DATA, 1, WRITE), GOOD]).expect(Error::BadFlags);
+    // A frame to send as DPDK's driver puts it into a packed ring (docs/interop.md): the header for the device to write, and the rest to read.
+    let mut bad = Bad::<L>::new(8);
+    bad.offer_table(TABLE, &[(DATA, 12, WRITE), GOOD, GOOD]).expect(Error::BadFlags);
 }
 
 fn a_table_in_a_table_is_never_followed<L>() {

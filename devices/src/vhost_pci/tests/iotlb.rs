@@ -505,7 +505,7 @@ fn the_channel_goes_with_the_drivers_offer_and_has_to_be_a_socket() {
     }
     peer.receive().unwrap().unwrap();
     let offered = peer.receive().unwrap().unwrap().payload;
-    assert_eq!(offered, U64(1 << 0 | 1 << 3 | 1 << 15).encode());
+    assert_eq!(offered, U64(1 << 0 | 1 << 3 | 1 << 15 | 1 << 62).encode());
     let message = Message::request(requests::SET_PROTOCOL_FEATURES, &U64(1 << 5));
     rig.request(&mut peer, &message);
     rig.assert_gone(&mut peer);

@@ -41,6 +41,26 @@ fn a_receive_buffer_may_be_a_chain() {
 }
 
 #[test]
+fn a_configuration_for_rss_passes_as_it_is_where_that_was_agreed_on() {
+    let (mut rig, mut peer) = Rig::connected();
+    let agreed = protocol_features::REPLY_ACK | protocol_features::RSS;
+    rig.agree(&mut peer, agreed);
+    for payload in [vec![], vec![0xa5; 307]] {
+        let mut message = Message::bare(requests::SET_RSS).with_need_reply(true);
+        message.payload = payload.clone();
+        rig.request(&mut peer, &message);
+        let passed = (requests::SET_RSS, 0x9, payload);
+        assert_eq!(
+            rig.received(),
+            Some(passed),
+            "the driver is the one who knows"
+        );
+        rig.reply(requests::SET_RSS, &U64(0));
+        assert_eq!(peer.receive().unwrap().unwrap().request, requests::SET_RSS);
+    }
+}
+
+#[test]
 fn what_the_device_cannot_carry_is_taken_out_of_the_replies_and_refused_when_used() {
     let (mut rig, mut peer) = Rig::connected();
     let withheld = 1u64 << 26;
@@ -50,7 +70,7 @@ fn what_the_device_cannot_carry_is_taken_out_of_the_replies_and_refused_when_use
             requests::GET_PROTOCOL_FEATURES,
             u64::MAX,
             // The channel of requests is the device's own, and goes with ACCESS_PLATFORM.
-            1 << 0 | 1 << 3 | 1 << 5 | 1 << 15,
+            1 << 0 | 1 << 3 | 1 << 5 | 1 << 15 | 1 << 62,
         ),
     ] {
         rig.request(&mut peer, &Message::bare(request));
@@ -68,6 +88,7 @@ fn what_the_device_cannot_carry_is_taken_out_of_the_replies_and_refused_when_use
         Message::bare(requests::GET_INFLIGHT_FD),
         Message::bare(requests::SET_STATUS),
         Message::bare(requests::SET_BACKEND_REQ_FD).with_fds(vec![eventfd().1]),
+        Message::bare(requests::SET_RSS),
         Message::bare(requests::SET_OWNER).with_fds(vec![eventfd().1]),
         Message::bare(1234).with_fds(vec![eventfd().1]),
         Message {

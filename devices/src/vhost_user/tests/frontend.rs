@@ -124,7 +124,7 @@ impl Play {
             let (accepted, _) = play.expect_payload::<U64>(requests::SET_PROTOCOL_FEATURES);
             assert_eq!(
                 accepted.0,
-                protocol & (ALL | protocol_features::INFLIGHT_SHMFD)
+                protocol & (ALL | protocol_features::INFLIGHT_SHMFD | protocol_features::RSS)
             );
             if protocol & protocol_features::MQ != 0 {
                 assert_eq!(event, None);
@@ -149,6 +149,7 @@ impl Play {
         let offer = Offer {
             features: OFFERED,
             queues,
+            rss: protocol.is_some_and(|protocol| protocol & protocol_features::RSS != 0),
         };
         assert_eq!(play.process().unwrap(), Some(Event::Ready(offer)));
         assert_eq!(play.frontend.offer(), Some(offer));

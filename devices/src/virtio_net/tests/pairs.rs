@@ -5,15 +5,15 @@ use crate::host::Permission;
 use crate::virtio::harness::Ring;
 use crate::virtio_iommu::Mapping;
 
-const PAIRS: u16 = 4;
+pub(super) const PAIRS: u16 = 4;
 /// Where the control queue of such a device is, and where its ring lies.
 const CONTROL: usize = 8;
 const RING: u64 = 0x20_0000;
-const WITH_MQ: u64 = BACKEND | F_MQ;
-const DRIVER: u64 = WITH_MQ | F_CTRL_VQ | F_MAC | F_STATUS | F_RING_RESET;
+pub(super) const WITH_MQ: u64 = BACKEND | F_MQ;
+pub(super) const DRIVER: u64 = WITH_MQ | F_CTRL_VQ | F_MAC | F_STATUS | F_RING_RESET;
 
-const OK: u8 = 0;
-const ERR: u8 = 1;
+pub(super) const OK: u8 = 0;
+pub(super) const ERR: u8 = 1;
 /// What the tests find where nothing was written.
 const UNTOUCHED: u8 = 0x5a;
 
@@ -21,7 +21,7 @@ const NEXT: u16 = 1;
 const WRITE: u16 = 2;
 
 /// A driver's control queue: a split ring of 16 descriptors.
-fn control_ring(world: &World) -> (Ring, QueueSetup) {
+pub(super) fn control_ring(world: &World) -> (Ring, QueueSetup) {
     let ring = Ring::new(&world.host, RING, 16);
     let setup = QueueSetup {
         size: 16,
@@ -51,15 +51,15 @@ fn send(ring: &mut Ring, command: &[&[u8]], room: u32) {
     ring.publish(0);
 }
 
-fn pairs_set(pairs: u16) -> Vec<u8> {
+pub(super) fn pairs_set(pairs: u16) -> Vec<u8> {
     let [low, high] = pairs.to_le_bytes();
     vec![4, 0, low, high]
 }
 
 /// A device with several pairs.
-struct Several {
-    world: World,
-    backend: Backend,
+pub(super) struct Several {
+    pub(super) world: World,
+    pub(super) backend: Backend,
     ring: Ring,
     kick: Arc<EventFd>,
     call: Arc<EventFd>,
@@ -68,20 +68,31 @@ struct Several {
 impl Several {
     /// A world and a back-end that serves as many pairs, after the handshake.
     fn connected(pairs: u16) -> (World, Backend) {
+        Self::connected_with(pairs, 0)
+    }
+
+    /// The same with a back-end that has these protocol features too.
+    pub(super) fn connected_with(pairs: u16, protocol: u64) -> (World, Backend) {
         let mut world = World::with_pairs(pairs);
         let mut backend = world.connect(WITH_MQ);
         backend.serve_pairs(pairs.into());
+        backend.protocol |= protocol;
         world.until(&mut backend, |world, _| world.link() == LINK_UP);
         (world, backend)
     }
 
     /// With a driver that has negotiated all there is and enabled all queues.
     fn started() -> Self {
-        Self::with(DRIVER, CONTROL)
+        Self::with(DRIVER, CONTROL, 0)
     }
 
-    fn with(features: u64, control: usize) -> Self {
-        let (mut world, mut backend) = Self::connected(PAIRS);
+    /// With a driver and a back-end that have RSS.
+    pub(super) fn steered() -> Self {
+        Self::with(DRIVER | F_RSS, CONTROL, protocol_features::RSS)
+    }
+
+    fn with(features: u64, control: usize, protocol: u64) -> Self {
+        let (mut world, mut backend) = Self::connected_with(PAIRS, protocol);
         let (ring, setup) = control_ring(&world);
         let (kick, call) = (setup.kick.clone(), setup.call.clone());
         let mut queues: Vec<_> = (0..9).map(queue).collect();
@@ -101,7 +112,7 @@ impl Several {
     }
 
     /// Which vrings the back-end has been told to use, as it stands.
-    fn in_use(&self) -> Vec<u32> {
+    pub(super) fn in_use(&self) -> Vec<u32> {
         let mut vrings = Vec::new();
         for (index, on) in self.backend.states(requests::SET_VRING_ENABLE) {
             vrings.retain(|&i| i != index);
@@ -120,7 +131,7 @@ impl Several {
     }
 
     /// Lets the driver send a command and waits for the answer.
-    fn command(&mut self, command: &[&[u8]], room: u32) -> (u8, usize) {
+    pub(super) fn command(&mut self, command: &[&[u8]], room: u32) -> (u8, usize) {
         send(&mut self.ring, command, room);
         event::signal(&self.kick);
         let start = Instant::now();
@@ -134,7 +145,7 @@ impl Several {
         }
     }
 
-    fn use_pairs(&mut self, pairs: u16) -> u8 {
+    pub(super) fn use_pairs(&mut self, pairs: u16) -> u8 {
         self.command(&[&pairs_set(pairs)], 1).0
     }
 }
@@ -257,6 +268,37 @@ fn a_back_end_that_does_not_answer_is_cut_off_and_the_command_is_complete() {
 }
 
 #[test]
+fn a_back_end_that_is_slow_to_start_has_longer_for_a_command_that_comes_meanwhile() {
+    let (mut world, mut backend) = Several::connected(PAIRS);
+    let (mut ring, setup) = control_ring(&world);
+    let kick = setup.kick.clone();
+    let mut queues: Vec<_> = (0..8).map(queue).collect();
+    queues.push(setup);
+    let features = DRIVER;
+    world.net.activate(Activation { features, queues });
+    world.turn();
+    send(&mut ring, &[&pairs_set(4)], 1);
+    event::signal(&kick);
+    let start = Instant::now();
+    while start.elapsed() < STOP_DEADLINE + STOP_DEADLINE / 4 {
+        world.turn();
+    }
+    assert_eq!(ring.take(), None, "nobody has answered");
+    let status = |ring: &Ring| ring.get(ring.buffer(9), 1)[0];
+    world.until(&mut backend, |_, _| status(&ring) != UNTOUCHED);
+    assert!(ring.take().is_some());
+    assert_eq!(status(&ring), OK);
+    assert!(!backend.is_gone());
+    // Once it has started there is no such patience.
+    backend.silent_at = Some(requests::SET_VRING_ENABLE);
+    let start = Instant::now();
+    send(&mut ring, &[&pairs_set(1)], 1);
+    event::signal(&kick);
+    world.until(&mut backend, |_, _| status(&ring) != UNTOUCHED);
+    assert!(start.elapsed() < 2 * STOP_DEADLINE);
+}
+
+#[test]
 fn a_back_end_that_refuses_or_dies_leaves_no_command_open() {
     let mut several = Several::started();
     several.backend.refuses = Some(requests::SET_VRING_ENABLE);
@@ -360,8 +402,8 @@ fn a_command_that_is_malformed_gets_an_error_and_changes_nothing() {
         &[&[4, 0, 5, 0]],
         &[&[4, 0, 0, 1]],
         &[&[4, 0, 0xff, 0xff]],
-        // RSS and hash configuration are not offered; nor are receive modes.
-        &[&[4, 1, 2, 0]],
+        // RSS and hash configuration were not negotiated; nor were receive modes.
+        &[&[4, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0]],
         &[&[4, 2, 2, 0]],
         &[&[0, 0, 1, 0]],
         &[&[5, 0, 2, 0]],
@@ -414,7 +456,7 @@ fn pairs_whose_queues_the_driver_has_not_enabled_cannot_be_used() {
 
 #[test]
 fn a_driver_of_one_pair_has_its_control_queue_at_index_2_and_no_command_for_it() {
-    let mut several = Several::with(DRIVER & !F_MQ, 2);
+    let mut several = Several::with(DRIVER & !F_MQ, 2, 0);
     let started = several.backend.states(requests::SET_VRING_BASE);
     assert_eq!(started, [(0, 0), (1, 0)]);
     for pairs in [1, 2] {

@@ -4,7 +4,7 @@ use std::vec::Vec;
 
 #[test]
 fn a_run_command_takes_every_key() {
-    let line = "run id=7 work=round-trip size=1518 batch=8 ms=20 warmup_ms=1 count=9 mode=irq timeout_ms=30 churn=1000 end=back-end queues=16 flips=50 payload=headers source=copy rate=1000 mac=02:00:00:00:0a:ff addr=192.168.7.9/16";
+    let line = "run id=7 work=round-trip size=1518 batch=8 ms=20 warmup_ms=1 count=9 mode=irq timeout_ms=30 churn=1000 end=back-end queues=16 flips=50 flows=64 turns=9 payload=headers source=copy rate=1000 mac=02:00:00:00:0a:ff addr=192.168.7.9/16";
     let want = Run {
         id: 7,
         work: Work::RoundTrip,
@@ -22,6 +22,8 @@ fn a_run_command_takes_every_key() {
         churn: 1000,
         queues: 16,
         flips: 50,
+        flows: 64,
+        turns: 9,
         end: Some(End::BackEnd),
         address: Address {
             mac: [2, 0, 0, 0, 0x0a, 0xff],
@@ -37,6 +39,9 @@ fn a_run_command_takes_every_key() {
         Ok(Some(Command::ResetDevice))
     );
     assert_eq!(Command::parse("  "), Ok(None));
+    let line = "rss table=0,3,1,2 key=6d5aFF types=0x5 unclassified=1";
+    let want = rss::Config::new(5, 1, &[0, 3, 1, 2], 4, &[0x6d, 0x5a, 0xff], 4).unwrap();
+    assert_eq!(Command::parse(line), Ok(Some(Command::Rss(Box::new(want)))));
 }
 
 #[test]
@@ -260,6 +265,19 @@ fn what_is_wrong_is_named() {
         ("run work=source queues=0", "queues=0"),
         ("run work=source queues=17", "queues=17"),
         ("run work=source flips=1001", "flips=1001"),
+        ("run work=source flows=65", "flows=65"),
+        ("run work=source turns=1001", "turns=1001"),
+        ("rss key=00", "rss key=00"),
+        ("rss table=0", "rss table=0"),
+        ("rss table=0,x key=00", "table=0,x"),
+        ("rss table=0 key=0", "key=0"),
+        ("rss table=0 key=+1", "key=+1"),
+        ("rss table=0 key=00 types=4294967296", "types=4294967296"),
+        ("rss table=0 key=00 tx=1", "tx=1"),
+        // No power of two, a pair that no workload has, a hash type that there is not.
+        ("rss table=0,1,2 key=00", "rss table=0,1,2 key=00"),
+        ("rss table=16 key=00", "rss table=16 key=00"),
+        ("rss table=0 key=00 types=64", "rss table=0 key=00 types=64"),
     ] {
         assert_eq!(Command::parse(line), Err(BadWord(word)));
     }
@@ -286,6 +304,17 @@ fn the_command_line_keeps_what_it_knows_and_reports_the_rest() {
     assert_eq!(
         (boot.shape.tx, boot.shape.rx_buffer),
         (TxShape::Indirect, 512)
+    );
+    let boot = Boot::parse("indirect=off rss=off", |word| panic!("{word}"));
+    let (indirect, rss) = (false, false);
+    let pairs = Offer::default().pairs;
+    assert_eq!(
+        boot.offer,
+        Offer {
+            pairs,
+            indirect,
+            rss
+        }
     );
     let mut unknown = Vec::new();
     Boot::parse("tx=fast rx_buffer=127 rx_buffer=1531", |word| {

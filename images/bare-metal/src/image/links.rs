@@ -12,6 +12,7 @@ use guest_driver::translated::Translated;
 use guest_driver::vhost_pci::{Link as Change, VhostPci, VhostPciPort};
 use guest_driver::virtio_iommu::{self, status_of};
 use guest_driver::{Platform, virtio_pci};
+use virtqueue::rss;
 
 use crate::arch::{self, event};
 use crate::console;
@@ -253,6 +254,19 @@ impl<M: Mapper> Link for FrontEnd<'_, M> {
         device.pair(index)
     }
 
+    fn rss(&self) -> Option<rss::Config> {
+        self.device.as_ref()?.rss().copied()
+    }
+
+    fn set_rss(&mut self, config: &rss::Config) -> bool {
+        let device = self.device.as_mut();
+        let result = device.map(|device| device.set_rss(config));
+        if let Some(Err(why)) = result {
+            error(format_args!("rss: {why}"));
+        }
+        result == Some(Ok(()))
+    }
+
     fn use_pairs(&mut self, count: usize) -> bool {
         let Some(device) = &mut self.device else {
             return false;
@@ -442,6 +456,11 @@ impl Link for BackEnd<'_> {
 
     fn use_pairs(&mut self, count: usize) -> bool {
         count <= self.device.pairs()
+    }
+
+    #[inline(always)]
+    fn steer(&self, headers: &[u8]) -> Option<usize> {
+        self.device.steer(headers)
     }
 
     fn service(&mut self) {

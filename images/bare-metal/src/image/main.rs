@@ -15,7 +15,7 @@ use core::cell::RefCell;
 use core::fmt;
 
 use bare_metal::command::{BadWord, Boot, IommuMode};
-use bare_metal::record::ResultRecord;
+use bare_metal::record::{Done, ResultRecord};
 use bare_metal::{Command, Outcome, Run, Work};
 use guest_driver::mapper::{Fixed, Mapper, Pages};
 use guest_driver::net;
@@ -178,7 +178,8 @@ fn back_end(machine: &Machine, function: Function, behind: Option<Behind>, boot:
         )),
         Some(Err(error)) => fail(format_args!("{function}: {error}")),
     }
-    match VhostPci::new(&platform, function, machine.memory(platform.offset())) {
+    let memory = machine.memory(platform.offset());
+    match VhostPci::with_offer(&platform, function, memory, boot.offer) {
         Ok(device) => serve(machine, BackEnd::new(machine, device, boot.tsc_khz), boot),
         Err(error) => match platform.take_refusal() {
             Some(error) => fail(format_args!("{function}: {error}")),
@@ -232,6 +233,13 @@ fn serve<C: Connection>(machine: &Machine, mut link: C, boot: &Boot) -> ! {
                         Err(why) => error(format_args!("{name}: {why}")),
                     }
                 }
+                Ok(Some(Command::Rss(config))) => match link.set_rss(&config) {
+                    true => {
+                        let (command, fields) = ("rss", &[][..]);
+                        console::record(format_args!("{}", Done { command, fields }));
+                    }
+                    false => error(format_args!("rss: it was not taken")),
+                },
                 Ok(Some(Command::Study(step))) => link.study(&step),
                 Ok(Some(Command::Exit(code))) => exit(code),
                 Err(BadWord(word)) => error(format_args!("not understood: {word}")),
