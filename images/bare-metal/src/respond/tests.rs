@@ -247,7 +247,7 @@ fn a_front_end_serves_tcp_over_packed_rings() {
 
 #[test]
 fn what_comes_on_a_pair_is_answered_on_that_pair() {
-    for interrupts in [false, true] {
+    for mode in [Mode::Poll, Mode::Irq] {
         let config = JoinConfig {
             size: 64,
             ..JoinConfig::default()
@@ -259,7 +259,7 @@ fn what_comes_on_a_pair_is_answered_on_that_pair() {
         let (fronts, backs): (Vec<_>, Vec<_>) = joined.unzip();
         let run = Run {
             queues: 3,
-            interrupts,
+            mode,
             ..run()
         };
         let outcome = beside_pairs(backs, run, || {
