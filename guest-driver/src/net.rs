@@ -343,14 +343,14 @@ impl<M: Mapper> NetDevice<M> {
     }
 }
 
-/// What this driver can use of the offloads that are offered. No side leaves anything to the other where each buffer is mapped by itself, or segments of which
+/// What is used of the offloads that are offered: what the caller can make use of. No side leaves anything to the other where each buffer is mapped by itself, or segments of which
 /// a ring does not hold one.
 fn usable_offloads<M: Mapper>(transport: &Transport, offered: u64, shape: &Shape) -> u64 {
     if M::DYNAMIC {
         return 0;
     }
     let holds = |ring, descriptors| usize::from(transport.largest_queue(ring)) >= descriptors;
-    let mut usable = offered & (HOST_OFFLOADS | GUEST_OFFLOADS);
+    let mut usable = offered & shape.offloads & (HOST_OFFLOADS | GUEST_OFFLOADS);
     if offered & F_MRG_RXBUF == 0 || !holds(0, buffers_of_longest(shape.rx_buffer)) {
         usable &= !GUEST_LARGE;
     }

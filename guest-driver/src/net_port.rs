@@ -58,7 +58,7 @@ pub struct Shape {
     pub rx_buffer: u16,
     /// VIRTIO_NET_F_MRG_RXBUF was negotiated: a frame may be spread over several buffers.
     pub mergeable: bool,
-    /// The features that were negotiated of those that leave checksums and segmentation to the other side.
+    /// The features that leave checksums and segmentation to the other side: those that the caller can make use of, and then those of them that were negotiated.
     pub offloads: u64,
 }
 
