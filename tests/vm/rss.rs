@@ -168,6 +168,8 @@ fn flows_land_on_the_queues_that_the_driver_s_table_says_and_on_others_when_it_i
             for end in &mut ends {
                 end.next("ready");
             }
+            // Once all pairs are in use again, as in the beginning.
+            flows(&mut ends, 0, 1, "");
             expect(&flows(&mut ends, id, COUNT, ""), |flow| wish.pair(flow));
         }
     }
