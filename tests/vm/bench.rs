@@ -374,8 +374,11 @@ fn what_guests_do_with_frames_is_measured_in_turn() {
                 "{mode} {load}: {text}"
             );
         }
-        // That idle guests sleep is not held here: they do not (docs/benchmarking.md, known defect).
-        assert!(of("idle").count() >= 1);
+        // Both guests sleep: far from the two cores that they would take if they polled.
+        for idle in of("idle").filter(|it| it.get("distance").is_some()) {
+            let percent = idle["idle_cpu_percent"]["median"].as_f64().unwrap();
+            assert!(percent < 50.0, "{mode}: {idle}");
+        }
     }
     let drawn =
         |entry: &Value| entry.get("load_percent").is_some() && entry.get("latency_ns").is_some();

@@ -65,6 +65,12 @@ pub fn take_events(mask: u32) -> u32 {
     unsafe { pending_events.fetch_and(!mask, Ordering::SeqCst) & mask }
 }
 
+/// Notes an event that was taken once more.
+pub fn note_event(event: u32) {
+    // SAFETY: boot.s defines it; interrupts only set bits, in one instruction.
+    unsafe { pending_events.fetch_or(event, Ordering::SeqCst) };
+}
+
 /// Vector, error code, instruction pointer and CR2 of the fault that was taken.
 pub fn fault() -> [u64; 4] {
     // SAFETY: boot.s defines it.

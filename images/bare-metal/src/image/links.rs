@@ -70,6 +70,10 @@ const GRACE_MS: u64 = 100;
 /// looked at its rings must end the sleep.
 fn sleep(until: u64) {
     arch::arm_timer(until);
+    // An interrupt for input that has been read meanwhile would end every sleep of a workload that does not look at commands.
+    if console::command_waits() {
+        arch::note_event(event::CONTROL);
+    }
     arch::sleep();
     arch::take_events(event::QUEUE | event::TIMER);
 }
