@@ -2,11 +2,23 @@
 
 use std::ffi::OsString;
 use std::fs::File;
-use std::io::{BufWriter, Write};
+use std::io::{self, BufWriter, Write};
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use serde::Serialize;
+
+/// Standard output, as `--json` names it where it is given no file.
+pub const STDOUT: &str = "-";
+
+/// Where the text for people goes: to stderr where the report has stdout to itself.
+pub fn text_out(json: Option<&Path>) -> Box<dyn Write> {
+    match json {
+        Some(path) if path == Path::new(STDOUT) => Box::new(io::stderr().lock()),
+        _ => Box::new(io::stdout().lock()),
+    }
+}
 
 /// The file that `--json` names. A file has its name only when it is complete; what is there and no file (a pipe, /dev/stdout) is written to and stays.
 #[derive(Debug)]
@@ -20,6 +32,14 @@ pub struct JsonFile {
 impl JsonFile {
     /// Makes sure, before anything is measured, that it can be written.
     pub fn create(path: &Path) -> Result<Self> {
+        if path == Path::new(STDOUT) {
+            let stdout = io::stdout().as_fd().try_clone_to_owned();
+            return Ok(Self {
+                path: path.to_owned(),
+                partial: None,
+                file: Some(stdout.context("--json: cannot write to stdout")?.into()),
+            });
+        }
         ensure!(
             !path.is_dir(),
             "--json {}: it is a directory",
@@ -48,7 +68,7 @@ impl JsonFile {
         };
         let mut out = BufWriter::new(file);
         serde_json::to_writer_pretty(&mut out, report)
-            .map_err(std::io::Error::from)
+            .map_err(io::Error::from)
             .and_then(|()| out.write_all(b"\n"))
             .and_then(|()| out.flush())
             .and_then(|()| match &self.partial {

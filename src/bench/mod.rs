@@ -17,7 +17,7 @@ mod veth;
 mod vs;
 mod windows;
 
-use std::io::{self, Write};
+use std::io::Write;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -31,7 +31,7 @@ use crate::cli::iommu::Iommu;
 use crate::cli::rings::{Layout, RingSetup};
 use crate::cli::{Path, machine};
 use crate::exit;
-use crate::json::JsonFile;
+use crate::json::{JsonFile, text_out};
 use crate::sys::{self, Signals};
 
 use pairs::{Lab, Measured, measure};
@@ -138,7 +138,7 @@ pub fn run(args: &BenchArgs) -> Result<u8> {
     if let (Some(flags), Some(setup)) = (&args.vs, &second_setup) {
         report = report.with_vs(flags, setup, &measured, &second);
     }
-    let mut out = io::stdout().lock();
+    let mut out = text_out(args.json.as_deref());
     writeln!(out, "{}\n{}", table::render(&report), table::LEGEND)?;
     writeln!(out, "\n{}", totals(&[&measured[..], &second].concat()))?;
     if let Some(json) = json {

@@ -1,7 +1,7 @@
 //! `--sweep windows`: what it takes to show a window and to take it away, against the number of windows that are there; where that time
 //! goes; and what traffic on other windows loses while windows come and go.
 
-use std::io::{self, Write};
+use std::io::Write;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -24,7 +24,7 @@ use crate::cli::iommu::Iommu;
 use crate::cli::rings::Ring;
 use crate::cli::{Direction, Path};
 use crate::exit;
-use crate::json::JsonFile;
+use crate::json::{JsonFile, text_out};
 use crate::sys::Signals;
 
 /// How many windows are there while others come and go.
@@ -186,7 +186,7 @@ pub fn run(
         split,
         churn,
     };
-    writeln!(io::stdout().lock(), "{}", render(&report))?;
+    writeln!(text_out(args.json.as_deref()), "{}", render(&report))?;
     if let Some(json) = json {
         json.write(&report)?;
     }

@@ -185,8 +185,8 @@ pub struct BenchArgs {
     pub back: BackArgs,
     #[command(flatten)]
     pub both: BothArgs,
-    /// Write everything that was measured to this file (schema_version 1)
-    #[arg(long, value_name = "FILE")]
+    /// Write everything that was measured to this file (schema_version 1), or to stdout: then what is for people goes to stderr
+    #[arg(long, value_name = "FILE", num_args = 0..=1, default_missing_value = crate::json::STDOUT)]
     pub json: Option<PathBuf>,
 }
 

@@ -51,7 +51,7 @@ pub struct IsolationArgs {
     /// Host cores: the back-end's virtual CPU runs on A, the front-end's on B
     #[arg(long, value_name = "A:B")]
     pub cores: Option<String>,
-    /// Write the report to this file (schema_version 1)
-    #[arg(long, value_name = "FILE")]
+    /// Write the report to this file (schema_version 1), or to stdout: then what is for people goes to stderr
+    #[arg(long, value_name = "FILE", num_args = 0..=1, default_missing_value = crate::json::STDOUT)]
     pub json: Option<PathBuf>,
 }

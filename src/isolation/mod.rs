@@ -10,7 +10,7 @@ mod race;
 mod report;
 mod rings;
 
-use std::io::{self, Write};
+use std::io::Write;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
@@ -19,7 +19,7 @@ use crate::bench::progress_bar;
 use crate::cli::isolation::{IsolationArgs, Mode};
 use crate::cli::machine::BothArgs;
 use crate::exit::{self, Failure};
-use crate::json::JsonFile;
+use crate::json::{JsonFile, text_out};
 use crate::sys::{self, Signals};
 
 use lab::{Lab, Scene, Study, Tried, Trouble};
@@ -143,7 +143,8 @@ pub fn run(args: &IsolationArgs) -> Result<u8> {
     let started = Instant::now();
     let report = carry_out(&study, &attacks)?;
     log::info!("the study took {:.1} s", started.elapsed().as_secs_f64());
-    writeln!(io::stdout().lock(), "{}", report.render().trim_end())?;
+    let mut out = text_out(args.json.as_deref());
+    writeln!(out, "{}", report.render().trim_end())?;
     if let Some(json) = json {
         json.write(&report)?;
     }

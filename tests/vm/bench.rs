@@ -100,6 +100,29 @@ fn check_entry(entry: &Value) {
 }
 
 #[test]
+fn a_report_without_a_file_has_stdout_to_itself() {
+    let _machine = machine();
+    let ended = run(&[
+        "bench",
+        "--sizes",
+        "64",
+        "--batches",
+        "32",
+        "--directions",
+        "be-to-fe",
+        "--samples",
+        "1",
+        "--ms",
+        "20",
+        "--json",
+    ]);
+    let json: Value =
+        serde_json::from_str(&ended.stdout).unwrap_or_else(|error| panic!("{error}: {ended:?}"));
+    assert_eq!(json["results"].as_array().unwrap().len(), 1, "{ended:?}");
+    assert!(ended.stderr.contains("Mpps"), "{ended:?}");
+}
+
+#[test]
 fn bench_writes_the_json_of_the_contract() {
     let _machine = machine();
     let dir = Dir::new();
