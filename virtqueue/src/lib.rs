@@ -54,7 +54,7 @@ pub struct Buffer {
     pub device_writes: bool,
 }
 
-/// Shared memory, addressed as the ring's addresses are.
+/// Shared memory, addressed as the ring's addresses are (VIRTIO 1.3 sections 2.7 and 2.8).
 pub trait Memory {
     /// A part of it, checked once and then accessed without further checks of the address.
     type Region: Region;
@@ -64,7 +64,7 @@ pub trait Memory {
     fn contains(&self, addr: u64, len: u32) -> bool;
 }
 
-/// A checked, aligned part of shared memory. Offsets are in bytes, naturally aligned and in bounds: the ring code upholds it, and
+/// A checked, aligned part of shared memory: an area of a ring (sections 2.7 and 2.8). Offsets are in bytes, naturally aligned and in bounds: the ring code upholds it, and
 /// an implementation may check it in debug builds.
 pub trait Region {
     /// Atomic load.

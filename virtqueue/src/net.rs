@@ -128,7 +128,7 @@ pub struct Header {
 }
 
 impl Header {
-    /// Nothing is left to the other side.
+    /// Nothing is left to the other side (section 5.1.6.2).
     pub const NONE: Self = Self {
         flags: 0,
         gso_type: HDR_GSO_NONE,

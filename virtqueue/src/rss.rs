@@ -4,19 +4,19 @@
 
 /// Hash types (section 5.1.6.4.3), as masks.
 pub mod types {
-    /// VIRTIO_NET_HASH_TYPE_IPv4: addresses.
+    /// VIRTIO_NET_HASH_TYPE_IPv4 (section 5.1.6.4.3.1): addresses.
     pub const IPV4: u32 = 1 << 0;
-    /// VIRTIO_NET_HASH_TYPE_TCPv4: addresses and ports.
+    /// VIRTIO_NET_HASH_TYPE_TCPv4 (section 5.1.6.4.3.1): addresses and ports.
     pub const TCPV4: u32 = 1 << 1;
-    /// VIRTIO_NET_HASH_TYPE_UDPv4: addresses and ports.
+    /// VIRTIO_NET_HASH_TYPE_UDPv4 (section 5.1.6.4.3.1): addresses and ports.
     pub const UDPV4: u32 = 1 << 2;
-    /// VIRTIO_NET_HASH_TYPE_IPv6: addresses.
+    /// VIRTIO_NET_HASH_TYPE_IPv6 (section 5.1.6.4.3.1): addresses.
     pub const IPV6: u32 = 1 << 3;
-    /// VIRTIO_NET_HASH_TYPE_TCPv6: addresses and ports.
+    /// VIRTIO_NET_HASH_TYPE_TCPv6 (section 5.1.6.4.3.1): addresses and ports.
     pub const TCPV6: u32 = 1 << 4;
-    /// VIRTIO_NET_HASH_TYPE_UDPv6: addresses and ports.
+    /// VIRTIO_NET_HASH_TYPE_UDPv6 (section 5.1.6.4.3.1): addresses and ports.
     pub const UDPV6: u32 = 1 << 5;
-    /// All of these. Those that look into extension headers of IPv6 are not supported.
+    /// All of these (section 5.1.6.4.3.1). Those that look into extension headers of IPv6 are not supported.
     pub const ALL: u32 = IPV4 | TCPV4 | UDPV4 | IPV6 | TCPV6 | UDPV6;
 }
 
@@ -24,7 +24,7 @@ pub mod types {
 pub const MAX_KEY: usize = 40;
 /// Most entries of an indirection table, which is what a device has to take at least (section 5.1.4).
 pub const MAX_TABLE: usize = 128;
-/// Length of the longest configuration in bytes.
+/// Length of the longest configuration in bytes (section 5.1.6.5.7).
 pub const MAX_LEN: usize = FIXED + 2 * MAX_TABLE + MAX_KEY;
 
 /// Bytes before the table: hash types, mask, unclassified queue.
@@ -32,7 +32,7 @@ const HEAD: usize = 8;
 /// All fields but table and key: le16 `max_tx_vq` and u8 `hash_key_length` stand between these.
 const FIXED: usize = HEAD + 3;
 
-/// A configuration (`virtio_net_rss_config`) that has been checked.
+/// A configuration (`virtio_net_rss_config`, section 5.1.6.5.7) that has been checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Config {
     hash_types: u32,
@@ -46,7 +46,7 @@ pub struct Config {
 }
 
 impl Config {
-    /// A configuration of `pairs` queue pairs at most. `None` where the table has no power of two entries or more than [`MAX_TABLE`], a queue is not one of
+    /// A configuration (section 5.1.6.5.7) of `pairs` queue pairs at most. `None` where the table has no power of two entries or more than [`MAX_TABLE`], a queue is not one of
     /// those pairs', the key is longer than [`MAX_KEY`], a hash type is not one of [`types::ALL`], or no transmit queue is left.
     pub fn new(
         hash_types: u32,
@@ -75,7 +75,7 @@ impl Config {
         good.then_some(config)
     }
 
-    /// The configuration as it is in a command, of exactly this length; `None` as for [`Config::new`].
+    /// The configuration as it is in a command (section 5.1.6.5.7), of exactly this length; `None` as for [`Config::new`].
     #[must_use]
     pub fn parse(bytes: &[u8], pairs: u16) -> Option<Self> {
         let u16_at = |at: usize| {
@@ -97,7 +97,7 @@ impl Config {
         Self::new(hash_types, u16_at(6)?, table, u16_at(rest)?, key, pairs)
     }
 
-    /// The configuration as it is in a command: what was written into `out`.
+    /// The configuration as it is in a command (section 5.1.6.5.7): what was written into `out`.
     pub fn encode<'a>(&self, out: &'a mut [u8; MAX_LEN]) -> &'a [u8] {
         let [key_len] = [self.key_len];
         let key = self.key.get(..usize::from(key_len)).unwrap_or_default();
@@ -118,20 +118,20 @@ impl Config {
         out.get(..len).unwrap_or_default()
     }
 
-    /// Which hash types are enabled.
+    /// Which hash types are enabled (section 5.1.6.4.3.1).
     #[must_use]
     pub fn hash_types(&self) -> u32 {
         self.hash_types
     }
 
-    /// The receive queues by hash: each entry is the number of a queue pair, from 0 on.
+    /// The receive queues by hash (section 5.1.6.5.7): each entry is the number of a queue pair, from 0 on.
     #[must_use]
     pub fn table(&self) -> &[u16] {
         let entries = usize::from(self.mask) + 1;
         self.table.get(..entries).unwrap_or_default()
     }
 
-    /// The same with its table one entry further round.
+    /// The same with its table (section 5.1.6.5.7) one entry further round.
     #[must_use]
     pub fn turned(&self) -> Self {
         let mut turned = *self;
@@ -142,7 +142,7 @@ impl Config {
         turned
     }
 
-    /// How many queue pairs have to be in use for it: up to the last one that is received or sent on.
+    /// How many queue pairs have to be in use for it (section 5.1.6.5.7): up to the last one that is received or sent on.
     #[must_use]
     pub fn pairs(&self) -> u16 {
         let queues = self.table().iter().chain([&self.unclassified]);
@@ -150,7 +150,7 @@ impl Config {
         self.max_tx.max(last.saturating_add(1))
     }
 
-    /// The receive queue, by the number of its pair, for what is hashed of a packet; `None` for a packet of which nothing is.
+    /// The receive queue (section 5.1.6.5.7), by the number of its pair, for what is hashed of a packet; `None` for a packet of which nothing is.
     #[must_use]
     pub fn queue(&self, input: Option<&[u8]>) -> u16 {
         let Some(input) = input else {
@@ -165,7 +165,7 @@ impl Config {
     }
 }
 
-/// The Toeplitz hash: for each bit of the input that is set, from the highest of the first byte on, the 32 bits of the key from that place on. Behind
+/// The Toeplitz hash (section 5.1.6.5.7): for each bit of the input that is set, from the highest of the first byte on, the 32 bits of the key from that place on. Behind
 /// its end a key is zero.
 #[must_use]
 pub fn toeplitz(key: &[u8], input: &[u8]) -> u32 {

@@ -9,9 +9,9 @@ use super::{
     HDR_GSO_TCPV6, HDR_GSO_UDP_L4, Header,
 };
 
-/// What a driver may leave to a device.
+/// What a driver may leave to a device (section 5.1.3).
 pub const HOST_OFFLOADS: u64 = F_CSUM | F_HOST_TSO4 | F_HOST_TSO6 | F_HOST_USO;
-/// What a device may leave to a driver: segments of a frame that never was one count as left to it, too.
+/// What a device may leave to a driver (section 5.1.3): segments of a frame that never was one count as left to it, too.
 pub const GUEST_OFFLOADS: u64 =
     F_GUEST_CSUM | F_GUEST_TSO4 | F_GUEST_TSO6 | F_GUEST_USO4 | F_GUEST_USO6;
 /// Frames towards the driver that are longer than a segment: buffers have to be larger, or to be merged (section 5.1.6.3.1).
@@ -23,7 +23,7 @@ const NEEDS: [(u64, u64); 2] = [
     (GUEST_LARGE, F_GUEST_CSUM),
 ];
 
-/// The longest frame of a segment's size: an Ethernet header with a VLAN tag and 1500 bytes.
+/// The longest frame of a segment's size (section 5.1.6.3.1): an Ethernet header with a VLAN tag and 1500 bytes.
 pub const MAX_FRAME: usize = 1518;
 /// The longest frame that is left to be segmented (section 5.1.6.3.1 puts the largest IP packet behind an Ethernet header at that).
 pub const MAX_LARGE_FRAME: usize = 65550;
@@ -48,7 +48,7 @@ pub const fn consistent(features: u64) -> u64 {
     features & !host & !guest
 }
 
-/// What one direction's sender may leave to its receiver.
+/// What one direction's sender may leave to its receiver (section 5.1.3).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Offloads {
     csum: bool,
@@ -87,13 +87,13 @@ impl Offloads {
         }
     }
 
-    /// Whether a checksum may be left to be computed.
+    /// Whether a checksum may be left to be computed (section 5.1.6.2).
     #[must_use]
     pub const fn csum(self) -> bool {
         self.csum
     }
 
-    /// What is asked for by the header of a frame of `len` bytes, and nothing beside: fields that mean nothing are zero, num_buffers among them. `None`
+    /// What is asked for by the header of a frame of `len` bytes (section 5.1.6.2), and nothing beside: fields that mean nothing are zero, num_buffers among them. `None`
     /// where that was not negotiated, does not fit the frame, or makes no sense; a frame of any length fits a header that asks for nothing.
     #[inline]
     #[must_use]
@@ -133,7 +133,7 @@ impl Offloads {
         Some(checked)
     }
 
-    /// As [`Offloads::check`], and a frame that is longer than [`MAX_FRAME`] has to be left to be segmented, and none is longer than
+    /// As [`Offloads::check`] (section 5.1.6.2), and a frame that is longer than [`MAX_FRAME`] has to be left to be segmented, and none is longer than
     /// [`MAX_LARGE_FRAME`]: for ends that have no other use for long frames.
     #[inline]
     #[must_use]

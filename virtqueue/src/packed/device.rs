@@ -88,7 +88,7 @@ impl<M: Memory> Device<M> {
         Self::start(memory, config, Position::START, Position::START, 0)
     }
 
-    /// A ring that goes on at the position `base` ([`Layout::device_at`](crate::Layout::device_at), VHOST_USER_SET_VRING_BASE). Chains between its two halves are
+    /// A ring that goes on at the position `base` (section 2.8.1, [`Layout::device_at`](crate::Layout::device_at), VHOST_USER_SET_VRING_BASE). Chains between its two halves are
     /// another device's: their lengths are not known, so they can't be used any more.
     ///
     /// # Errors
@@ -135,7 +135,7 @@ impl<M: Memory> Device<M> {
         Ok(ring)
     }
 
-    /// The memory that buffers are in.
+    /// The memory that buffers (section 2.8) are in.
     pub fn memory(&self) -> &M {
         &self.memory
     }

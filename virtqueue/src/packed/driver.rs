@@ -101,7 +101,7 @@ impl<M: Memory> Driver<M> {
         Self::start(memory, config, Position::START)
     }
 
-    /// A fresh ring that starts at the position `base` ([`Layout::device_at`](crate::Layout::device_at)), for a device that starts there too.
+    /// A fresh ring that starts at the position `base` (section 2.8.1, [`Layout::device_at`](crate::Layout::device_at)), for a device that starts there too.
     ///
     /// # Errors
     ///

@@ -91,7 +91,7 @@ impl<M: Memory> Device<M> {
         Ok(Self::start(memory, areas, config, 0, 0))
     }
 
-    /// A ring that goes on at the available index `base` (VHOST_USER_SET_VRING_BASE) and at the used index that the ring holds.
+    /// A ring that goes on at the available index `base` (section 2.7.6, VHOST_USER_SET_VRING_BASE) and at the used index that the ring holds.
     /// Chains between the two are another device's: it is not known whether it used them, so they are not taken again.
     ///
     /// # Errors
@@ -136,7 +136,7 @@ impl<M: Memory> Device<M> {
         ring
     }
 
-    /// The memory that buffers are in.
+    /// The memory that buffers (section 2.7) are in.
     pub fn memory(&self) -> &M {
         &self.memory
     }

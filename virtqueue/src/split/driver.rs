@@ -71,7 +71,7 @@ impl<M: Memory> Driver<M> {
         Self::with_base(memory, config, 0)
     }
 
-    /// A fresh ring whose indices start at `base`, for a device that starts there too (VHOST_USER_SET_VRING_BASE).
+    /// A fresh ring whose indices (sections 2.7.6 and 2.7.8) start at `base`, for a device that starts there too (VHOST_USER_SET_VRING_BASE).
     ///
     /// # Errors
     ///
