@@ -102,6 +102,11 @@ exchanges! {
         Run { guest: "indirect=off size=1518", testpmd: SMALL_BUFFERS, ..back_end("packed_vq=1,mrg_rxbuf=1,in_order=0") },
         Run { guest: "indirect=off size=1518", testpmd: SMALL_BUFFERS, ..back_end("packed_vq=1,mrg_rxbuf=1,in_order=1") },
     ];
+    // What is in the rings before DPDK's port is started is thrown away: see docs/interop.md.
+    our_back_end_serves_two_queue_pairs_of_virtio_user: [
+        Run { guest: "queues=2 delay_ms=1000", testpmd: TWO_PAIRS, ..back_end("queues=2,packed_vq=0,mrg_rxbuf=1,in_order=0") },
+        Run { guest: "queues=2 delay_ms=1000", testpmd: TWO_PAIRS, ..back_end("queues=2,packed_vq=1,mrg_rxbuf=1,in_order=0") },
+    ];
     our_back_end_sleeps_until_virtio_user_kicks: [
         Run { guest: "mode=irq", ..back_end("packed_vq=0,mrg_rxbuf=1,in_order=0") },
         Run { guest: "mode=irq", ..back_end("packed_vq=1,mrg_rxbuf=1,in_order=0") },

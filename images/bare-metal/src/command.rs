@@ -131,6 +131,8 @@ pub struct Run {
     pub mode: Mode,
     /// Source and round trip: send when a frame is due, so many in a second, and time it from then; 0: as fast as they go.
     pub rate: u64,
+    /// How long to wait before the first frame is sent or looked for, in milliseconds: a peer may throw away what comes before it is ready.
+    pub delay_ms: u64,
     /// A receiver gives up after so long without a frame, in milliseconds.
     pub timeout_ms: u64,
     /// Windows a second that come and go beside it.
@@ -164,6 +166,7 @@ impl Default for Run {
             count: 0,
             mode: Mode::default(),
             rate: 0,
+            delay_ms: 0,
             timeout_ms: 2000,
             churn: 0,
             queues: 1,
@@ -721,6 +724,7 @@ impl Run {
             "flips" => self.flips = within(0..=1000)?,
             "flows" => self.flows = u16::try_from(within(0..=MAX_FLOWS)?).map_err(|_| bad)?,
             "turns" => self.turns = within(0..=1000)?,
+            "delay_ms" => self.delay_ms = within(0..=60_000)?,
             "timeout_ms" => self.timeout_ms = within(1..=86_400_000)?,
             "end" => {
                 self.end = match value {

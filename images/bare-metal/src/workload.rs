@@ -180,6 +180,11 @@ pub fn attempt<L: Link>(link: &mut L, run: &Run, outcome: &mut Outcome) -> Resul
     if run.flips > 0 && (one || !link.start_flips(queues, run.flips)) {
         return Err(Stopped::NoPairs);
     }
+    let start = link.now() + run.delay_ms * link.ticks_per_ms();
+    while link.now() < start {
+        link.service();
+        pause(LONGEST_PAUSE);
+    }
     let result = match run.payload {
         Payload::EveryByte => work::<L, EVERY_BYTE>(link, run, outcome),
         Payload::Headers => work::<L, FIRST_LINE>(link, run, outcome),

@@ -4,7 +4,7 @@ use std::vec::Vec;
 
 #[test]
 fn a_run_command_takes_every_key() {
-    let line = "run id=7 work=round-trip size=1518 batch=8 ms=20 warmup_ms=1 count=9 mode=irq timeout_ms=30 churn=1000 end=back-end queues=16 flips=50 flows=64 turns=9 payload=headers source=copy rate=1000 mac=02:00:00:00:0a:ff addr=192.168.7.9/16";
+    let line = "run id=7 work=round-trip size=1518 batch=8 ms=20 warmup_ms=1 count=9 mode=irq timeout_ms=30 churn=1000 end=back-end queues=16 flips=50 flows=64 turns=9 payload=headers source=copy rate=1000 delay_ms=3 mac=02:00:00:00:0a:ff addr=192.168.7.9/16";
     let want = Run {
         id: 7,
         work: Work::RoundTrip,
@@ -18,6 +18,7 @@ fn a_run_command_takes_every_key() {
         count: 9,
         mode: Mode::Irq,
         rate: 1000,
+        delay_ms: 3,
         timeout_ms: 30,
         churn: 1000,
         queues: 16,
