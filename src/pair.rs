@@ -8,6 +8,7 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use bare_metal::frame::MAX_SEGMENT;
 
 use crate::child::{Output, VmProcess};
 use crate::cli::iommu::Iommus;
@@ -84,6 +85,9 @@ fn rings(args: &PairArgs) -> Result<RingSetup, Failure> {
             args.rings.queues,
             args.direction.name()
         )));
+    }
+    if args.size as usize > MAX_SEGMENT {
+        args.rings.need_long_frames()?;
     }
     Ok(RingSetup {
         packed: args.ring.map(|layout| layout == Layout::Packed),

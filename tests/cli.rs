@@ -96,7 +96,7 @@ fn each_wrong_argument_is_one_line_that_names_it_and_exit_code_3() {
         ),
         (&["run", "--kernl", "x"], &["--kernl"]),
         (&["run", "--control-fd", "99"], &["--control-fd 99"]),
-        (&["pair", "--size", "59"], &["--size", "59", "60..=1518"]),
+        (&["pair", "--size", "59"], &["--size", "59", "60..=65549"]),
         (
             &["pair", "--direction", "up"],
             &["--direction", "up", "be-to-fe, fe-to-be, both, round-trip"],

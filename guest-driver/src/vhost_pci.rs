@@ -6,7 +6,9 @@ use alloc::vec;
 use alloc::vec::Vec;
 
 use virtqueue::linear::Linear;
-use virtqueue::net::{F_CTRL_VQ, F_MQ, F_MRG_RXBUF, F_STATUS, features};
+use virtqueue::net::{
+    F_CTRL_VQ, F_MQ, F_MRG_RXBUF, F_STATUS, GUEST_OFFLOADS, HOST_OFFLOADS, features,
+};
 use virtqueue::packed::Packed;
 use virtqueue::rss;
 use virtqueue::split::{self, Split};
@@ -42,11 +44,10 @@ const VRINGS: usize = 2 * MAX_PAIRS;
 /// Most regions of a front-end's memory table.
 const MAX_REGIONS: usize = 32;
 
-/// What a front-end may negotiate with this back-end.
+/// What a front-end may negotiate with this back-end, whoever uses it.
 const FEATURES: u64 = features::VERSION_1
     | features::EVENT_IDX
     | features::IN_ORDER
-    | features::INDIRECT_DESC
     | features::RING_PACKED
     | features::ACCESS_PLATFORM
     | F_MRG_RXBUF
@@ -60,12 +61,15 @@ const PROTOCOL_FEATURES: u64 =
 /// What a caller decides of that.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Offer {
-    /// How many queue pairs at most; at least one is served.
+    /// How many queue pairs at most; at least one is served, and the front-end is told so.
     pub pairs: usize,
     /// VIRTIO_F_INDIRECT_DESC.
     pub indirect: bool,
     /// That frames to a front-end with several pairs go where [`VhostPci::steer`] says.
     pub rss: bool,
+    /// What the caller can make of frames whose checksum or segmentation is left to it, and what it would like to leave to the front-end: any of
+    /// [`HOST_OFFLOADS`] and [`GUEST_OFFLOADS`].
+    pub offloads: u64,
 }
 
 impl Default for Offer {
@@ -75,7 +79,20 @@ impl Default for Offer {
             pairs: MAX_PAIRS,
             indirect: true,
             rss: false,
+            offloads: 0,
         }
+    }
+}
+
+impl Offer {
+    /// What a front-end may negotiate.
+    fn features(&self) -> u64 {
+        let indirect = if self.indirect {
+            features::INDIRECT_DESC
+        } else {
+            0
+        };
+        FEATURES | indirect | self.offloads & (HOST_OFFLOADS | GUEST_OFFLOADS)
     }
 }
 
@@ -263,20 +280,6 @@ impl VhostPci {
         memory: Linear,
     ) -> Result<Self, Error> {
         Self::with_offer(platform, function, memory, Offer::default())
-    }
-
-    /// The same for who serves no more than `most` queue pairs, which is at least one: the front-end is told so.
-    pub fn with_pairs<P: Platform>(
-        platform: &P,
-        function: Function,
-        memory: Linear,
-        most: usize,
-    ) -> Result<Self, Error> {
-        let offer = Offer {
-            pairs: most,
-            ..Offer::default()
-        };
-        Self::with_offer(platform, function, memory, offer)
     }
 
     /// As [`VhostPci::new`], with an offer of the caller's.
@@ -545,8 +548,7 @@ impl VhostPci {
     fn answer(&mut self, message: &Message) -> Option<[u8; REPLY_LEN]> {
         let value = |value: u64| Some(proto::reply(message.request, &value.to_le_bytes()));
         match message.request {
-            request::GET_FEATURES if self.offer.indirect => value(FEATURES),
-            request::GET_FEATURES => value(FEATURES & !features::INDIRECT_DESC),
+            request::GET_FEATURES => value(self.offer.features()),
             request::GET_PROTOCOL_FEATURES if self.offer.rss => {
                 value(PROTOCOL_FEATURES | proto::PROTOCOL_F_RSS)
             }

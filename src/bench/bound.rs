@@ -14,6 +14,7 @@ use guest_driver::joined::{self, JoinConfig};
 use guest_driver::net_port::{Shape, TxShape};
 use guest_driver::virtio_pci::Notify;
 use virtqueue::linear::Linear;
+use virtqueue::net::{GUEST_OFFLOADS, HOST_OFFLOADS};
 
 use super::Setup;
 use super::pairs::BoundSample;
@@ -236,7 +237,10 @@ fn join_config(rings: &RingSetup) -> JoinConfig {
             },
             rx_buffer: rings.rx_buffer.unwrap_or(shape.rx_buffer),
             mergeable: on(rings.mrg_rxbuf),
-            offloads: 0,
+            offloads: match rings.offload {
+                Some(true) => HOST_OFFLOADS | GUEST_OFFLOADS,
+                Some(false) | None => 0,
+            },
         },
     }
 }
@@ -251,7 +255,7 @@ fn runs(setup: &Setup, case: &Case, pairs: u16, rate: Option<u64>) -> [Run; 2] {
         Direction::Echo => [Work::Both, Work::Echo],
     };
     let (size, imix) = match case.size {
-        Size::Bytes(bytes) => (usize::from(bytes), false),
+        Size::Bytes(bytes) => (bytes as usize, false),
         Size::Imix => (IMIX[0], true),
     };
     works.map(|work| Run {

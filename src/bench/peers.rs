@@ -24,7 +24,7 @@ pub struct PeerCase {
     /// Which way frames go.
     pub way: Way,
     /// Bytes of a frame, without FCS.
-    pub size: u16,
+    pub size: u32,
     /// Frames a burst.
     pub batch: u16,
 }

@@ -99,12 +99,12 @@ impl Way {
 }
 
 /// RFC 2544, section 9.1, for Ethernet.
-const SIZES: [u16; 7] = [64, 128, 256, 512, 1024, 1280, 1518];
-const QUICK_SIZES: [u16; 2] = [64, 1518];
+const SIZES: [u32; 7] = [64, 128, 256, 512, 1024, 1280, 1518];
+const QUICK_SIZES: [u32; 2] = [64, 1518];
 const BATCH: u16 = 32;
 /// What the smallest size is measured with besides.
 const OTHER_BATCHES: [u16; 5] = [1, 4, 8, 16, 64];
-const SWEEP_SIZES: [u16; 1] = [64];
+const SWEEP_SIZES: [u32; 1] = [64];
 const SWEEP_BATCHES: [u16; 7] = [1, 2, 4, 8, 16, 32, 64];
 const DIRECTIONS: [Direction; 4] = [
     Direction::BeToFe,
@@ -118,7 +118,7 @@ const SWEEP_DIRECTIONS: [Direction; 2] = [Direction::BeToFe, Direction::FeToBe];
 /// sampled in turn, so that each sees the same minutes of the machine.
 pub fn plan(args: &BenchArgs, kinds: &[Kind]) -> Vec<Vec<Case>> {
     let sweep = args.sweep == Some(Sweep::Rings);
-    let usual = |sizes: &[u16]| sizes.iter().map(|&size| Size::Bytes(size)).collect();
+    let usual = |sizes: &[u32]| sizes.iter().map(|&size| Size::Bytes(size)).collect();
     let sizes = match &args.sizes {
         Some(sizes) => sizes.clone(),
         None if sweep => usual(&SWEEP_SIZES),
@@ -502,6 +502,16 @@ mod tests {
             Some(Tx::Chain)
         );
         assert!(setup(&["--tx", "indirect", "--indirect", "off"]).is_err());
+        let long = setup(&["--sizes", "64,65536"]).unwrap();
+        assert_eq!((long.offload, long.mrg_rxbuf), (on, on));
+        assert_eq!(setup(&["--sizes", "1518"]).unwrap().offload, off);
+        assert_eq!(setup(&["--offload", "on"]).unwrap().offload, on);
+        assert!(setup(&["--sizes", "1519", "--offload", "off"]).is_err());
+        assert!(
+            bench(&["--sizes", "1519", "--path", "relay"])
+                .kinds()
+                .is_err()
+        );
         assert!(setup(&["--queue-size", "768"]).is_err());
         assert!(setup(&["--queue-size", "768", "--ring", "split,packed"]).is_err());
         let packed = setup(&["--queue-size", "768", "--ring", "packed"]).unwrap();

@@ -226,6 +226,7 @@ pub struct RingColumns {
     event_idx: bool,
     mrg_rxbuf: bool,
     indirect: bool,
+    offload: bool,
     tx: Tx,
     #[serde(skip_serializing_if = "Option::is_none")]
     rx_buffer: Option<u16>,
@@ -241,6 +242,7 @@ impl RingColumns {
             event_idx: on(setup.event_idx),
             mrg_rxbuf: on(setup.mrg_rxbuf),
             indirect: on(setup.indirect),
+            offload: on(setup.offload),
             tx: setup.tx.unwrap_or(Tx::Direct),
             rx_buffer: setup.rx_buffer,
             queue_size: setup.size,

@@ -22,7 +22,7 @@ use crate::exit::Failure;
 use crate::sys::{self, Signals};
 
 /// Headers of Ethernet, IPv4 and UDP.
-const HEADERS: u16 = 42;
+const HEADERS: u32 = 42;
 /// Long enough for the longest frame.
 const MTU: &str = "1504";
 /// How long a receiver sleeps at most before it looks whether it is to end.
@@ -131,7 +131,7 @@ impl Veth {
             Way::BeToFe => 0,
             Way::FeToBe | Way::Echo => 1,
         };
-        let len = usize::from(case.size.saturating_sub(HEADERS));
+        let len = case.size.saturating_sub(HEADERS) as usize;
         let (stop, came) = (&AtomicBool::new(false), &AtomicU64::new(0));
         let [sender, receiver] = [from, 1 - from].map(|end| (&self.sockets[end], self.cores[end]));
         thread::scope(|scope| {

@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
+use bare_metal::frame::MAX_SEGMENT;
 use clap::{Args, Parser, ValueEnum};
 use serde::Serialize;
 
@@ -89,8 +90,8 @@ pub struct BenchArgs {
     /// An experiment; other flags change it
     #[arg(long, value_enum, value_name = "NAME", conflicts_with = "quick")]
     pub sweep: Option<Sweep>,
-    /// Bytes of a frame, without FCS, or imix (64, 570 and 1518 bytes, 7:4:1) [default: 64,128,256,512,1024,1280,1518; quick: 64,1518;
-    /// sweep: 64]
+    /// Bytes of a frame, without FCS, 60 to 65549 (above 1518, segmentation is left to the receiver), or imix (64, 570 and 1518 bytes, 7:4:1)
+    /// [default: 64,128,256,512,1024,1280,1518; quick: 64,1518; sweep: 64]
     #[arg(long, value_name = "BYTES,…", value_delimiter = ',', value_parser = Size::parse)]
     pub sizes: Option<Vec<Size>>,
     /// Frames a burst, each with every size [default: 32 with every size, and 1,4,8,16,64 with size 64; quick: 32; sweep:
@@ -178,7 +179,7 @@ pub struct BenchArgs {
     #[arg(long, value_name = "N", default_value = "256", value_parser = peer_ring)]
     pub peer_ring: u16,
     /// Other flags for a second pair of VMs, which is sampled in turn with the first; of --ring, --in-order, --event-idx, --mrg-rxbuf,
-    /// --indirect, --tx, --rx-buffer, --queue-size, --memory and --iommu
+    /// --indirect, --offload, --tx, --rx-buffer, --queue-size, --memory and --iommu
     #[arg(long, value_name = "FLAGS", conflicts_with_all = ["sweep", "path"], allow_hyphen_values = true)]
     pub vs: Option<String>,
     #[command(flatten)]
@@ -191,12 +192,13 @@ pub struct BenchArgs {
 }
 
 /// What `--vs` may change.
-const VS: [&str; 10] = [
+const VS: [&str; 11] = [
     "--ring",
     "--in-order",
     "--event-idx",
     "--mrg-rxbuf",
     "--indirect",
+    "--offload",
     "--tx",
     "--rx-buffer",
     "--queue-size",
@@ -286,9 +288,19 @@ impl BenchArgs {
         hows
     }
 
-    /// The peers. None of them does what goes both ways at once or one at a time.
+    /// Whether there are frames that have to be left to be segmented.
+    fn has_long_frames(&self) -> bool {
+        self.sizes.iter().flatten().any(|size| size.is_long())
+    }
+
+    /// The peers. None of them does what goes both ways at once or one at a time, or is longer than a segment.
     pub fn peer_list(&self) -> Result<&[PeerName], Failure> {
         let peers = self.peers.as_deref().unwrap_or_default();
+        if !peers.is_empty() && self.has_long_frames() {
+            return Err(usage(format!(
+                "--peers: they are measured with --sizes up to {MAX_SEGMENT}"
+            )));
+        }
         if peers.contains(&PeerName::Relay) && self.back.iommu_back.is_on() {
             return Err(usage(
                 "--peers relay: there is no back-end VM for --iommu-back",
@@ -336,6 +348,11 @@ impl BenchArgs {
                 "--path relay: there is no back-end VM for --iommu-back",
             ));
         }
+        if relay && (self.has_long_frames() || self.rings.offload == Some(Switch::On)) {
+            return Err(usage(format!(
+                "--path relay: it carries frames up to {MAX_SEGMENT} bytes that leave nothing to anybody"
+            )));
+        }
         let mut kinds = Vec::new();
         for ring in self.ring_list() {
             let windows = paths.contains(&Path::Window).then_some(iommus);
@@ -359,8 +376,20 @@ impl BenchArgs {
         let indirect = *setup.indirect.get_or_insert(setup.tx == Some(Tx::Indirect));
         let sleeps = self.mode.iter().any(|&mode| mode != Mode::Poll);
         setup.event_idx.get_or_insert(sleeps);
+        let long = self.has_long_frames();
+        if long {
+            self.rings.need_long_frames()?;
+            if self.source.contains(&Source::Copy) {
+                return Err(usage(format!(
+                    "--source copy: it is measured with --sizes up to {MAX_SEGMENT}"
+                )));
+            }
+        }
+        setup.offload.get_or_insert(long);
         // Buffers that are too short for a frame are of no use without it.
-        setup.mrg_rxbuf.get_or_insert(setup.rx_buffer.is_some());
+        setup
+            .mrg_rxbuf
+            .get_or_insert(long || setup.rx_buffer.is_some());
         setup
             .tx
             .get_or_insert(if indirect { Tx::Indirect } else { Tx::Direct });

@@ -2,17 +2,17 @@
 
 use std::fmt;
 
-use bare_metal::frame::IMIX;
+use bare_metal::frame::{IMIX, MAX_FRAME, MAX_SEGMENT, MIN_FRAME};
 use clap::ValueEnum;
 use serde::{Serialize, Serializer};
 
-use super::{Direction, Mode};
+use super::{Direction, FRAMES, Mode};
 
 /// Bytes of a frame, without FCS.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Size {
     /// All are of one length.
-    Bytes(u16),
+    Bytes(u32),
     /// The simple Internet mix: 64, 570 and 1518 bytes, 7:4:1, a burst of one length after the other.
     Imix,
 }
@@ -20,11 +20,16 @@ pub enum Size {
 impl Size {
     /// From the command line.
     pub fn parse(text: &str) -> Result<Self, String> {
-        match text.parse() {
+        match text.parse::<u32>() {
             _ if text == "imix" => Ok(Self::Imix),
-            Ok(bytes @ 60..=1518) => Ok(Self::Bytes(bytes)),
-            _ => Err("it is 60 to 1518, or imix".to_owned()),
+            Ok(bytes) if FRAMES.contains(&i64::from(bytes)) => Ok(Self::Bytes(bytes)),
+            _ => Err(format!("it is {MIN_FRAME} to {MAX_FRAME}, or imix")),
         }
+    }
+
+    /// Whether they have to be left to be segmented.
+    pub fn is_long(self) -> bool {
+        matches!(self, Self::Bytes(bytes) if bytes as usize > MAX_SEGMENT)
     }
 
     /// On average.
@@ -49,7 +54,7 @@ impl fmt::Display for Size {
 impl Serialize for Size {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         match self {
-            Self::Bytes(bytes) => serializer.serialize_u16(*bytes),
+            Self::Bytes(bytes) => serializer.serialize_u32(*bytes),
             Self::Imix => serializer.serialize_str("imix"),
         }
     }
@@ -151,8 +156,11 @@ mod tests {
     fn a_size_is_a_number_of_bytes_or_the_mix() {
         assert_eq!(Size::parse("60"), Ok(Size::Bytes(60)));
         assert_eq!(Size::parse("1518"), Ok(Size::Bytes(1518)));
+        assert_eq!(Size::parse("65549"), Ok(Size::Bytes(65549)));
+        let long = ["1518", "1519", "imix"].map(|text| Size::parse(text).unwrap().is_long());
+        assert_eq!(long, [false, true, false]);
         assert_eq!(Size::parse("imix"), Ok(Size::Imix));
-        for wrong in ["59", "1519", "", "mix", "-1", "70000"] {
+        for wrong in ["59", "65550", "", "mix", "-1", "70000"] {
             assert!(Size::parse(wrong).is_err(), "{wrong}");
         }
         let json = |size| serde_json::to_string(&size).unwrap();

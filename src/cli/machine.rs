@@ -132,6 +132,24 @@ static NET: KeyList = KeyList {
             help: "offer tables of descriptors",
         },
         Key {
+            name: "csum",
+            form: "on|off",
+            missing: Missing::Default("on"),
+            help: "offer to leave checksums to the other side, both ways; needed for the next two",
+        },
+        Key {
+            name: "tso",
+            form: "on|off",
+            missing: Missing::Default("on"),
+            help: "offer to leave the segmentation of TCP to the other side: frames of up to 64 KiB",
+        },
+        Key {
+            name: "uso",
+            form: "on|off",
+            missing: Missing::Default("on"),
+            help: "the same for UDP; a tap has no such thing",
+        },
+        Key {
             name: "iotlb-timeout",
             form: "MS",
             missing: Missing::Default("1000"),
@@ -483,6 +501,9 @@ fn net(text: &str, index: usize) -> Result<Net, Failure> {
         event_idx: values.need("event-idx", switch)?,
         mrg_rxbuf: values.need("mrg-rxbuf", switch)?,
         indirect: values.need("indirect", switch)?,
+        csum: values.need("csum", switch)?,
+        tso: values.need("tso", switch)?,
+        uso: values.need("uso", switch)?,
     };
     let queue_size = values.need("size", ring_size(rings.packed))?;
     let mac = values
@@ -786,12 +807,15 @@ mod tests {
     #[test]
     fn each_key_of_the_rings_turns_its_feature_and_no_other() {
         type Choose = fn(&mut RingFeatures) -> &mut bool;
-        let keys: [(&str, Choose); 5] = [
+        let keys: [(&str, Choose); 8] = [
             ("packed", |rings| &mut rings.packed),
             ("in-order", |rings| &mut rings.in_order),
             ("event-idx", |rings| &mut rings.event_idx),
             ("mrg-rxbuf", |rings| &mut rings.mrg_rxbuf),
             ("indirect", |rings| &mut rings.indirect),
+            ("csum", |rings| &mut rings.csum),
+            ("tso", |rings| &mut rings.tso),
+            ("uso", |rings| &mut rings.uso),
         ];
         for (key, feature) in keys {
             for (value, on) in [("on", true), ("off", false)] {

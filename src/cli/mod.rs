@@ -11,12 +11,17 @@ pub mod plot;
 pub mod relay;
 pub mod rings;
 
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
+use bare_metal::frame::{MAX_FRAME, MIN_FRAME};
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use serde::Serialize;
 
 use crate::exit;
+
+/// Bytes of a frame.
+const FRAMES: RangeInclusive<i64> = MIN_FRAME as i64..=MAX_FRAME as i64;
 
 /// Two virtual machines, one ring.
 ///
@@ -167,9 +172,9 @@ pub struct PairArgs {
     /// Send for so long
     #[arg(long, value_name = "N", default_value = "3", value_parser = clap::value_parser!(u64).range(1..=86400))]
     pub seconds: u64,
-    /// Bytes of a frame, without FCS
-    #[arg(long, value_name = "BYTES", default_value = "64", value_parser = clap::value_parser!(u16).range(60..=1518))]
-    pub size: u16,
+    /// Bytes of a frame, without FCS; above 1518, segmentation is left to the receiver
+    #[arg(long, value_name = "BYTES", default_value = "64", value_parser = clap::value_parser!(u32).range(FRAMES))]
+    pub size: u32,
     /// Frames a burst
     #[arg(long, value_name = "N", default_value = "32", value_parser = clap::value_parser!(u16).range(1..=256))]
     pub batch: u16,

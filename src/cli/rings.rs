@@ -1,9 +1,10 @@
 //! Which rings the two VMs use: the flags that `pair` and `bench` share, and what the front-end VM is told.
 
+use bare_metal::frame::MAX_SEGMENT;
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 use virtqueue::Layout as _;
-use virtqueue::net::{F_MQ, F_MRG_RXBUF, features};
+use virtqueue::net::{F_CSUM, F_HOST_TSO4, F_HOST_USO, F_MQ, F_MRG_RXBUF, features};
 use virtqueue::packed::Packed;
 use virtqueue::split::Split;
 
@@ -89,6 +90,9 @@ pub struct RingArgs {
     /// VIRTIO_F_INDIRECT_DESC [default: on; bench: off, and with on --tx indirect]
     #[arg(long, value_enum, value_name = "on|off", hide_possible_values = true)]
     pub indirect: Option<Switch>,
+    /// Checksums and segmentation are left to the other side, both ways: VIRTIO_NET_F_CSUM, TSO, USO [default: on; bench: off, and on where a size is above 1518]
+    #[arg(long, value_enum, value_name = "on|off", hide_possible_values = true)]
+    pub offload: Option<Switch>,
     /// How the front-end's driver gives a frame to the device [default: direct]
     #[arg(long, value_enum, value_name = "SHAPE")]
     pub tx: Option<Tx>,
@@ -98,6 +102,22 @@ pub struct RingArgs {
     /// Bytes of a receive buffer, with the header of 12; less than a frame needs --mrg-rxbuf on [default: 1530]
     #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u16).range(128..=1530))]
     pub rx_buffer: Option<u16>,
+}
+
+impl RingArgs {
+    /// That nothing is turned off which frames above [`MAX_SEGMENT`] need.
+    pub fn need_long_frames(&self) -> Result<(), Failure> {
+        let needed = [("--offload", self.offload), ("--mrg-rxbuf", self.mrg_rxbuf)];
+        match needed
+            .iter()
+            .find(|(_, switch)| *switch == Some(Switch::Off))
+        {
+            Some((flag, _)) => Err(usage(format!(
+                "{flag} off: frames of more than {MAX_SEGMENT} bytes need it"
+            ))),
+            None => Ok(()),
+        }
+    }
 }
 
 /// One configuration of the rings.
@@ -132,6 +152,8 @@ pub struct RingSetup {
     pub mrg_rxbuf: Option<bool>,
     /// VIRTIO_F_INDIRECT_DESC.
     pub indirect: Option<bool>,
+    /// Checksums and segmentation are left to the other side.
+    pub offload: Option<bool>,
     /// How a frame is given to the device.
     pub tx: Option<Tx>,
     /// Bytes of a receive buffer.
@@ -148,6 +170,7 @@ impl RingSetup {
             event_idx: args.event_idx.map(Switch::is_on),
             mrg_rxbuf: args.mrg_rxbuf.map(Switch::is_on),
             indirect: args.indirect.map(Switch::is_on),
+            offload: args.offload.map(Switch::is_on),
             tx: args.tx,
             rx_buffer: args.rx_buffer,
             queues: Some(args.queues).filter(|&queues| queues > 1),
@@ -169,7 +192,7 @@ impl RingSetup {
     }
 
     /// Keys of `--net`, with the name of each feature and its bit.
-    fn keys(&self) -> [(&'static str, Option<bool>, &'static str, u64); 5] {
+    fn keys(&self) -> [(&'static str, Option<bool>, &'static str, u64); 8] {
         [
             (
                 "packed",
@@ -201,6 +224,10 @@ impl RingSetup {
                 "VIRTIO_F_INDIRECT_DESC",
                 features::INDIRECT_DESC,
             ),
+            // One bit of each stands for all: a back-end has both directions or none.
+            ("csum", self.offload, "VIRTIO_NET_F_CSUM", F_CSUM),
+            ("tso", self.offload, "VIRTIO_NET_F_HOST_TSO4", F_HOST_TSO4),
+            ("uso", self.offload, "VIRTIO_NET_F_HOST_USO", F_HOST_USO),
         ]
     }
 
@@ -343,6 +370,13 @@ mod tests {
         let error = several.check(both).unwrap_err();
         assert!(error.contains("2 queue pairs"), "{error}");
         assert_eq!(several.check(both | F_MQ), Ok(()));
+        let offload = RingSetup {
+            offload: Some(true),
+            ..setup
+        };
+        let error = offload.check(both | F_CSUM | F_HOST_TSO4).unwrap_err();
+        assert!(error.contains("uso=on") && error.contains("VIRTIO_NET_F_HOST_USO"));
+        assert!(offload.net_keys().ends_with(",csum=on,tso=on,uso=on"));
     }
 
     #[test]

@@ -39,7 +39,7 @@ fn check_entry(entry: &Value) {
     }
     assert!(entry["path"] == "window" || entry["path"] == "relay");
     assert!(entry["ring"] == "split" || entry["ring"] == "packed");
-    for key in ["in_order", "event_idx", "mrg_rxbuf", "indirect"] {
+    for key in ["in_order", "event_idx", "mrg_rxbuf", "indirect", "offload"] {
         assert!(entry[key].is_boolean(), "{key}: {entry}");
     }
     assert!(entry["queue_size"].is_u64() && entry["tx"].is_string());
@@ -306,6 +306,8 @@ fn bench_measures_the_features_that_it_was_asked_for() {
         "on",
         "--indirect",
         "on",
+        "--offload",
+        "on",
         "--queue-size",
         "768",
         "--sizes",
@@ -326,7 +328,7 @@ fn bench_measures_the_features_that_it_was_asked_for() {
     let entry = &json["results"][0];
     check_entry(entry);
     assert_eq!(entry["ring"], "packed");
-    for key in ["in_order", "event_idx", "mrg_rxbuf", "indirect"] {
+    for key in ["in_order", "event_idx", "mrg_rxbuf", "indirect", "offload"] {
         assert_eq!(entry[key], true, "{key}");
     }
     assert_eq!(

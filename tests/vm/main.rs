@@ -8,6 +8,7 @@ mod isolation;
 mod kill;
 mod link;
 mod metrics;
+mod offload;
 mod pair;
 mod process;
 mod promises;

@@ -5,7 +5,7 @@ use crate::machine;
 
 /// Runs `pair` and expects that `count` frames arrived at each receiver, whole.
 #[track_caller]
-fn pair(args: &[&str], receivers: usize, count: u64) {
+pub(crate) fn pair(args: &[&str], receivers: usize, count: u64) {
     let count_text = count.to_string();
     let mut all = vec!["pair", "--count", &count_text];
     all.extend(args);

@@ -21,7 +21,7 @@ fn whole(queues: u64, count: u64) -> String {
 
 /// Runs `pair` over so many pairs and expects that `count` frames of each arrived at each receiver, whole.
 #[track_caller]
-fn pair(queues: u64, args: &[&str], receivers: usize, count: u64) {
+pub(crate) fn pair(queues: u64, args: &[&str], receivers: usize, count: u64) {
     let (queues_text, count_text) = (queues.to_string(), count.to_string());
     let mut all = vec!["pair", "--queues", &queues_text, "--count", &count_text];
     all.extend(args);

@@ -31,6 +31,10 @@
 //! Which pair a received frame comes in on is the back-end's choice, unless it takes the driver's key and indirection table. vhost-user has no message for those; with a back-end that knows ours
 //! (SET_RSS, docs/device.md, section 7) VIRTIO_NET_F_RSS is offered.
 //!
+//! # Checksums and segmentation
+//!
+//! They are the driver's and the back-end's matter: what both have is offered and handed on in SET_FEATURES, and the device sees no frame.
+//!
 //! # Behind a vIOMMU
 //!
 //! Given an [`Endpoint`], the device offers VIRTIO_F_ACCESS_PLATFORM and insists on it, towards the driver and the back-end. It hands its
@@ -56,6 +60,10 @@ use std::time::Duration;
 
 use event_manager::MutEventSubscriber;
 use thiserror::Error;
+use virtqueue::net::{
+    F_CSUM, F_GUEST_CSUM, F_GUEST_TSO4, F_GUEST_TSO6, F_GUEST_USO4, F_GUEST_USO6, F_HOST_TSO4,
+    F_HOST_TSO6, F_HOST_USO, consistent, is_consistent,
+};
 use virtqueue::rss;
 use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::EventFd;
@@ -83,6 +91,8 @@ const F_CTRL_VQ: u64 = 1 << 17;
 const F_MQ: u64 = 1 << 22;
 /// VIRTIO_NET_F_RSS: received frames are steered as the driver says.
 const F_RSS: u64 = 1 << 60;
+/// Both directions of TCP segmentation.
+const TSO: u64 = F_HOST_TSO4 | F_HOST_TSO6 | F_GUEST_TSO4 | F_GUEST_TSO6;
 /// VIRTIO_F_INDIRECT_DESC.
 const F_INDIRECT_DESC: u64 = 1 << 28;
 /// VIRTIO_F_EVENT_IDX.
@@ -111,7 +121,8 @@ const CONFIG_SIZE: usize = 10;
 /// The same with what follows where there may be several pairs: mtu, speed and duplex, which are not used, rss_max_key_size, rss_max_indirection_table_length, supported_hash_types.
 const CONFIG_SIZE_RSS: usize = 24;
 
-/// Which features of rings the driver is offered where the back-end offers them.
+/// Which features of rings and frames the driver is offered where the back-end offers them. One that needs another (VIRTIO 1.3, section 5.1.3.1) is
+/// not offered without it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RingFeatures {
     /// VIRTIO_F_RING_PACKED: packed rings in place of split ones.
@@ -124,6 +135,12 @@ pub struct RingFeatures {
     pub mrg_rxbuf: bool,
     /// VIRTIO_F_INDIRECT_DESC: a descriptor may refer to a table of descriptors.
     pub indirect: bool,
+    /// VIRTIO_NET_F_CSUM and VIRTIO_NET_F_GUEST_CSUM: either side may leave checksums to the other.
+    pub csum: bool,
+    /// VIRTIO_NET_F_HOST_TSO4, TSO6, and those of the guest: and the segmentation of TCP.
+    pub tso: bool,
+    /// VIRTIO_NET_F_HOST_USO, VIRTIO_NET_F_GUEST_USO4 and USO6: and that of UDP.
+    pub uso: bool,
 }
 
 impl Default for RingFeatures {
@@ -135,6 +152,9 @@ impl Default for RingFeatures {
             event_idx: true,
             mrg_rxbuf: true,
             indirect: true,
+            csum: true,
+            tso: true,
+            uso: true,
         }
     }
 }
@@ -148,6 +168,9 @@ impl RingFeatures {
             (self.event_idx, F_EVENT_IDX),
             (self.mrg_rxbuf, F_MRG_RXBUF),
             (self.indirect, F_INDIRECT_DESC),
+            (self.csum, F_CSUM | F_GUEST_CSUM),
+            (self.tso, TSO),
+            (self.uso, F_HOST_USO | F_GUEST_USO4 | F_GUEST_USO6),
         ];
         let on = bits.iter().filter(|(on, _)| *on);
         on.fold(0, |all, (_, bit)| all | bit)
@@ -241,7 +264,7 @@ impl Shared {
         } else {
             0
         };
-        (backend & self.rings.bits()) | pairs | OWN_FEATURES | F_VERSION_1 | self.required
+        consistent(backend & self.rings.bits()) | pairs | OWN_FEATURES | F_VERSION_1 | self.required
     }
 
     fn mailbox(&self) -> MutexGuard<'_, Mailbox> {
@@ -371,7 +394,7 @@ impl VirtioDevice for VirtioNet {
     }
 
     fn accepts(&self, features: u64) -> bool {
-        self.shared.required & !features == 0
+        self.shared.required & !features == 0 && is_consistent(features)
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {

@@ -2,11 +2,22 @@
 
 use std::fmt;
 
+use virtqueue::net;
+
 use super::{F_EVENT_IDX, F_IN_ORDER, F_INDIRECT_DESC, F_MRG_RXBUF, F_RSS};
 use crate::virtio::{F_ACCESS_PLATFORM, F_RING_PACKED, F_VERSION_1};
 
 /// What a driver can have of a back-end here, as VIRTIO 1.3 calls it.
-const NAMES: [(u64, &str); 8] = [
+const NAMES: [(u64, &str); 17] = [
+    (net::F_CSUM, "VIRTIO_NET_F_CSUM"),
+    (net::F_GUEST_CSUM, "VIRTIO_NET_F_GUEST_CSUM"),
+    (net::F_GUEST_TSO4, "VIRTIO_NET_F_GUEST_TSO4"),
+    (net::F_GUEST_TSO6, "VIRTIO_NET_F_GUEST_TSO6"),
+    (net::F_HOST_TSO4, "VIRTIO_NET_F_HOST_TSO4"),
+    (net::F_HOST_TSO6, "VIRTIO_NET_F_HOST_TSO6"),
+    (net::F_GUEST_USO4, "VIRTIO_NET_F_GUEST_USO4"),
+    (net::F_GUEST_USO6, "VIRTIO_NET_F_GUEST_USO6"),
+    (net::F_HOST_USO, "VIRTIO_NET_F_HOST_USO"),
     (F_MRG_RXBUF, "VIRTIO_NET_F_MRG_RXBUF"),
     (F_INDIRECT_DESC, "VIRTIO_F_INDIRECT_DESC"),
     (F_EVENT_IDX, "VIRTIO_F_EVENT_IDX"),

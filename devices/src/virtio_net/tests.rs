@@ -355,18 +355,22 @@ impl Backend {
 #[test]
 fn a_driver_is_offered_what_the_keys_and_the_back_end_both_have() {
     type Choose = fn(&mut RingFeatures) -> &mut bool;
-    let keys: [(Choose, u64); 5] = [
+    let csum = F_CSUM | F_GUEST_CSUM;
+    let uso = F_HOST_USO | F_GUEST_USO4 | F_GUEST_USO6;
+    let keys: [(Choose, u64); 6] = [
         (|rings| &mut rings.packed, F_RING_PACKED),
         (|rings| &mut rings.in_order, F_IN_ORDER),
         (|rings| &mut rings.event_idx, F_EVENT_IDX),
         (|rings| &mut rings.mrg_rxbuf, F_MRG_RXBUF),
         (|rings| &mut rings.indirect, F_INDIRECT_DESC),
+        (|rings| &mut rings.csum, csum),
     ];
     let own = F_VERSION_1 | F_MAC | F_STATUS | F_RING_RESET;
     let mut none = RingFeatures::default();
     for (key, _) in keys {
         *key(&mut none) = false;
     }
+    (none.tso, none.uso) = (false, false);
     let offered = |rings, backend| {
         let mut world = World::with_rings(SocketRole::Listen, rings);
         assert_eq!(world.net.features(), own, "before there is a back-end");
@@ -382,7 +386,21 @@ fn a_driver_is_offered_what_the_keys_and_the_back_end_both_have() {
         assert_eq!(offered(rings, !bit), own);
         assert_eq!(offered(rings, F_VERSION_1 | bit), own | bit);
     }
-    let default = F_IN_ORDER | F_EVENT_IDX | F_MRG_RXBUF | F_INDIRECT_DESC;
+    // Segmentation needs checksums, in its direction.
+    for (tso, uso, bits) in [(true, false, TSO), (false, true, uso)] {
+        let alone = RingFeatures { tso, uso, ..none };
+        assert_eq!(offered(alone, u64::MAX), own);
+        let both = RingFeatures {
+            csum: true,
+            ..alone
+        };
+        assert_eq!(offered(both, u64::MAX), own | csum | bits);
+        let host = F_HOST_TSO4 | F_HOST_TSO6 | F_HOST_USO;
+        assert_eq!(offered(both, !F_GUEST_CSUM), own | F_CSUM | bits & host);
+        assert_eq!(offered(both, !F_CSUM), own | F_GUEST_CSUM | bits & !host);
+    }
+    let rings = F_IN_ORDER | F_EVENT_IDX | F_MRG_RXBUF | F_INDIRECT_DESC;
+    let default = rings | csum | TSO | uso;
     assert_eq!(offered(RingFeatures::default(), u64::MAX), own | default);
 }
 

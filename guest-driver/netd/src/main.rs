@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use clap::{ArgGroup, Parser, ValueEnum};
-use guest_driver::vhost_pci::{DEVICE_TYPE, VhostPci};
+use guest_driver::vhost_pci::{DEVICE_TYPE, Offer, VhostPci};
 use guest_driver::virtio_pci::{self, DEVICE_BASE, VENDOR};
 use vhost_pci_netd::dma::{self, Arena};
 use vhost_pci_netd::machine::Machine;
@@ -197,7 +197,12 @@ fn start(args: &Args, mut works: Vec<impl Work>) -> Result<Stats, Error> {
     guest_driver::bulk::detect();
     // From here on a signal must not end the process before the device is shut down.
     let stop = wait::stop_signals().map_err(Error::Signals)?;
-    let device = VhostPci::with_pairs(&machine, function, machine.memory(), works.len());
+    let offer = Offer {
+        pairs: works.len(),
+        offloads: works.first().map_or(0, Work::offloads),
+        ..Offer::default()
+    };
+    let device = VhostPci::with_offer(&machine, function, machine.memory(), offer);
     let mut device = device.map_err(|error| match machine.take_failure() {
         Some((bar, why)) => Error::Map(args.device, bar, why),
         None => Error::Start(args.device, error),

@@ -10,6 +10,8 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr::{self, NonNull};
 use std::time::Duration;
 
+use virtqueue::net::Offloads;
+
 fn check(result: c_int) -> io::Result<c_int> {
     if result < 0 {
         Err(io::Error::last_os_error())
@@ -119,7 +121,7 @@ fn request(name: &str) -> Option<libc::ifreq> {
     Some(request)
 }
 
-/// Makes an open `/dev/net/tun` the interface `name`, whose packets have headers of `header` bytes and no offload; `several`: one of its queues.
+/// Makes an open `/dev/net/tun` the interface `name`, whose packets have headers of `header` bytes; `several`: one of its queues.
 pub(crate) fn make_tap(
     tun: &impl AsRawFd,
     name: &str,
@@ -133,12 +135,31 @@ pub(crate) fn make_tap(
         libc::c_short::try_from(flags).map_err(|_| io::ErrorKind::InvalidInput)?;
     let header = c_int::try_from(header).map_err(|_| io::ErrorKind::InvalidInput)?;
     let fd = tun.as_raw_fd();
-    // SAFETY: the request and the integer outlive their calls, and are what these ioctls take; the third takes an integer.
+    // SAFETY: the request and the integer outlive their calls, and are what these ioctls take.
     unsafe {
         check(libc::ioctl(fd, libc::TUNSETIFF, &raw mut request))?;
         check(libc::ioctl(fd, libc::TUNSETVNETHDRSZ, &raw const header))?;
-        check(libc::ioctl(fd, libc::TUNSETOFFLOAD, 0))?;
     }
+    Ok(())
+}
+
+/// What a tap's packets may leave to who reads them.
+pub(crate) fn set_offload(tap: &impl AsRawFd, offloads: Offloads) -> io::Result<()> {
+    // linux/if_tun.h; the last two are since Linux 6.2.
+    const CSUM: c_int = 0x01;
+    const TSO4: c_int = 0x02;
+    const TSO6: c_int = 0x04;
+    const USO: c_int = 0x20 | 0x40;
+    let bits = [
+        (offloads.csum(), CSUM),
+        (offloads.tso4(), TSO4),
+        (offloads.tso6(), TSO6),
+        (offloads.uso(), USO),
+    ];
+    let on = bits.iter().filter(|(on, _)| *on);
+    let flags = on.fold(0, |all, (_, bit)| all | bit);
+    // SAFETY: this ioctl takes an integer.
+    check(unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETOFFLOAD, flags) })?;
     Ok(())
 }
 

@@ -5,7 +5,9 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 
-use virtqueue::net::HEADER_LEN;
+use virtqueue::net::{
+    F_GUEST_USO4, F_GUEST_USO6, F_HOST_USO, GUEST_OFFLOADS, HEADER_LEN, HOST_OFFLOADS, Offloads,
+};
 
 use crate::sys;
 
@@ -17,6 +19,10 @@ pub trait Nic {
     fn write(&mut self, packet: &[u8]) -> io::Result<()>;
     /// The longest payload behind the Ethernet header that it takes now; `None` where it does not say.
     fn mtu(&self) -> Option<usize>;
+    /// What it takes from a peer that leaves checksums and segmentation to it, and what it can leave to a peer, as feature bits.
+    fn offloads(&self) -> u64;
+    /// What it may leave to the peer from now on.
+    fn set_offloads(&mut self, offloads: Offloads);
     /// Says whether there is somebody at the other end of the cable.
     fn set_carrier(&mut self, up: bool);
     /// What can be read when there is a packet.
@@ -62,6 +68,8 @@ pub struct Tap {
     file: File,
     name: String,
     questions: OwnedFd,
+    /// What the kernel can do.
+    offloads: u64,
 }
 
 impl Tap {
@@ -78,7 +86,15 @@ impl Tap {
             error,
         };
         sys::make_tap(&file, name, HEADER_LEN, several).map_err(interface)?;
+        let all = HOST_OFFLOADS | GUEST_OFFLOADS;
+        // Kernels before 6.2 know nothing of UDP.
+        let uso = sys::set_offload(&file, Offloads::of_device(all)).is_ok();
+        sys::set_offload(&file, Offloads::default()).map_err(interface)?;
         let mut tap = Self {
+            offloads: match uso {
+                true => all,
+                false => all & !(F_HOST_USO | F_GUEST_USO4 | F_GUEST_USO6),
+            },
             file,
             name: name.into(),
             questions: sys::question_socket().map_err(interface)?,
@@ -99,6 +115,15 @@ impl Nic for Tap {
 
     fn mtu(&self) -> Option<usize> {
         sys::mtu(&self.questions, &self.name).ok()
+    }
+
+    fn offloads(&self) -> u64 {
+        self.offloads
+    }
+
+    fn set_offloads(&mut self, offloads: Offloads) {
+        // It took all of them before; without, its packets are whole.
+        let _ = sys::set_offload(&self.file, offloads);
     }
 
     fn set_carrier(&mut self, up: bool) {

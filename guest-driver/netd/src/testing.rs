@@ -12,6 +12,7 @@ use guest_driver::net_port::Shape;
 use guest_driver::port::{self, Frame, Port, Slot};
 use guest_driver::virtio_pci::Notify;
 use virtqueue::linear::Linear;
+use virtqueue::net::{GUEST_OFFLOADS, HOST_OFFLOADS, Offloads};
 
 use crate::tap::{self, Nic};
 
@@ -161,6 +162,8 @@ pub(crate) struct Socket {
     socket: UnixDatagram,
     pub(crate) mtu: usize,
     pub(crate) carrier: Arc<Mutex<Vec<bool>>>,
+    /// What it was told that it may leave to the peer.
+    pub(crate) offloads: Vec<Offloads>,
 }
 
 /// The socket, and the end at which the test is the kernel.
@@ -173,6 +176,7 @@ pub(crate) fn socket() -> (Socket, UnixDatagram) {
         socket: ours,
         mtu: 1500,
         carrier: Arc::default(),
+        offloads: Vec::new(),
     };
     (nic, theirs)
 }
@@ -198,6 +202,14 @@ impl Nic for Socket {
         Some(self.mtu)
     }
 
+    fn offloads(&self) -> u64 {
+        HOST_OFFLOADS | GUEST_OFFLOADS
+    }
+
+    fn set_offloads(&mut self, offloads: Offloads) {
+        self.offloads.push(offloads);
+    }
+
     fn set_carrier(&mut self, up: bool) {
         self.carrier.lock().unwrap().push(up);
     }
@@ -215,7 +227,7 @@ pub(crate) fn packet(frame: &[u8]) -> Vec<u8> {
 /// All packets that are there.
 pub(crate) fn packets(kernel: &UnixDatagram) -> Vec<Vec<u8>> {
     let mut got = Vec::new();
-    let mut buffer = [0; 4096];
+    let mut buffer = vec![0; 1 << 17];
     while let Ok(len) = kernel.recv(&mut buffer) {
         got.push(buffer[..len].to_vec());
     }

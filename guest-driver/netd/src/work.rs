@@ -4,8 +4,8 @@ use std::io;
 use std::os::fd::BorrowedFd;
 
 use bare_metal::frame::{EVERY_BYTE, End, Format, Kind, Seen};
-use guest_driver::port::{self, MAX_FRAME};
-use guest_driver::{Frame, Port};
+use guest_driver::port::{self, MAX_FRAME, MAX_LARGE_FRAME, Offloads};
+use guest_driver::{Frame, Port, Slot};
 use virtqueue::net::{HDR_F_NEEDS_CSUM, HDR_GSO_NONE, HEADER_LEN, Header};
 
 use crate::stats::{Checked, Stats};
@@ -14,7 +14,7 @@ use crate::tap::Nic;
 /// Frames that one turn moves in a direction, at most.
 pub const BATCH: usize = 32;
 /// Room for a packet, and a byte that shows that one was longer.
-const PACKET: usize = HEADER_LEN + MAX_FRAME + 1;
+const PACKET: usize = HEADER_LEN + MAX_LARGE_FRAME + 1;
 /// An Ethernet header, and a VLAN tag, which the MTU does not count either.
 const ETHERNET: usize = 14 + 4;
 
@@ -54,6 +54,10 @@ pub trait Work {
     fn link(&mut self, up: bool, stats: &mut Stats);
     /// Looks after things that change slowly; called about once a second.
     fn refresh(&mut self) {}
+    /// What the peer may leave to it, and what it would leave to the peer, as feature bits.
+    fn offloads(&self) -> u64 {
+        0
+    }
     /// Whether nothing is left to do.
     fn done(&self, stats: &Stats) -> bool;
 }
@@ -61,7 +65,8 @@ pub trait Work {
 /// Packets on their way.
 struct Queue {
     packets: Box<[[u8; PACKET]]>,
-    lens: [usize; BATCH],
+    /// Of each, the length of its frame, and what is left to the receiver.
+    frames: [(usize, Header); BATCH],
     head: usize,
     tail: usize,
 }
@@ -70,7 +75,7 @@ impl Queue {
     fn new() -> Self {
         Self {
             packets: vec![[0; PACKET]; BATCH].into_boxed_slice(),
-            lens: [0; BATCH],
+            frames: [(0, Header::NONE); BATCH],
             head: 0,
             tail: 0,
         }
@@ -88,10 +93,14 @@ impl Queue {
         self.packets.get_mut(self.tail)
     }
 
-    /// The packet in [`Queue::room`] has a frame of `len` bytes.
-    fn push(&mut self, len: usize) {
-        if let Some(slot) = self.lens.get_mut(self.tail) {
-            *slot = len;
+    /// The packet in [`Queue::room`] has a frame of `len` bytes, and a header that has been checked.
+    fn push(&mut self, len: usize, header: Header) {
+        let at = self.tail;
+        if let (Some(slot), Some(packet)) = (self.frames.get_mut(at), self.packets.get_mut(at))
+            && let Some(to) = packet.first_chunk_mut()
+        {
+            *to = header.encode();
+            *slot = (len, header);
             self.tail += 1;
         }
     }
@@ -99,7 +108,7 @@ impl Queue {
     /// Takes the packet that waited longest, and says how long its frame is.
     fn pop(&mut self) -> Option<(&[u8], usize)> {
         let at = self.head;
-        let len = *self.lens.get(at..self.tail)?.first()?;
+        let (len, _) = *self.frames.get(at..self.tail)?.first()?;
         self.head += 1;
         Some((self.packets.get(at)?.get(..HEADER_LEN + len)?, len))
     }
@@ -111,22 +120,28 @@ impl Queue {
         waiting as u64
     }
 
-    /// Sends as much as there is room for, frames of one length at a time. Returns whether any went.
+    /// Sends as much as there is room for, frames of one length and with one header at a time. Returns whether any went.
     fn send<P: Port>(&mut self, port: &mut P, stats: &mut Stats) -> Result<bool, port::Error> {
         let before = self.head;
-        while let Some((&len, rest)) = self
-            .lens
+        while let Some((&alike, rest)) = self
+            .frames
             .get(self.head..self.tail)
-            .and_then(<[usize]>::split_first)
+            .and_then(<[(usize, Header)]>::split_first)
         {
-            let run = 1 + rest.iter().take_while(|&&next| next == len).count();
+            let (len, header) = alike;
+            let run = 1 + rest.iter().take_while(|&&next| next == alike).count();
             let packets = self.packets.get(self.head..).unwrap_or(&[]);
-            let sent = port.tx_burst(run, len, |i, slot| {
+            let build = |i: usize, slot: &mut Slot| {
                 let frame = packets
                     .get(i)
                     .and_then(|p| p.get(HEADER_LEN..HEADER_LEN + len));
                 slot.write(0, frame.unwrap_or(&[]));
-            })?;
+            };
+            let sent = if header == Header::NONE {
+                port.tx_burst(run, len, build)?
+            } else {
+                port.tx_offloaded(&header, run, len, build)?
+            };
             self.head += sent;
             for _ in 0..sent {
                 stats.to_peer.add(len);
@@ -143,10 +158,12 @@ impl Queue {
 pub struct Bridge<N> {
     nic: N,
     queue: Queue,
-    /// Packets on their way to the interface; their headers are zero: no offload.
+    /// Packets on their way to the interface.
     arrived: Queue,
-    /// The longest frame that the interface takes.
+    /// The longest frame that the interface takes as it is.
     longest: usize,
+    /// What the interface was told that it may leave to the peer.
+    offloads: Offloads,
     count: Option<u64>,
 }
 
@@ -158,10 +175,19 @@ impl<N: Nic> Bridge<N> {
             queue: Queue::new(),
             arrived: Queue::new(),
             longest: MAX_FRAME,
+            offloads: Offloads::default(),
             count,
         };
         bridge.refresh();
         bridge
+    }
+
+    /// Lets the interface leave to the peer what that takes.
+    fn follow(&mut self, offloads: Offloads) {
+        if self.offloads != offloads {
+            self.offloads = offloads;
+            self.nic.set_offloads(offloads);
+        }
     }
 
     /// Hands what has arrived to the interface.
@@ -194,9 +220,13 @@ impl<N: Nic> Bridge<N> {
             let offload = header.flags & HDR_F_NEEDS_CSUM != 0 || header.gso_type != HDR_GSO_NONE;
             match len.checked_sub(HEADER_LEN) {
                 None | Some(0) => stats.dropped.bad_header += 1,
-                Some(_) if offload => stats.dropped.bad_header += 1,
+                // What came before the interface was told of this peer may ask for what it does not take.
+                Some(len) if offload => match self.offloads.check_segment(&header, len) {
+                    Some(header) => self.queue.push(len, header),
+                    None => stats.dropped.bad_header += 1,
+                },
                 Some(len) if len > MAX_FRAME => stats.dropped.too_long += 1,
-                Some(len) => self.queue.push(len),
+                Some(len) => self.queue.push(len, Header::NONE),
             }
         }
         Ok(any)
@@ -205,18 +235,21 @@ impl<N: Nic> Bridge<N> {
 
 impl<N: Nic> Work for Bridge<N> {
     fn turn<P: Port>(&mut self, port: &mut P, stats: &mut Stats) -> Result<bool, Stop> {
+        self.follow(port.offloads());
         let (arrived, longest) = (&mut self.arrived, self.longest);
         let received = port.rx_burst(BATCH, |frame| {
             let len = frame.len();
+            let header = frame.header().unwrap_or(Header::NONE);
+            let whole = header.gso_type == HDR_GSO_NONE;
             let packet = match arrived.room() {
-                Some(packet) if len <= longest => packet,
+                Some(packet) if len <= longest || !whole => packet,
                 _ => return stats.dropped.too_long += 1,
             };
             if packet
                 .get_mut(HEADER_LEN..HEADER_LEN + len)
                 .is_some_and(|to| frame.read(0, to))
             {
-                arrived.push(len);
+                arrived.push(len, header);
             }
         })?;
         if received > 0 && !port.whole() {
@@ -240,8 +273,13 @@ impl<N: Nic> Work for Bridge<N> {
 
     fn link(&mut self, up: bool, stats: &mut Stats) {
         stats.dropped.no_peer += self.queue.clear();
+        self.follow(Offloads::default());
         self.nic.set_carrier(up);
         self.refresh();
+    }
+
+    fn offloads(&self) -> u64 {
+        self.nic.offloads()
     }
 
     fn refresh(&mut self) {
@@ -300,7 +338,7 @@ impl Work for MacSwap {
                     {
                         target.swap_with_slice(source);
                     }
-                    queue.push(frame.len());
+                    queue.push(frame.len(), Header::NONE);
                 }
             })?;
         }

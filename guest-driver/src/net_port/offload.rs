@@ -32,6 +32,8 @@ const _: () = assert!(16 * MAX_DESCRIPTORS <= PACKET as usize);
 /// Where in a buffer.
 const TABLE: u16 = 12;
 const _: () = assert!((super::FRONT + TABLE as usize).is_multiple_of(16));
+/// How many used buffers are taken at once at least: one frame may be dozens.
+const LOOK: usize = 16;
 /// Behind the last buffer of a frame there is none.
 const LAST: u16 = u16::MAX;
 
@@ -290,7 +292,8 @@ impl<D: DriverRing, N: Notify, M: Mapper> NetPort<D, N, M> {
         let mut frames = 0;
         while frames < count {
             if !offload.has_received() {
-                offload.taken = half.rx.ring.take(&mut offload.used)?;
+                let look = (count - frames).clamp(LOOK, MAX_BURST);
+                offload.taken = half.rx.ring.take(&mut offload.used[..look])?;
                 offload.at = 0;
                 for &used in offload.used.iter().take(offload.taken) {
                     let packet = half.rx.ptr(half.rx.buffer(used));

@@ -3,7 +3,7 @@
 use virtqueue::net::{
     F_CSUM, F_GUEST_CSUM, F_GUEST_TSO4, F_GUEST_USO4, F_HOST_TSO4, F_HOST_USO, F_MRG_RXBUF,
     GUEST_OFFLOADS, HDR_F_DATA_VALID, HDR_F_NEEDS_CSUM, HDR_GSO_NONE, HDR_GSO_TCPV4, HDR_GSO_TCPV6,
-    HDR_GSO_UDP_L4, HEADER_LEN, HOST_OFFLOADS, Header, MAX_LARGE_FRAME,
+    HDR_GSO_UDP_L4, HEADER_LEN, HOST_OFFLOADS, Header, MAX_LARGE_FRAME, Offloads,
 };
 
 use super::*;
@@ -64,10 +64,10 @@ fn receive_with(port: &mut impl Port, count: usize) -> Vec<(Option<Header>, Vec<
             assert!(frame.matches(0, &bytes) && !frame.is_empty());
             assert!(!frame.read(1, &mut bytes.clone()), "one byte too far");
             for at in [0, 1500, 1518, 3036, bytes.len() - 8] {
-                let word = bytes.get(at..at + 8);
-                let word = word.map(|word| u64::from_le_bytes(word.try_into().unwrap()));
-                assert_eq!(frame.u64(at), word, "at {at}");
-                assert_eq!(frame.u32(at).map(u64::from), word.map(|w| w & 0xffff_ffff));
+                let long = bytes.get(at..at + 8).map(|b| b.try_into().unwrap());
+                assert_eq!(frame.u64(at), long.map(u64::from_le_bytes), "at {at}");
+                let short = bytes.get(at..at + 4).map(|b| b.try_into().unwrap());
+                assert_eq!(frame.u32(at), short.map(u32::from_le_bytes), "at {at}");
             }
             got.push((frame.header(), bytes));
         })
@@ -480,7 +480,62 @@ fn a_frame_over_several_chains_says_how_many<L: Layout>() {
     assert_eq!(hand.back.dropped(), 0);
 }
 
+/// Whatever a front-end writes as a header and however it cuts its chains: what is shown is what the check lets through, byte for byte.
+fn no_header_and_no_cut_shows_what_the_check_refuses<L: Layout>() {
+    let mut random = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut next = |below: u64| {
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        (random >> 16) % below
+    };
+    let mut hand = ByHand::<L>::new_with(HOST_OFFLOADS);
+    let allowed = Offloads::of_driver(HOST_OFFLOADS);
+    let (mut shown, mut refused) = (0, 0);
+    for round in 0..4000 {
+        let len = usize::try_from(next(3000)).unwrap();
+        let mut packet = frames(1, 12 + len, round).remove(0);
+        let mut header = [0; HEADER_LEN];
+        for byte in &mut header {
+            // Few bits, so that some make sense.
+            *byte = match next(4) {
+                0 => next(256).to_le_bytes()[0],
+                1 => next(8).to_le_bytes()[0],
+                _ => 0,
+            };
+        }
+        packet[..12].copy_from_slice(&header);
+        let (mut at, mut pieces) = (0, Vec::new());
+        while at < packet.len() && pieces.len() < 15 {
+            let most = (packet.len() - at) as u64;
+            let part = match pieces.len() {
+                14 => most,
+                _ => 1 + next(most),
+            };
+            let end = at + usize::try_from(part).unwrap();
+            let offset = at as u64 + 32 * pieces.len() as u64;
+            hand.put(BUFFERS + offset, &packet[at..end]);
+            pieces.push(piece(offset, u32::try_from(part).unwrap(), false));
+            at = end;
+        }
+        hand.tx.add(&pieces).unwrap();
+        hand.tx.publish();
+        let got = receive_with(&mut hand.back, 4);
+        let want = allowed.check_segment(&Header::decode(header), len);
+        let want = want.map(|header| {
+            let header = Some(header).filter(|header| *header != Header::NONE);
+            (header, packet[12..].to_vec())
+        });
+        shown += u32::from(want.is_some());
+        refused += u32::from(want.is_none());
+        assert_eq!(got, want.as_slice(), "{header:?} {pieces:?}");
+        assert_eq!(used(&mut hand.tx).len(), 1);
+    }
+    assert!(shown > 200 && refused > 200, "{shown} {refused}");
+}
+
 both_layouts!(
+    no_header_and_no_cut_shows_what_the_check_refuses,
     headers_that_lie_cost_their_frame_and_nothing_else,
     a_long_frame_fills_one_chain_exactly_where_frames_are_not_merged,
     a_long_frame_is_seen_as_one_however_its_chain_is_cut,

@@ -7,9 +7,10 @@ use core::net::Ipv4Addr;
 use guest_driver::net_port::{Shape, TxShape};
 use guest_driver::vhost_pci::{Junk, Offer};
 use guest_driver::virtio_iommu::access;
+use virtqueue::net::{GUEST_OFFLOADS, HOST_OFFLOADS};
 use virtqueue::rss::{self, types};
 
-use crate::frame::{End, IMIX};
+use crate::frame::{End, IMIX, MAX_FRAME, MAX_SEGMENT, MIN_FRAME};
 use crate::study::Sweep;
 use crate::study::race::MAX_ROUNDS;
 use crate::study::scribble::Scribble;
@@ -145,6 +146,8 @@ pub struct Run {
     pub flows: u16,
     /// How often a second the RSS table is turned round (front-end, with flows).
     pub turns: u64,
+    /// Leave the UDP checksum to the peer. Frames that are longer than a segment leave it and their segmentation to it in any case.
+    pub offload: bool,
     /// Which end to be, where it is not the device that says so: two front-ends that a switch joins are one of each.
     pub end: Option<End>,
     /// Who a responder is.
@@ -173,9 +176,18 @@ impl Default for Run {
             flips: 0,
             flows: 0,
             turns: 0,
+            offload: false,
             end: None,
             address: Address::default(),
         }
+    }
+}
+
+impl Run {
+    /// Whether its frames leave anything to the peer.
+    #[must_use]
+    pub fn offloads(&self) -> bool {
+        self.offload || self.size > MAX_SEGMENT
     }
 }
 
@@ -694,10 +706,11 @@ impl Run {
         match key {
             "id" => self.id = value.parse().map_err(|_| bad)?,
             "size" => {
+                let sizes = MIN_FRAME as u64..=MAX_FRAME as u64;
                 self.imix = value == "imix";
                 self.size = match self.imix {
                     true => IMIX[0],
-                    false => usize::try_from(within(60..=1518)?).map_err(|_| bad)?,
+                    false => usize::try_from(within(sizes)?).map_err(|_| bad)?,
                 }
             }
             "payload" => {
@@ -725,6 +738,7 @@ impl Run {
             "flows" => self.flows = u16::try_from(within(0..=MAX_FLOWS)?).map_err(|_| bad)?,
             "turns" => self.turns = within(0..=1000)?,
             "delay_ms" => self.delay_ms = within(0..=60_000)?,
+            "offload" => self.offload = on_off(value).ok_or(bad)?,
             "timeout_ms" => self.timeout_ms = within(1..=86_400_000)?,
             "end" => {
                 self.end = match value {
@@ -778,10 +792,14 @@ impl Default for Boot {
             tsc_khz: 0,
             ecam: 0,
             dma: (0, 0),
-            shape: Shape::default(),
+            shape: Shape {
+                offloads: HOST_OFFLOADS | GUEST_OFFLOADS,
+                ..Shape::default()
+            },
             queues: 1,
             offer: Offer {
                 rss: true,
+                offloads: HOST_OFFLOADS | GUEST_OFFLOADS,
                 ..Offer::default()
             },
             run: None,

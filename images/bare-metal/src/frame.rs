@@ -1,12 +1,18 @@
 //! The frames that workloads exchange: Ethernet, IPv4, UDP, and a payload that can be checked (docs/bare-metal.md).
 
 use guest_driver::line::{LINE, Line};
-use guest_driver::{Frame, Slot};
+use guest_driver::port::{self, Offloads};
+use guest_driver::{Frame, Port, Slot};
+use virtqueue::net::{HDR_F_NEEDS_CSUM, HDR_GSO_UDP_L4, Header};
 
 /// Shortest frame that a workload sends.
 pub const MIN_FRAME: usize = 60;
-/// Longest.
-pub const MAX_FRAME: usize = guest_driver::port::MAX_FRAME;
+/// Longest: an IP packet of 64 KiB.
+pub const MAX_FRAME: usize = 14 + 65535;
+/// Longest that is sent as it is. A longer one is left to be segmented.
+pub const MAX_SEGMENT: usize = port::MAX_FRAME;
+/// UDP payload of the segments of such a one: that of a frame of 1514 bytes.
+const SEGMENT_PAYLOAD: u16 = 1472;
 
 /// How many bytes of a frame are written and compared: all of them.
 pub const EVERY_BYTE: usize = MAX_FRAME;
@@ -26,10 +32,10 @@ const PATTERN: usize = 56;
 
 /// Positions in the pattern table repeat after this many.
 const PERIOD: usize = 4096;
-static TABLE: [u8; PERIOD + MAX_FRAME] = table();
+static TABLE: [u8; PERIOD + MAX_SEGMENT] = table();
 
-const fn table() -> [u8; PERIOD + MAX_FRAME] {
-    let mut table = [0; PERIOD + MAX_FRAME];
+const fn table() -> [u8; PERIOD + MAX_SEGMENT] {
+    let mut table = [0; PERIOD + MAX_SEGMENT];
     let mut state = 0x9e37_79b9_7f4a_7c15u64;
     let mut i = 0;
     while i < table.len() {
@@ -46,12 +52,25 @@ const fn table() -> [u8; PERIOD + MAX_FRAME] {
     table
 }
 
+/// Where in the table the pattern of frame `sequence` starts.
+#[inline(always)]
+fn start(sequence: u64) -> usize {
+    let [low, high, ..] = sequence.to_le_bytes();
+    usize::from(u16::from_le_bytes([low, high])) % PERIOD
+}
+
 /// Bytes of the pattern of frame `sequence`, from its byte `skip` on.
 #[inline(always)]
 fn pattern(sequence: u64, skip: usize, len: usize) -> &'static [u8] {
-    let [low, high, ..] = sequence.to_le_bytes();
-    let start = usize::from(u16::from_le_bytes([low, high])) % PERIOD + skip;
+    let start = start(sequence) + skip;
     TABLE.get(start..start + len).unwrap_or(&[])
+}
+
+/// Some of them, of a frame that is longer than the table.
+fn pattern_from(sequence: u64, skip: usize) -> &'static [u8] {
+    TABLE
+        .get((start(sequence) + skip) % PERIOD..)
+        .unwrap_or(&[])
 }
 
 /// The last two words of the first line of frame `sequence`.
@@ -119,6 +138,10 @@ pub struct Format {
     /// What a data frame begins with, but for the last two words; and an end frame.
     data: Line,
     end: Line,
+    /// What is left to the receiver.
+    header: Option<Header>,
+    /// The length of a frame of which nothing is left to the receiver. Where something is, none has it: so the check of the others costs nothing more.
+    plain: usize,
 }
 
 impl Format {
@@ -152,6 +175,58 @@ impl Format {
             data: line(&headers, tag(run, Kind::Data)),
             end: line(&headers, tag(run, Kind::End)),
             headers,
+            header: None,
+            plain: len,
+        }
+    }
+
+    /// The same with the UDP checksum left to the receiver, and the segmentation of frames that are longer than a segment (VIRTIO 1.3, section 5.1.6.2). The checksum field then
+    /// has the sum over the pseudo-header.
+    #[must_use]
+    pub fn with_offload(mut self) -> Self {
+        let mut pseudo = [0; 12];
+        pseudo[..8].copy_from_slice(&self.headers[26..34]);
+        pseudo[9] = self.headers[23];
+        pseudo[10..].copy_from_slice(&self.headers[38..40]);
+        self.headers[40..42].copy_from_slice(&(!checksum(&pseudo)).to_be_bytes());
+        let csum = Header {
+            flags: HDR_F_NEEDS_CSUM,
+            csum_start: 34,
+            csum_offset: 6,
+            ..Header::NONE
+        };
+        self.header = Some(if self.len > MAX_SEGMENT {
+            Header {
+                gso_type: HDR_GSO_UDP_L4,
+                gso_size: SEGMENT_PAYLOAD,
+                hdr_len: 42,
+                ..csum
+            }
+        } else {
+            csum
+        });
+        self.plain = usize::MAX;
+        self.with_lines()
+    }
+
+    /// Whether a sender with these offloads may send such frames.
+    #[must_use]
+    pub fn may_go(&self, offloads: Offloads) -> bool {
+        self.header
+            .is_none_or(|header| offloads.check_segment(&header, self.len).is_some())
+    }
+
+    /// Sends up to `count` of them, as [`Port::tx_burst`] does.
+    #[inline(always)]
+    pub fn send<P: Port>(
+        &self,
+        port: &mut P,
+        count: usize,
+        build: impl FnMut(usize, &mut Slot),
+    ) -> Result<usize, port::Error> {
+        match &self.header {
+            None => port.tx_burst(count, self.len, build),
+            Some(header) => port.tx_offloaded(header, count, self.len, build),
         }
     }
 
@@ -162,6 +237,11 @@ impl Format {
         for at in [34, 36] {
             self.headers[at..at + 2].copy_from_slice(&port);
         }
+        self.with_lines()
+    }
+
+    /// The same with the first lines that its headers make.
+    fn with_lines(mut self) -> Self {
         self.data = line(&self.headers, tag(self.run, Kind::Data));
         self.end = line(&self.headers, tag(self.run, Kind::End));
         self
@@ -202,13 +282,32 @@ impl Format {
     /// What comes behind the first line. (A function of its own keeps the loops of short frames short.)
     #[inline(never)]
     fn build_rest(&self, slot: &mut Slot, sequence: u64) {
-        slot.write(LINE, pattern(sequence, LINE - PATTERN, self.len - LINE));
+        let (skip, len) = (LINE - PATTERN, self.len - LINE);
+        if self.len <= MAX_SEGMENT {
+            slot.write(LINE, pattern(sequence, skip, len));
+        } else {
+            slot.write_with(LINE, len, |at| pattern_from(sequence, skip + at));
+        }
     }
 
     /// Whether that is what it should be.
     #[inline(never)]
     fn check_rest(&self, frame: &Frame, sequence: u64) -> bool {
-        frame.matches(LINE, pattern(sequence, LINE - PATTERN, self.len - LINE))
+        let (skip, len) = (LINE - PATTERN, self.len - LINE);
+        if self.len <= MAX_SEGMENT {
+            frame.matches(LINE, pattern(sequence, skip, len))
+        } else {
+            frame.matches_with(LINE, len, |at| pattern_from(sequence, skip + at))
+        }
+    }
+
+    /// Whether a frame has this format's length, and its header.
+    #[inline(always)]
+    fn fits(&self, frame: &Frame) -> bool {
+        match frame.header() {
+            None => frame.len() == self.plain,
+            header => frame.len() == self.len && header == self.header,
+        }
     }
 
     /// The first line of a frame that is shorter, or whose first piece is.
@@ -228,7 +327,7 @@ impl Format {
         slot.write(0, &self.headers);
     }
 
-    /// Checks the length of a received frame, and its first `MOST` bytes ([`EVERY_BYTE`], [`FIRST_LINE`]).
+    /// Checks the length of a received frame, what its header says, and its first `MOST` bytes ([`EVERY_BYTE`], [`FIRST_LINE`]).
     #[inline(always)]
     #[must_use]
     pub fn check<const MOST: usize>(&self, frame: &Frame) -> Seen {
@@ -238,7 +337,7 @@ impl Format {
         };
         let [sequence, _] = line.last();
         let whole = line == self.data.with_last(variable(sequence))
-            && frame.len() == self.len
+            && self.fits(frame)
             && (!rest || self.check_rest(frame, sequence));
         if whole {
             Seen::Good(Kind::Data, sequence)
@@ -268,7 +367,7 @@ impl Format {
         };
         let [_, last] = variable(sequence);
         let first = LINE.min(self.len) - PATTERN;
-        let whole = frame.len() == self.len
+        let whole = self.fits(frame)
             && frame.matches(0, &self.headers)
             && frame.matches(PATTERN, last.to_le_bytes().get(..first).unwrap_or(&[]))
             && (!rest || self.check_rest(frame, sequence));
@@ -363,6 +462,35 @@ mod tests {
                 usize::from(u16::from_be_bytes([format.headers[38], format.headers[39]])),
                 len - 34
             );
+        }
+    }
+
+    #[test]
+    fn a_partial_checksum_becomes_the_right_one_when_the_rest_is_added() {
+        for len in [60, 64, 1518, 65536, MAX_FRAME] {
+            let format = Format::new(End::FrontEnd, len, 1).with_offload();
+            let header = format.header.unwrap();
+            assert_eq!(header.gso_size > 0, len > MAX_SEGMENT);
+            // Payload of nothing but zeroes adds nothing: what is left are the pseudo-header and the UDP header.
+            let mut udp = format.headers[34..].to_vec();
+            let complete = checksum(&udp);
+            udp[6..8].copy_from_slice(&complete.to_be_bytes());
+            let mut all = format.headers[26..34].to_vec();
+            all.extend([0, 17]);
+            all.extend(&format.headers[38..40]);
+            all.extend(udp);
+            assert_eq!(checksum(&all), 0, "{len}");
+        }
+    }
+
+    #[test]
+    fn a_long_pattern_goes_on_as_a_short_one_begins() {
+        for sequence in [0, 5, 4095, 4096, 70_000] {
+            for at in [0, 1, 1463, 4095, 4096, 65_000] {
+                let some = pattern_from(sequence, at);
+                assert!(some.len() >= MAX_SEGMENT);
+                assert_eq!(some[..8], *pattern(sequence + at as u64 % 4096, 0, 8));
+            }
         }
     }
 

@@ -7,11 +7,12 @@ use guest_driver::Port;
 use guest_driver::port::MAX_BURST;
 
 use crate::Run;
-use crate::frame::{Format, Kind, Seen};
+use crate::frame::{Kind, Seen};
 use crate::histogram::Histogram;
 use crate::record::{Outcome, Sent};
 use crate::workload::{
-    Link, Receiver, SERVICE_EVERY, Schedule, Stopped, both_ways, drain, end, wait, with_port,
+    Link, Receiver, SERVICE_EVERY, Schedule, Stopped, both_ways, drain, end, format, wait,
+    with_port,
 };
 
 /// A tick is so many parts, so that frames are due in the middle of one, too.
@@ -59,7 +60,7 @@ pub(crate) fn traffic<L: Link, const MOST: usize>(
     run: &Run,
     back: bool,
 ) -> Result<Outcome, Stopped> {
-    let format = Format::new(end(link, run), run.size, run.id);
+    let format = format(run, end(link, run), run.size);
     let mut receiver = Receiver::new(link, run, 0);
     let mut times = Box::new(Histogram::default());
     let mut came = Box::new(Came {
@@ -88,16 +89,14 @@ pub(crate) fn traffic<L: Link, const MOST: usize>(
         if over && !ended {
             let kind = Kind::End;
             let sent = with_port(link, |port| {
-                port.tx_burst(1, format.len(), |_, slot| {
-                    format.build::<MOST>(slot, kind, next)
-                })
+                format.send(port, 1, |_, slot| format.build::<MOST>(slot, kind, next))
             })?;
             ended = sent == 1;
             idle = !ended;
         } else if next < due {
             let count = usize::try_from(due - next).map_or(run.batch, |due| due.min(run.batch));
             let sent = with_port(link, |port| {
-                port.tx_burst(count, format.len(), |i, slot| {
+                format.send(port, count, |i, slot| {
                     format.build::<MOST>(slot, Kind::Data, next + i as u64)
                 })
             })?;

@@ -49,6 +49,10 @@ pub struct Responded {
     pub tx_frames: u64,
     /// Frames that are too short or too long for Ethernet and IP.
     pub dropped: u64,
+    /// Frames whose checksum was left to this end.
+    pub partial: u64,
+    /// Frames that are longer than a segment: their segmentation was left to this end.
+    pub large: u64,
     /// TCP connections.
     pub connections: u64,
     /// Bytes that came on them.
@@ -248,13 +252,15 @@ impl fmt::Display for ResultRecord<'_> {
                 rx_frames,
                 tx_frames,
                 dropped,
+                partial,
+                large,
                 connections,
                 rx_bytes,
                 tx_bytes,
             } = responded;
             write!(
                 f,
-                ",\"responded\":{{\"rx_frames\":{rx_frames},\"tx_frames\":{tx_frames},\"dropped\":{dropped}"
+                ",\"responded\":{{\"rx_frames\":{rx_frames},\"tx_frames\":{tx_frames},\"dropped\":{dropped},\"partial\":{partial},\"large\":{large}"
             )?;
             write!(
                 f,

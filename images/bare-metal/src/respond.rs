@@ -1,16 +1,21 @@
 //! The responder: a small host on the link. It answers ARP and pings, and serves three ports of TCP (docs/bare-metal.md), so that a peer whose
 //! guest is somebody else's system has someone to talk to. The protocols are smoltcp's.
+//!
+//! A peer may leave checksums and segmentation to this host (VIRTIO 1.3, section 5.1.6.2). The checksum is completed, and then verified like any other; TCP takes a segment of any length.
 
 use alloc::collections::VecDeque;
 use alloc::vec;
 use alloc::vec::Vec;
 
+use guest_driver::port::MAX_LARGE_FRAME;
 use guest_driver::{Frame, Port, port};
 use smoltcp::iface::{Config, Interface, PollResult, SocketHandle, SocketSet};
 use smoltcp::phy::{Device, DeviceCapabilities, Medium, RxToken, TxToken};
 use smoltcp::socket::tcp;
 use smoltcp::time::{Duration, Instant};
 use smoltcp::wire::{EthernetAddress, HardwareAddress, IpCidr, Ipv4Address, Ipv4Cidr};
+
+use virtqueue::net::{HDR_F_NEEDS_CSUM, HDR_GSO_NONE, Header};
 
 use crate::record::{Outcome, Responded};
 use crate::study::mix;
@@ -75,12 +80,23 @@ struct Frames {
 impl Frames {
     fn take(&mut self, frame: &Frame) {
         self.counts.rx_frames += 1;
-        if !(HEADER..=MTU).contains(&frame.len()) {
+        let header = frame.header().unwrap_or(Header::NONE);
+        let longest = if header.gso_type == HDR_GSO_NONE {
+            MTU
+        } else {
+            MAX_LARGE_FRAME
+        };
+        if !(HEADER..=longest).contains(&frame.len()) {
             self.counts.dropped += 1;
             return;
         }
         let mut bytes = vec![0; frame.len()];
         if frame.read(0, &mut bytes) {
+            self.counts.large += u64::from(bytes.len() > MTU);
+            if header.flags & HDR_F_NEEDS_CSUM != 0 {
+                self.counts.partial += 1;
+                complete(&mut bytes, &header);
+            }
             self.arrived.push_back(bytes);
         }
     }
@@ -106,6 +122,32 @@ impl Frames {
         self.counts.tx_frames += total as u64;
         Ok(total)
     }
+}
+
+/// Completes a checksum whose field has the sum over the pseudo-header (VIRTIO 1.3, section 5.1.6.2). The header has been checked against the frame.
+fn complete(frame: &mut [u8], header: &Header) {
+    let start = usize::from(header.csum_start);
+    let field = start + usize::from(header.csum_offset);
+    let sum = sum(frame.get(start..).unwrap_or(&[]));
+    if let Some(field) = frame.get_mut(field..field + 2) {
+        // Zero would mean that there is none, for UDP; for TCP, its other form is the same.
+        let checksum = if sum == 0xffff { sum } else { !sum };
+        field.copy_from_slice(&checksum.to_be_bytes());
+    }
+}
+
+/// The sum of 16-bit words in ones' complement (RFC 1071).
+fn sum(bytes: &[u8]) -> u16 {
+    let (pairs, rest) = bytes.as_chunks::<2>();
+    let words = pairs
+        .iter()
+        .map(|&pair| u64::from(u16::from_be_bytes(pair)));
+    let last = rest.iter().map(|&byte| u64::from(byte) << 8);
+    let mut sum: u64 = words.chain(last).sum();
+    while let (high @ 1.., low) = (sum >> 16, sum & 0xffff) {
+        sum = high + low;
+    }
+    u16::try_from(sum).unwrap_or(0)
 }
 
 /// A frame for the protocols.

@@ -9,11 +9,13 @@ use std::vec::Vec;
 use std::{format, thread};
 
 use guest_driver::joined::{self, JoinConfig, JoinedBackEnd, JoinedFrontEnd, Silent};
+use guest_driver::net_port::Shape;
 use guest_driver::port::Error;
 use guest_driver::{Frame, Port, Slot};
 use virtqueue::linear::Linear;
+use virtqueue::net::{GUEST_OFFLOADS, HOST_OFFLOADS};
 
-use crate::frame::{EVERY_BYTE, End, Format, Kind, Seen};
+use crate::frame::{EVERY_BYTE, End, Format, Kind, MAX_FRAME, Seen};
 use crate::record::ResultRecord;
 use crate::study::windows::Churned;
 use crate::workload::{Receiver, Stopped};
@@ -93,9 +95,19 @@ fn run_with<P: Port + Send>(
     back: Run,
     meddle: impl FnOnce(JoinedFrontEnd<Silent>) -> P,
 ) -> (Outcome, Outcome) {
-    let bed = bed();
+    run_over(&join_config(), front, back, meddle)
+}
+
+/// The same over other rings.
+fn run_over<P: Port + Send>(
+    config: &JoinConfig,
+    front: Run,
+    back: Run,
+    meddle: impl FnOnce(JoinedFrontEnd<Silent>) -> P,
+) -> (Outcome, Outcome) {
+    let bed = Bed::new(config);
     let (front_port, back_port): (_, JoinedBackEnd<Silent>) =
-        joined::join(bed.memory, 0, &join_config(), Silent, Silent, false).unwrap();
+        joined::join(bed.memory, 0, config, Silent, Silent, false).unwrap();
     let start = Instant::now();
     let mut front_end = Thread {
         end: End::FrontEnd,
@@ -185,6 +197,106 @@ fn both_directions_at_once_lose_nothing() {
     assert!(front.is_clean() && back.is_clean());
     assert_eq!(front.received.unwrap().verified, 20_000);
     assert_eq!(back.received.unwrap().verified, 20_000);
+}
+
+fn offload_config() -> JoinConfig {
+    JoinConfig {
+        shape: Shape {
+            mergeable: true,
+            offloads: HOST_OFFLOADS | GUEST_OFFLOADS,
+            ..Shape::default()
+        },
+        ..join_config()
+    }
+}
+
+#[test]
+fn frames_of_64_kib_and_partial_checksums_arrive_in_each_direction_with_their_headers() {
+    for (size, offload, count) in [
+        (65_536, false, 200),
+        (MAX_FRAME, false, 50),
+        (1519, false, 500),
+        (64, true, 2000),
+        (64, false, 2000),
+    ] {
+        let with = |work| Run {
+            size,
+            offload,
+            count,
+            timeout_ms: 30_000,
+            ..run(work)
+        };
+        for (front, back) in [
+            (Work::Both, Work::Both),
+            (Work::Echo, Work::RoundTrip),
+            (Work::RoundTrip, Work::Echo),
+        ] {
+            let config = offload_config();
+            let (front, back) = run_over(&config, with(front), with(back), |port| port);
+            assert!(front.is_clean() && back.is_clean(), "{size}: {front:?}");
+            assert_eq!(front.received.unwrap().verified, count);
+            assert_eq!(back.received.unwrap().verified, count);
+        }
+    }
+}
+
+#[test]
+fn frames_of_64_kib_at_a_given_rate_arrive_and_come_back() {
+    let with = |work, rate| Run {
+        size: 65_536,
+        count: 200,
+        rate,
+        timeout_ms: 30_000,
+        ..run(work)
+    };
+    for (front, back) in [(Work::Sink, Work::Source), (Work::Echo, Work::RoundTrip)] {
+        let (front, back) = (with(front, 0), with(back, 20_000));
+        let (front, back) = run_over(&offload_config(), front, back, |port| port);
+        assert!(front.is_clean() && back.is_clean(), "{front:?} {back:?}");
+        assert_eq!(front.received.unwrap().verified, 200);
+    }
+}
+
+#[test]
+fn a_header_that_is_not_the_sender_s_makes_a_frame_corrupt() {
+    let sent = |offload| Run {
+        offload,
+        count: 100,
+        timeout_ms: 500,
+        ..run(Work::Source)
+    };
+    for offload in [false, true] {
+        let sink = Run {
+            work: Work::Sink,
+            ..sent(!offload)
+        };
+        let (front, _) = run_over(&offload_config(), sink, sent(offload), |port| port);
+        assert_eq!(front.received.unwrap().verified, 0);
+    }
+}
+
+#[test]
+fn what_the_peer_does_not_take_is_not_sent() {
+    let bed = bed();
+    let (front, back): (JoinedFrontEnd<Silent>, JoinedBackEnd<Silent>) =
+        joined::join(bed.memory, 0, &join_config(), Silent, Silent, false).unwrap();
+    let long = Run {
+        size: 65_536,
+        ..run(Work::Source)
+    };
+    let start = Instant::now();
+    let mut front = Thread {
+        end: End::FrontEnd,
+        port: front,
+        start,
+    };
+    assert_eq!(execute(&mut front, &long).unwrap_err(), Stopped::NoOffload);
+    let mut back = Thread {
+        end: End::BackEnd,
+        port: back,
+        start,
+    };
+    assert_eq!(execute(&mut back, &long).unwrap_err(), Stopped::NoOffload);
 }
 
 #[test]

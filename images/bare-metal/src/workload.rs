@@ -9,7 +9,7 @@ use guest_driver::port::{self, MAX_BURST};
 use guest_driver::{Frame, Port, Slot};
 use virtqueue::rss;
 
-use crate::frame::{EVERY_BYTE, End, FIRST_LINE, Format, IMIX, Kind, MAX_FRAME, Seen};
+use crate::frame::{EVERY_BYTE, End, FIRST_LINE, Format, IMIX, Kind, MAX_SEGMENT, Seen};
 use crate::histogram::Histogram;
 use crate::record::{Outcome, Received, Sent};
 use crate::respond::respond;
@@ -114,12 +114,16 @@ pub enum Stopped {
     Port(port::Error),
     /// This end has no windows that could be changed beside a workload.
     NoChurn,
+    /// The peer does not let checksums or segments be left to it.
+    NoOffload,
     /// There are not so many queue pairs, or not for this workload, or this end does not put them into use.
     NoPairs,
     /// Frames of several lengths are not for this workload.
     NoMix,
     /// Frames at a given rate are not for this workload.
     NoRate,
+    /// Frames that are copied are no longer than a segment.
+    NoCopy,
 }
 
 impl fmt::Display for Stopped {
@@ -128,12 +132,16 @@ impl fmt::Display for Stopped {
             Self::Down => f.write_str("the peer is gone"),
             Self::Port(error) => error.fmt(f),
             Self::NoChurn => f.write_str("churn is for a front-end behind an IOMMU"),
+            Self::NoOffload => f.write_str(
+                "the two ends did not agree to leave UDP checksums, or segments, to each other (csum, uso)",
+            ),
             Self::NoPairs => f.write_str(
                 "not so many queue pairs (several, and flows, are for source, sink and both, flips for a front-end)",
             ),
             Self::NoRate => f.write_str(
                 "rate= is for source and round-trip, over one queue pair, of one size, built in place",
             ),
+            Self::NoCopy => f.write_str("source=copy is for frames of up to 1518 bytes"),
             Self::NoMix => f.write_str("size=imix is for source, sink and both"),
         }
     }
@@ -158,6 +166,14 @@ pub fn execute<L: Link>(link: &mut L, run: &Run) -> Result<Outcome, Stopped> {
 /// Runs a workload to its end, or as far as it gets: the counts of a `source`, `sink` or `both` that had to stop are in `outcome` all the same.
 pub fn attempt<L: Link>(link: &mut L, run: &Run, outcome: &mut Outcome) -> Result<(), Stopped> {
     outcome.stopped = true;
+    if run.source == Source::Copy && run.size > MAX_SEGMENT {
+        return Err(Stopped::NoCopy);
+    }
+    let sends = !matches!(run.work, Work::Sink | Work::Respond);
+    let may_go = |port: &mut L::Port| format(run, End::FrontEnd, run.size).may_go(port.offloads());
+    if sends && !link.port().is_none_or(may_go) {
+        return Err(Stopped::NoOffload);
+    }
     if run.churn > 0 && !link.start_churn(run.churn) {
         return Err(Stopped::NoChurn);
     }
@@ -266,7 +282,7 @@ struct Private {
 /// Room for a frame, on lines of its own.
 #[repr(align(64))]
 #[derive(Clone)]
-struct Room([u8; MAX_FRAME]);
+struct Room([u8; MAX_SEGMENT]);
 
 /// Bursts of several lengths, in turn.
 struct Mix {
@@ -304,6 +320,16 @@ pub(crate) struct Sender {
     pub(crate) done: bool,
 }
 
+/// The frames of a run that an end sends, of this length.
+pub(crate) fn format(run: &Run, from: End, len: usize) -> Format {
+    let format = Format::new(from, len, run.id);
+    if run.offloads() {
+        format.with_offload()
+    } else {
+        format
+    }
+}
+
 /// Which end's frames are sent.
 pub(crate) fn end<L: Link>(link: &L, run: &Run) -> End {
     run.end.unwrap_or_else(|| link.end())
@@ -311,7 +337,7 @@ pub(crate) fn end<L: Link>(link: &L, run: &Run) -> End {
 
 impl Sender {
     pub(crate) fn new<L: Link>(link: &L, run: &Run, flow: u16) -> Self {
-        let format = |len| Format::new(end(link, run), len, run.id).with_flow(flow);
+        let format = |len| format(run, end(link, run), len).with_flow(flow);
         let copied = match run.source {
             Source::Build => 0,
             Source::Copy => run.batch,
@@ -323,7 +349,7 @@ impl Sender {
                 batch: run.batch as u64,
             }),
             private: Private {
-                frames: vec![Room([0; MAX_FRAME]); copied],
+                frames: vec![Room([0; MAX_SEGMENT]); copied],
                 ready: 0,
             },
             next: 0,
@@ -365,7 +391,7 @@ impl Sender {
     ) -> Result<usize, port::Error> {
         let (mut format, next) = (&self.format, self.next);
         if self.ending {
-            let sent = port.tx_burst(1, format.len(), |_, slot| {
+            let sent = format.send(port, 1, |_, slot| {
                 format.build::<MOST>(slot, Kind::End, next)
             })?;
             self.ended = sent == 1;
@@ -377,7 +403,7 @@ impl Sender {
             (format, batch) = mix.at(next, batch).unwrap_or((format, batch));
         }
         let sent = if self.private.frames.is_empty() {
-            port.tx_burst(batch, format.len(), |i, slot| {
+            format.send(port, batch, |i, slot| {
                 format.build::<MOST>(slot, Kind::Data, next + i as u64)
             })?
         } else {
@@ -413,7 +439,7 @@ impl Private {
             }
         }
         self.ready = self.ready.max(batch);
-        let sent = port.tx_burst(batch, len, |i, slot| {
+        let sent = format.send(port, batch, |i, slot| {
             if let Some(room) = self.frames.get(place(i)) {
                 slot.write(0, &room.0[..len]);
             }
@@ -448,7 +474,7 @@ pub(crate) struct Receiver {
 
 impl Receiver {
     pub(crate) fn new<L: Link>(link: &L, run: &Run, flow: u16) -> Self {
-        let format = |len| Format::new(end(link, run).peer(), len, run.id).with_flow(flow);
+        let format = |len| format(run, end(link, run).peer(), len).with_flow(flow);
         let mut others = Vec::new();
         for &len in IMIX.iter().filter(|&&len| run.imix && len != run.size) {
             if !others.iter().any(|it: &Format| it.len() == len) {
@@ -703,16 +729,16 @@ pub(crate) fn wait<L: Link>(link: &mut L, rx: bool, tx: bool, deadline: u64) {
 
 /// Frames between receiving and sending them back.
 struct Bounce {
-    frames: Vec<[u8; MAX_FRAME]>,
+    frames: Vec<Vec<u8>>,
     held: usize,
 }
 
 /// Sends back what arrives, with this end's addresses, until the end frame has gone back.
 #[inline(never)]
 fn echo<L: Link, const MOST: usize>(link: &mut L, run: &Run) -> Result<Outcome, Stopped> {
-    let back = Format::new(end(link, run), run.size, run.id);
+    let back = format(run, end(link, run), run.size);
     let mut bounce = Bounce {
-        frames: vec![[0; MAX_FRAME]; run.batch.min(MAX_BURST)],
+        frames: vec![vec![0; back.len()]; run.batch.min(MAX_BURST)],
         held: 0,
     };
     let mut receiver = Receiver::new(link, run, 0);
@@ -726,7 +752,7 @@ fn echo<L: Link, const MOST: usize>(link: &mut L, run: &Run) -> Result<Outcome, 
             port.rx_burst(run.batch, |frame| {
                 if matches!(receiver.take::<MOST>(frame), Seen::Good(..))
                     && let Some(room) = bounce.frames.get_mut(bounce.held)
-                    && frame.read(0, &mut room[..back.len()])
+                    && frame.read(0, room)
                 {
                     bounce.held += 1;
                 }
@@ -736,9 +762,9 @@ fn echo<L: Link, const MOST: usize>(link: &mut L, run: &Run) -> Result<Outcome, 
         let mut full_turns = 0u32;
         while sent < bounce.held {
             let more = with_port(link, |port| {
-                port.tx_burst(bounce.held - sent, back.len(), |i, slot| {
+                back.send(port, bounce.held - sent, |i, slot| {
                     if let Some(frame) = bounce.frames.get(sent + i) {
-                        slot.write(0, &frame[..back.len()]);
+                        slot.write(0, frame);
                         back.readdress(slot);
                     }
                 })
@@ -836,7 +862,7 @@ pub(crate) fn both_ways<L: Link>(
 /// Sends one frame at a time and times its way to an echo and back.
 #[inline(never)]
 fn round_trip<L: Link, const MOST: usize>(link: &mut L, run: &Run) -> Result<Outcome, Stopped> {
-    let format = Format::new(end(link, run), run.size, run.id);
+    let format = format(run, end(link, run), run.size);
     let mut receiver = Receiver::new(link, run, 0);
     let mut times = Box::new(Histogram::default());
     let schedule = Schedule::from(link, run, link.now());
@@ -852,7 +878,7 @@ fn round_trip<L: Link, const MOST: usize>(link: &mut L, run: &Run) -> Result<Out
         let kind = if over { Kind::End } else { Kind::Data };
         let deadline = sent_at + timeout;
         while with_port(link, |port| {
-            port.tx_burst(1, format.len(), |_, slot| {
+            format.send(port, 1, |_, slot| {
                 format.build::<MOST>(slot, kind, sequence)
             })
         })? == 0

@@ -18,7 +18,7 @@ use crate::cli::{Direction, Path};
 pub struct PeerEntry {
     pub name: PeerName,
     pub direction: Direction,
-    pub frame_size: u16,
+    pub frame_size: u32,
     pub batch: u16,
     /// What it does with frames.
     #[serde(flatten)]
@@ -56,7 +56,7 @@ pub struct ToPeerEntry {
     pub ring: Layout,
     pub in_order: bool,
     pub iommu: Iommu,
-    pub frame_size: u16,
+    pub frame_size: u32,
     pub batch: u16,
     /// What the guests do with frames.
     #[serde(flatten)]

@@ -188,6 +188,7 @@ fn every_key_of_the_contract_is_there() {
         ("event_idx", "false"),
         ("mrg_rxbuf", "false"),
         ("indirect", "false"),
+        ("offload", "false"),
         ("tx", "\"direct\""),
         ("queue_size", "256"),
         ("iommu", "\"off\""),

@@ -93,6 +93,24 @@ impl Offloads {
         self.csum
     }
 
+    /// Whether TCP over IPv4 may be left to be segmented.
+    #[must_use]
+    pub const fn tso4(self) -> bool {
+        self.tso4
+    }
+
+    /// Whether TCP over IPv6 may be left to be segmented.
+    #[must_use]
+    pub const fn tso6(self) -> bool {
+        self.tso6
+    }
+
+    /// Whether UDP may be left to be segmented.
+    #[must_use]
+    pub const fn uso(self) -> bool {
+        self.uso
+    }
+
     /// What is asked for by the header of a frame of `len` bytes (section 5.1.6.2), and nothing beside: fields that mean nothing are zero, num_buffers among them. `None`
     /// where that was not negotiated, does not fit the frame, or makes no sense; a frame of any length fits a header that asks for nothing.
     #[inline]

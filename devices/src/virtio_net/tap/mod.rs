@@ -23,12 +23,12 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use event_manager::{EventOps, MutEventSubscriber};
 use thiserror::Error;
 use virtqueue::net::{
-    F_CSUM, F_GUEST_CSUM, F_GUEST_TSO4, F_GUEST_TSO6, F_HOST_TSO4, F_HOST_TSO6, is_consistent,
+    F_CSUM, F_GUEST_CSUM, GUEST_OFFLOADS, HOST_OFFLOADS, consistent, is_consistent,
 };
 use vmm_sys_util::eventfd::EventFd;
 
 use super::rings::RingError;
-use super::{CONFIG_SIZE, LINK_UP, Mailbox, OWN_FEATURES, QueueOrder, RingFeatures};
+use super::{CONFIG_SIZE, LINK_UP, Mailbox, OWN_FEATURES, QueueOrder, RingFeatures, TSO};
 use crate::host::Host;
 use crate::virtio::{
     Activation, F_VERSION_1, MAX_QUEUE_SIZE, QueueSetup, Transport, VirtioDevice, copy_config,
@@ -41,8 +41,7 @@ use served::Served;
 use worker::Worker;
 
 /// What a tap does with frames.
-const OFFLOADS: u64 =
-    F_CSUM | F_HOST_TSO4 | F_HOST_TSO6 | F_GUEST_CSUM | F_GUEST_TSO4 | F_GUEST_TSO6;
+const OFFLOADS: u64 = F_CSUM | F_GUEST_CSUM | TSO;
 
 /// Who serves the rings.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -198,10 +197,12 @@ impl TapNet {
             Server::Thread => Box::new(Served::new(port, host.memory().clone(), counters.clone())),
             Server::Kernel => Box::new(Kernel::open(port, host.memory()).map_err(Error::Vhost)?),
         };
-        let rings = config.rings.bits() & engine.ring_features();
+        let all = HOST_OFFLOADS | GUEST_OFFLOADS;
+        let can = engine.ring_features() & !all | OFFLOADS;
+        let offered = consistent(config.rings.bits() & can);
         let shared = Arc::new(Shared {
             name: config.name,
-            features: rings | OWN_FEATURES | OFFLOADS | F_VERSION_1,
+            features: offered | OWN_FEATURES | F_VERSION_1,
             link_up: AtomicBool::new(true),
             counters,
             mailbox: Mutex::default(),

@@ -13,6 +13,9 @@ pub(super) const PACKED: RingFeatures = RingFeatures {
     event_idx: true,
     mrg_rxbuf: true,
     indirect: true,
+    csum: true,
+    tso: true,
+    uso: true,
 };
 
 impl World {

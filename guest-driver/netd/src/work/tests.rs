@@ -1,6 +1,10 @@
 //! Each kind of work on one end of joined rings, the test at the other and in place of the kernel.
 
+use std::slice;
+
 use guest_driver::joined::{JoinConfig, JoinedBackEnd, JoinedFrontEnd, Silent};
+use guest_driver::net_port::Shape;
+use virtqueue::net::{GUEST_OFFLOADS, HDR_GSO_TCPV4, HOST_OFFLOADS};
 
 use super::*;
 use crate::testing::*;
@@ -96,6 +100,79 @@ fn what_the_mtu_does_not_allow_goes_nowhere_and_is_counted() {
     assert_eq!(rig.stats.dropped.too_long, 4);
 }
 
+/// Rings over which everything may be left to the other side.
+fn offloaded() -> JoinConfig {
+    JoinConfig {
+        size: 256,
+        shape: Shape {
+            mergeable: true,
+            offloads: HOST_OFFLOADS | GUEST_OFFLOADS,
+            ..Shape::default()
+        },
+        ..JoinConfig::default()
+    }
+}
+
+#[test]
+fn what_is_left_to_the_other_side_crosses_the_bridge_with_its_header_and_no_lie_does() {
+    let (nic, kernel) = socket();
+    let mut rig = Rig::new(&offloaded(), Bridge::new(nic, None));
+    rig.work.link(true, &mut rig.stats);
+    let header = Header {
+        flags: HDR_F_NEEDS_CSUM,
+        gso_type: HDR_GSO_TCPV4,
+        hdr_len: 54,
+        gso_size: 1448,
+        csum_start: 34,
+        csum_offset: 16,
+        num_buffers: 0,
+    };
+    for len in [1514, 9000, 65549] {
+        let out = frame(len, len);
+        let with_header = [&header.encode()[..], &out].concat();
+        // The peer's, longer than any MTU.
+        let build = |_, slot: &mut Slot| assert!(slot.write(0, &out));
+        assert_eq!(rig.front.tx_offloaded(&header, 1, len, build), Ok(1));
+        rig.turn();
+        assert_eq!(packets(&kernel), slice::from_ref(&with_header));
+        // The kernel's, and among them some that make no sense.
+        for lie in [
+            Header {
+                csum_start: u16::MAX,
+                ..header
+            },
+            Header {
+                gso_type: 0x81,
+                ..header
+            },
+            Header {
+                gso_size: 0,
+                ..header
+            },
+        ] {
+            kernel.send(&[&lie.encode()[..], &out].concat()).unwrap();
+        }
+        kernel.send(&with_header).unwrap();
+        let mut got = Vec::new();
+        for _ in 0..5 {
+            rig.turn();
+            let take = |frame: &Frame| {
+                let mut bytes = vec![0; frame.len()];
+                assert!(frame.read(0, &mut bytes));
+                got.push((frame.header(), bytes));
+            };
+            rig.front.rx_burst(8, take).unwrap();
+        }
+        assert_eq!(got, [(Some(header), out)]);
+    }
+    assert_eq!(rig.stats.dropped.bad_header, 9);
+    let all = Offloads::of_device(GUEST_OFFLOADS);
+    assert_eq!(rig.work.nic.offloads, [all]);
+    // The next peer may take less.
+    rig.work.link(false, &mut rig.stats);
+    assert_eq!(rig.work.nic.offloads, [all, Offloads::default()]);
+}
+
 #[test]
 fn packets_that_need_an_offload_or_hold_no_frame_go_nowhere_and_are_counted() {
     let (nic, kernel) = socket();
@@ -185,6 +262,10 @@ impl Nic for Refusing {
     fn mtu(&self) -> Option<usize> {
         None
     }
+    fn offloads(&self) -> u64 {
+        0
+    }
+    fn set_offloads(&mut self, _offloads: Offloads) {}
     fn set_carrier(&mut self, _up: bool) {}
     fn fd(&self) -> BorrowedFd<'_> {
         self.0.fd()

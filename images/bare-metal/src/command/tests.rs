@@ -4,7 +4,7 @@ use std::vec::Vec;
 
 #[test]
 fn a_run_command_takes_every_key() {
-    let line = "run id=7 work=round-trip size=1518 batch=8 ms=20 warmup_ms=1 count=9 mode=irq timeout_ms=30 churn=1000 end=back-end queues=16 flips=50 flows=64 turns=9 payload=headers source=copy rate=1000 delay_ms=3 mac=02:00:00:00:0a:ff addr=192.168.7.9/16";
+    let line = "run id=7 work=round-trip size=1518 batch=8 ms=20 warmup_ms=1 count=9 mode=irq timeout_ms=30 churn=1000 end=back-end queues=16 flips=50 flows=64 turns=9 offload=on payload=headers source=copy rate=1000 delay_ms=3 mac=02:00:00:00:0a:ff addr=192.168.7.9/16";
     let want = Run {
         id: 7,
         work: Work::RoundTrip,
@@ -25,6 +25,7 @@ fn a_run_command_takes_every_key() {
         flips: 50,
         flows: 64,
         turns: 9,
+        offload: true,
         end: Some(End::BackEnd),
         address: Address {
             mac: [2, 0, 0, 0, 0x0a, 0xff],
@@ -214,6 +215,8 @@ fn the_command_line_says_how_the_iommu_is_used() {
 fn what_is_wrong_is_named() {
     for (line, word) in [
         ("run work=source size=59", "size=59"),
+        ("run work=source size=65550", "size=65550"),
+        ("run work=source offload=perhaps", "offload=perhaps"),
         ("run work=source size=simix", "size=simix"),
         ("run work=source payload=none", "payload=none"),
         ("run work=source source=clone", "source=clone"),
@@ -308,15 +311,17 @@ fn the_command_line_keeps_what_it_knows_and_reports_the_rest() {
     );
     let boot = Boot::parse("indirect=off rss=off", |word| panic!("{word}"));
     let (indirect, rss) = (false, false);
-    let pairs = Offer::default().pairs;
     assert_eq!(
         boot.offer,
         Offer {
-            pairs,
             indirect,
-            rss
+            rss,
+            ..Boot::default().offer
         }
     );
+    // What the workloads can make use of.
+    let all = HOST_OFFLOADS | GUEST_OFFLOADS;
+    assert_eq!((boot.offer.offloads, boot.shape.offloads), (all, all));
     let mut unknown = Vec::new();
     Boot::parse("tx=fast rx_buffer=127 rx_buffer=1531", |word| {
         unknown.push(word)

@@ -16,6 +16,7 @@ use core::fmt;
 
 use bare_metal::command::{BadWord, Boot, IommuMode};
 use bare_metal::record::{Done, ResultRecord};
+use bare_metal::workload::Stopped;
 use bare_metal::{Command, Outcome, Run, Work};
 use guest_driver::mapper::{Fixed, Mapper, Pages};
 use guest_driver::net;
@@ -203,13 +204,15 @@ fn serve<C: Connection>(machine: &Machine, mut link: C, boot: &Boot) -> ! {
         if let Some(run) = boot.run.filter(|_| up) {
             match run_workload(&mut link, &run) {
                 // The next connection is served like the first.
-                Some(_) if run.work == Work::Respond => continue,
-                Some(outcome) => exit(if outcome.is_clean() {
+                Ok(_) if run.work == Work::Respond => continue,
+                Ok(outcome) => exit(if outcome.is_clean() {
                     0
                 } else {
                     EXIT_NOT_CLEAN
                 }),
-                None => continue,
+                Err(Stopped::Down | Stopped::Port(_)) => continue,
+                // What the devices do not have now they will not have later.
+                Err(_) => exit(EXIT_FAILED),
             }
         }
         // What came before the interrupt was turned on is there without one.
@@ -218,7 +221,8 @@ fn serve<C: Connection>(machine: &Machine, mut link: C, boot: &Boot) -> ! {
             input.lines(|line| match Command::parse(line) {
                 Ok(None) => {}
                 Ok(Some(Command::Run(run))) => {
-                    run_workload(&mut link, &run);
+                    // It has been reported.
+                    let _ = run_workload(&mut link, &run);
                 }
                 Ok(Some(command @ (Command::ResetRings | Command::ResetDevice))) => {
                     let (name, reset) = match command {
@@ -266,14 +270,14 @@ fn announce<C: Connection>(link: &C, up: bool, tsc_khz: u64) {
     }
 }
 
-/// Runs a workload and reports it; `None` where it could not be finished.
-fn run_workload<C: Connection>(link: &mut C, run: &Run) -> Option<Outcome> {
+/// Runs a workload and reports it, also where it could not be finished.
+fn run_workload<C: Connection>(link: &mut C, run: &Run) -> Result<Outcome, Stopped> {
     let mut outcome = Outcome::default();
     let result = bare_metal::attempt(link, run, &mut outcome).map_err(|why| link.explain(why));
     console::record(format_args!("{}", ResultRecord(run, &outcome)));
     summary(run, &outcome);
     match result {
-        Ok(()) => Some(outcome),
+        Ok(()) => Ok(outcome),
         Err(stopped) => {
             error(format_args!(
                 "run {} ({}): {stopped}",
@@ -281,7 +285,7 @@ fn run_workload<C: Connection>(link: &mut C, run: &Run) -> Option<Outcome> {
                 run.work.name()
             ));
             link.stopped(stopped);
-            None
+            Err(stopped)
         }
     }
 }
@@ -312,9 +316,11 @@ fn summary(run: &Run, outcome: &Outcome) {
     }
     if let Some(responded) = outcome.responded {
         print!(
-            "guest: {name}: {} frames came, {} of them too short or too long; {} were sent; {} TCP connections, {} bytes in, {} bytes out",
+            "guest: {name}: {} frames came, {} of them too short or too long, {} longer than a segment, {} without a checksum; {} were sent; {} TCP connections, {} bytes in, {} bytes out",
             responded.rx_frames,
             responded.dropped,
+            responded.large,
+            responded.partial,
             responded.tx_frames,
             responded.connections,
             responded.rx_bytes,

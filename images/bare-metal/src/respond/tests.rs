@@ -15,6 +15,7 @@ use smoltcp::iface::{Config, Interface, SocketSet};
 use smoltcp::socket::tcp;
 use smoltcp::time::Instant;
 use smoltcp::wire::{EthernetAddress, HardwareAddress, IpAddress, IpCidr};
+use virtqueue::net::{HDR_F_NEEDS_CSUM, Header};
 
 use super::{DEFAULT_SOURCE, Frames, MTU, pattern};
 use crate::frame::End;
@@ -658,6 +659,8 @@ fn the_record_has_what_the_responder_counted() {
         rx_frames: 1,
         tx_frames: 2,
         dropped: 3,
+        partial: 7,
+        large: 8,
         connections: 4,
         rx_bytes: 5,
         tx_bytes: 6,
@@ -669,6 +672,37 @@ fn the_record_has_what_the_responder_counted() {
     let record: String = format!("{}", ResultRecord(&run(), &outcome));
     assert_eq!(
         record,
-        r#"{"record":"result","id":0,"work":"respond","responded":{"rx_frames":1,"tx_frames":2,"dropped":3,"connections":4,"rx_bytes":5,"tx_bytes":6},"timeout":0}"#
+        r#"{"record":"result","id":0,"work":"respond","responded":{"rx_frames":1,"tx_frames":2,"dropped":3,"partial":7,"large":8,"connections":4,"rx_bytes":5,"tx_bytes":6},"timeout":0}"#
     );
+}
+
+/// A segment that leaves its checksum, and more, to the receiver.
+fn partial(len: usize) -> Vec<u8> {
+    let payload: Vec<u8> = (0..len - 54).map(|at| at.to_le_bytes()[0]).collect();
+    let mut frame = tcp(999, 7, 5, 0, 0x02, &payload);
+    let mut pseudo = frame[26..34].to_vec();
+    pseudo.extend([0, 6]);
+    pseudo.extend(u16::try_from(frame.len() - 34).unwrap().to_be_bytes());
+    let [high, low] = checksum(&pseudo);
+    frame[50..52].copy_from_slice(&[!high, !low]);
+    frame
+}
+
+#[test]
+fn a_partial_checksum_is_completed_and_then_as_right_as_a_whole_one() {
+    for len in [54, 55, 1514, 65_535] {
+        let mut frame = partial(len);
+        let header = Header {
+            flags: HDR_F_NEEDS_CSUM,
+            csum_start: 34,
+            csum_offset: 16,
+            ..Header::NONE
+        };
+        super::complete(&mut frame, &header);
+        let mut all = frame[26..34].to_vec();
+        all.extend([0, 6]);
+        all.extend(u16::try_from(len - 34).unwrap().to_be_bytes());
+        all.extend(&frame[34..]);
+        assert_eq!(checksum(&all), [0, 0], "{len}");
+    }
 }
