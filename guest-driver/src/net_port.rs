@@ -537,6 +537,8 @@ impl<D: DriverRing, N: Notify, M: Mapper> Port for NetPort<D, N, M> {
         offload.map_or(Offloads::default(), |offload| offload.send)
     }
 
+    // Beside the path of frames that leave nothing to the peer, whose code it would spread.
+    #[inline(never)]
     fn tx_offloaded(
         &mut self,
         header: &Header,

@@ -382,6 +382,8 @@ impl<V: DeviceRing, N: Notify> Port for PeerPort<V, N> {
         offload.map_or(Offloads::default(), |offload| offload.send)
     }
 
+    // Beside the path of frames that leave nothing to the peer, whose code it would spread.
+    #[inline(never)]
     fn tx_offloaded(
         &mut self,
         header: &Header,
