@@ -93,19 +93,19 @@ impl Offloads {
         self.csum
     }
 
-    /// Whether TCP over IPv4 may be left to be segmented.
+    /// Whether TCP over IPv4 may be left to be segmented (section 5.1.6.2).
     #[must_use]
     pub const fn tso4(self) -> bool {
         self.tso4
     }
 
-    /// Whether TCP over IPv6 may be left to be segmented.
+    /// Whether TCP over IPv6 may be left to be segmented (section 5.1.6.2).
     #[must_use]
     pub const fn tso6(self) -> bool {
         self.tso6
     }
 
-    /// Whether UDP may be left to be segmented.
+    /// Whether UDP may be left to be segmented (section 5.1.6.2).
     #[must_use]
     pub const fn uso(self) -> bool {
         self.uso
