@@ -124,29 +124,73 @@ pub unsafe fn equal(a: *const u8, b: *const u8, len: usize) -> bool {
 
 use crate::line::LINE;
 
-/// Asks for the first lines, four at most, of what is about to be read (the processor itself finds the rest of a long frame), so that those of several frames travel at the same time. Wherever it points, it does no harm.
+/// The longest frame that is asked for together with the rest of its burst. Of longer ones the lines that are needed first would wait for those of the whole burst.
+const TOGETHER: usize = 4 * LINE;
+/// As much of a frame as is asked for: where one goes on, the processor has found out by itself.
+const MOST: usize = 24 * LINE;
+
+/// Asks for a frame that is about to be read, with the others of its burst, so that the lines of all travel at the same time; a long one is left to
+/// [`fetch_next`]. Wherever it points, it does no harm.
 #[inline(always)]
 pub fn fetch(from: *const u8, len: usize) {
-    for at in [0, 1, 2, 3].map(|line| line * LINE) {
-        if at > 0 && at >= len {
-            break;
-        }
-        // SAFETY: a prefetch reads nothing and does not fault, wherever it points.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(at).cast()) };
+    if len <= TOGETHER {
+        each_line(len, |at| read_soon(from.wrapping_add(at)));
     }
 }
 
 /// The same for what is about to be written: the lines come to stay.
 #[inline(always)]
 pub fn fetch_to_write(to: *mut u8, len: usize) {
-    for at in [0, 1, 2, 3].map(|line| line * LINE) {
-        if at > 0 && at >= len {
-            break;
-        }
-        // SAFETY: as above. (`_mm_prefetch` makes this instruction only for targets that are said to have it; processors without it do nothing.)
-        unsafe {
-            asm!("prefetchw [{}]", in(reg) to.wrapping_add(at).addr(), options(nomem, nostack, preserves_flags));
-        }
+    if len <= TOGETHER {
+        each_line(len, |at| write_soon(to.wrapping_add(at)));
+    }
+}
+
+/// Asks for a long frame that is read next, while the one before it is: a short one is on its way already.
+#[inline(always)]
+pub fn fetch_next(from: *const u8, len: usize) {
+    #[inline(never)]
+    fn long(from: *const u8, len: usize) {
+        each_line(len.min(MOST), |at| read_soon(from.wrapping_add(at)));
+    }
+    if len > TOGETHER {
+        long(from, len);
+    }
+}
+
+/// The same for what is written next.
+#[inline(always)]
+pub fn fetch_next_to_write(to: *mut u8, len: usize) {
+    #[inline(never)]
+    fn long(to: *mut u8, len: usize) {
+        each_line(len.min(MOST), |at| write_soon(to.wrapping_add(at)));
+    }
+    if len > TOGETHER {
+        long(to, len);
+    }
+}
+
+/// Calls `ask` with where each line of `len` bytes starts.
+#[inline(always)]
+fn each_line(len: usize, ask: impl Fn(usize)) {
+    let mut at = 0;
+    while at < len {
+        ask(at);
+        at += LINE;
+    }
+}
+
+#[inline(always)]
+fn read_soon(from: *const u8) {
+    // SAFETY: a prefetch reads nothing and does not fault, wherever it points.
+    unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) };
+}
+
+#[inline(always)]
+fn write_soon(to: *mut u8) {
+    // SAFETY: as above. (`_mm_prefetch` makes this instruction only for targets that are said to have it; processors without it do nothing.)
+    unsafe {
+        asm!("prefetchw [{}]", in(reg) to.addr(), options(nomem, nostack, preserves_flags));
     }
 }
 

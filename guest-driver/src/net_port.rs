@@ -518,6 +518,9 @@ impl<D: DriverRing, N: Notify, M: Mapper> Port for NetPort<D, N, M> {
         // The header in front of each stays as the pool came: all zero, no offload. (num_buffers is the receiver's business.)
         for (n, &buffer) in buffers.iter().enumerate() {
             let frame = self.tx.ptr(buffer).wrapping_add(HEADER_LEN);
+            if let Some(&next) = buffers.get(n + 1) {
+                bulk::fetch_next_to_write(self.tx.ptr(next).wrapping_add(HEADER_LEN), len);
+            }
             // SAFETY: header and frame fit in the buffer, which is not with the device.
             build(n, &mut unsafe { Slot::new(frame, len) });
         }
@@ -580,6 +583,9 @@ impl<D: DriverRing, N: Notify, M: Mapper> Port for NetPort<D, N, M> {
             let frame = if whole {
                 // What is shorter than a header is no frame: an empty one is shown.
                 let len = len.saturating_sub(HEADER_LEN);
+                if let Some(next) = self.used.get(i + 1).filter(|_| i + 1 < n) {
+                    bulk::fetch_next(self.rx.ptr(next.id).wrapping_add(HEADER_LEN), len);
+                }
                 // SAFETY: header and frame lie in the buffer.
                 unsafe { Frame::new(self.rx.ptr(buffer).add(HEADER_LEN), len) }
             } else {

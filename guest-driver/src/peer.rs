@@ -359,6 +359,9 @@ impl<V: DeviceRing, N: Notify> Port for PeerPort<V, N> {
                     None => break,
                 }
             };
+            if let Some(next) = self.whole.get(sent + 1).filter(|_| sent + 1 < ready) {
+                bulk::fetch_next_to_write(next.ptr.wrapping_add(HEADER_LEN), len);
+            }
             // SAFETY: `len` bytes from `to` on are in a buffer of the peer or in our own memory.
             build(sent, &mut unsafe { Slot::new(to, len) });
             sent += 1;
@@ -418,9 +421,12 @@ impl<V: DeviceRing, N: Notify> Port for PeerPort<V, N> {
         }
         for i in 0..n {
             let frame = if whole > 0 {
-                let next = self.whole.get(i).copied().unwrap_or(NOTHING);
-                let len = (next.len as usize).saturating_sub(HEADER_LEN);
-                Some((next.ptr.wrapping_add(HEADER_LEN).cast_const(), len))
+                let this = self.whole.get(i).copied().unwrap_or(NOTHING);
+                let len = (this.len as usize).saturating_sub(HEADER_LEN);
+                if let Some(next) = self.whole.get(i + 1).filter(|_| i + 1 < n) {
+                    bulk::fetch_next(next.ptr.wrapping_add(HEADER_LEN), len);
+                }
+                Some((this.ptr.wrapping_add(HEADER_LEN).cast_const(), len))
             } else {
                 self.piece(i)
             };
