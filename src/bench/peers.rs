@@ -66,10 +66,6 @@ pub trait Rival {
     fn how(&self) -> How;
     /// Entries of its rings, where it has some.
     fn ring(&self) -> Option<u16>;
-    /// Whether it can do that.
-    fn does(&self, _case: &PeerCase) -> bool {
-        true
-    }
     /// One sample.
     fn sample(&mut self, case: &PeerCase) -> Result<PeerSample>;
     /// How its processes were called, back-end first.
@@ -144,7 +140,10 @@ impl Peers {
                 continue;
             }
             let rival: Box<dyn Rival> = match name {
-                PeerName::DpdkVhost | PeerName::Memif | PeerName::MemifZc => {
+                PeerName::DpdkVhost
+                | PeerName::DpdkSwitch
+                | PeerName::Memif
+                | PeerName::MemifZc => {
                     let programs = Programs::find(std::env::var_os("PATH").as_deref())?;
                     Box::new(Pair::start(&programs, name, config, Some(signals))?)
                 }
@@ -173,7 +172,7 @@ impl Peers {
         case: PeerCase,
         round: usize,
     ) -> Result<()> {
-        for rival in self.running.iter_mut().filter(|rival| rival.does(&case)) {
+        for rival in &mut self.running {
             let first = probe()?;
             let sample = rival.sample(&case)?;
             let probes = [first, probe()?];
@@ -217,8 +216,7 @@ impl Peers {
     }
 
     fn all_good(&self, case: PeerCase, round: usize) -> bool {
-        let mut running = self.running.iter().filter(|rival| rival.does(&case));
-        running.all(|rival| {
+        self.running.iter().all(|rival| {
             self.measured.iter().any(|it| {
                 (it.name, it.case) == (rival.name(), case)
                     && it.rounds.iter().any(|it| it.round == round)

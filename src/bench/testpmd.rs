@@ -1,4 +1,4 @@
-//! DPDK's `dpdk-testpmd`: two of them, joined by vhost-user or memif, one on each core.
+//! DPDK's `dpdk-testpmd`: two of them, joined by vhost-user or memif, one on each core; or a third between them, on both.
 //!
 //! They are told what to do on their standard input and sleep between samples. One that loses its standard input ends by itself,
 //! so none outlives this program, however that ends.
@@ -87,6 +87,8 @@ pub struct Pair {
     // Dropped first: who connects leaves first.
     front: Testpmd,
     back: Testpmd,
+    /// Who forwards from one to the other.
+    switch: Option<Testpmd>,
     name: PeerName,
     config: Config,
     // Dropped last: sockets are in it, and what DPDK writes at run time.
@@ -103,16 +105,23 @@ impl Pair {
     ) -> Result<Self> {
         let directory = TempDir::new().context("cannot make a directory for the socket")?;
         let devices = devices(name, &directory.path().join("s"), config.ring);
-        let start = |side: usize| {
-            let args = args(side, &devices[side], &config);
+        let start = |place: Place, devices: &[String]| {
+            let args = args(place, devices, &config);
             Testpmd::start(programs, args, directory.path(), signals.cloned())
                 .with_context(|| format!("--peers {}", name.name()))
         };
-        // The back-end first: it listens.
-        let (back, front) = (start(0)?, start(1)?);
+        // Who listens is first.
+        let switch = match &devices.switch[..] {
+            [] => None,
+            ports => Some(start(Place::Switch, ports)?),
+        };
+        let [back, front] = &devices.ends;
+        let back = start(Place::Back, std::slice::from_ref(back))?;
+        let front = start(Place::Front, std::slice::from_ref(front))?;
         let mut pair = Self {
             front,
             back,
+            switch,
             name,
             config,
             _directory: directory,
@@ -148,12 +157,17 @@ impl Pair {
 
     fn traffic(&mut self, case: &PeerCase) -> Result<PeerSample> {
         let Config { length, warmup, .. } = self.config;
-        let inputs = self.inputs(case);
-        let [back_input, front_input] = &inputs;
+        let [back_input, front_input, switch_input] = &Self::inputs(case);
         let (from, to, from_input, to_input) = match case.way {
             Way::BeToFe => (&mut self.back, &mut self.front, back_input, front_input),
             Way::FeToBe | Way::Echo => (&mut self.front, &mut self.back, front_input, back_input),
         };
+        let switch = &mut self.switch;
+        if let Some(switch) = switch {
+            for line in switch_input {
+                switch.ask(line)?;
+            }
+        }
         // The receiver first: then the sender does not start against a full ring.
         for line in to_input {
             to.ask(line)?;
@@ -162,22 +176,33 @@ impl Pair {
             from.ask(line)?;
         }
         from.wait(warmup)?;
-        let first = Look::take(from, to)?;
+        let first = Look::take(from, to, switch.as_ref())?;
         from.wait(length)?;
-        let second = Look::take(from, to)?;
-        for one in [from, to] {
+        let second = Look::take(from, to, switch.as_ref())?;
+        for one in [Some(from), Some(to), switch.as_mut()]
+            .into_iter()
+            .flatten()
+        {
             one.ask("stop")?;
         }
-        Ok(first.until(&second, case.way))
+        let sample = first.until(&second, case.way);
+        Ok(match switch {
+            None => sample,
+            // Three on two cores: that none has one to itself is part of the figure.
+            Some(_) => PeerSample {
+                shares: None,
+                ..sample
+            },
+        })
     }
 
-    /// What each is told before a sample, the back-end first.
-    fn inputs(&self, case: &PeerCase) -> [Vec<String>; 2] {
+    /// What each is told before a sample: back-end, front-end, and who is between them.
+    fn inputs(case: &PeerCase) -> [Vec<String>; 3] {
         let modes = match case.way {
-            Way::BeToFe => ["txonly", "rxonly"],
-            Way::FeToBe => ["rxonly", "txonly"],
+            Way::BeToFe => ["txonly", "rxonly", "io"],
+            Way::FeToBe => ["rxonly", "txonly", "io"],
             // It sends and takes what comes; the other swaps the addresses and sends back what there is room for.
-            Way::Echo => ["flowgen", "macswap"],
+            Way::Echo => ["flowgen", "macswap", "io"],
         };
         modes.map(|mode| {
             vec![
@@ -209,13 +234,17 @@ impl Rival for Pair {
     }
 
     fn commands(&self) -> Vec<String> {
-        [&self.back, &self.front]
+        let all = [Some(&self.back), Some(&self.front), self.switch.as_ref()];
+        all.into_iter()
+            .flatten()
             .map(|one| one.command.clone())
-            .to_vec()
+            .collect()
     }
 
     fn inputs(&self, case: &PeerCase) -> Vec<Vec<String>> {
-        Self::inputs(self, case).to_vec()
+        let mut inputs = Self::inputs(case).to_vec();
+        inputs.truncate(self.commands().len());
+        inputs
     }
 }
 
@@ -224,12 +253,13 @@ struct Look {
     frames: u64,
     at: Instant,
     took: Duration,
-    cpu: [u64; 2],
+    /// Sender, receiver, and who is between them.
+    cpu: [u64; 3],
     cpu_at: Instant,
 }
 
 impl Look {
-    fn take(from: &Testpmd, to: &mut Testpmd) -> Result<Self> {
+    fn take(from: &Testpmd, to: &mut Testpmd, switch: Option<&Testpmd>) -> Result<Self> {
         let begin = Instant::now();
         let stats = to.ask("show port stats 0")?;
         let took = begin.elapsed();
@@ -245,7 +275,7 @@ impl Look {
             })?,
             at: begin + took / 2,
             took,
-            cpu: [cpu(from)?, cpu(to)?],
+            cpu: [cpu(from)?, cpu(to)?, switch.map_or(Ok(0), cpu)?],
             cpu_at: Instant::now(),
         })
     }
@@ -253,8 +283,8 @@ impl Look {
     fn until(&self, later: &Self, way: Way) -> PeerSample {
         let length = (later.at - self.at).as_secs_f64();
         let wall = (later.cpu_at - self.cpu_at).as_nanos().max(1) as f64;
-        let [from, to] =
-            [0, 1].map(|end| later.cpu[end].saturating_sub(self.cpu[end]) as f64 / wall);
+        let [from, to, switch] =
+            [0, 1, 2].map(|one| later.cpu[one].saturating_sub(self.cpu[one]) as f64 / wall);
         let frames = later.frames.saturating_sub(self.frames);
         let exact = self.took.max(later.took).as_secs_f64() <= LONGEST_LOOK * length;
         PeerSample {
@@ -264,14 +294,23 @@ impl Look {
                 Way::BeToFe => [from, to],
                 Way::FeToBe | Way::Echo => [to, from],
             }),
-            busy_cores: from + to,
+            busy_cores: from + to + switch,
             timed: frames > 0 && exact,
         }
     }
 }
 
-/// The devices, back-end first; of a peer that has none, no names.
-fn devices(name: PeerName, socket: &Path, ring: u16) -> [String; 2] {
+/// The ports of each process.
+#[derive(Default)]
+struct Devices {
+    /// The back-end's, the front-end's.
+    ends: [String; 2],
+    /// Those of who forwards between them, where somebody does.
+    switch: Vec<String>,
+}
+
+/// Those of a peer; of one that is no testpmd, none.
+fn devices(name: PeerName, socket: &Path, ring: u16) -> Devices {
     let socket = socket.display();
     let memif = |role: &str| {
         format!(
@@ -279,29 +318,63 @@ fn devices(name: PeerName, socket: &Path, ring: u16) -> [String; 2] {
             ring.trailing_zeros()
         )
     };
-    match name {
-        PeerName::DpdkVhost => [
-            format!("net_vhost0,iface={socket},queues=1"),
-            format!(
-                "net_virtio_user0,path={socket},queues=1,queue_size={ring},packed_vq=1,in_order=1,mrg_rxbuf=0,vectorized=1"
-            ),
-        ],
-        PeerName::Memif => [memif("server"), memif("client")],
-        PeerName::MemifZc => [memif("server"), memif("client,zero-copy=yes")],
+    let vhost =
+        |port: usize, suffix: &str| format!("net_vhost{port},iface={socket}{suffix},queues=1");
+    let virtio_user = |suffix: &str| {
+        format!(
+            "net_virtio_user0,path={socket}{suffix},queues=1,queue_size={ring},packed_vq=1,in_order=1,mrg_rxbuf=0,vectorized=1"
+        )
+    };
+    let (ends, switch) = match name {
+        PeerName::DpdkVhost => ([vhost(0, ""), virtio_user("")], Vec::new()),
+        PeerName::DpdkSwitch => (
+            [".0", ".1"].map(virtio_user),
+            vec![vhost(0, ".0"), vhost(1, ".1")],
+        ),
+        PeerName::Memif => ([memif("server"), memif("client")], Vec::new()),
+        PeerName::MemifZc => ([memif("server"), memif("client,zero-copy=yes")], Vec::new()),
         PeerName::Relay | PeerName::Veth => Default::default(),
+    };
+    Devices { ends, switch }
+}
+
+/// Which of the processes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    Back,
+    Front,
+    Switch,
+}
+
+impl Place {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Back => "back",
+            Self::Front => "front",
+            Self::Switch => "switch",
+        }
+    }
+
+    /// Where its threads may run, as `--lcores` has it. The thread that is told and the one that polls share the core.
+    fn cores(self, [back, front]: [usize; 2]) -> String {
+        match self {
+            Self::Back => back.to_string(),
+            Self::Front => front.to_string(),
+            Self::Switch => format!("({back},{front})"),
+        }
     }
 }
 
-/// Everything behind the program's name. The thread that is told and the one that polls share the core.
-fn args(side: usize, device: &str, config: &Config) -> Vec<String> {
+/// Everything behind the program's name.
+fn args(place: Place, devices: &[String], config: &Config) -> Vec<String> {
     let Config { ring, huge, .. } = *config;
-    let core = config.cores[side];
+    let cores = place.cores(config.cores);
     let memory: &[&str] = if huge {
         &["--in-memory"]
     } else {
         &["--no-huge", "-m", "256"]
     };
-    let mut args = vec!["--lcores".to_owned(), format!("0@{core},1@{core}")];
+    let mut args = vec!["--lcores".to_owned(), format!("0@{cores},1@{cores}")];
     args.extend(memory.iter().map(|&arg| arg.to_owned()));
     args.extend(
         [
@@ -312,10 +385,14 @@ fn args(side: usize, device: &str, config: &Config) -> Vec<String> {
         ]
         .map(str::to_owned),
     );
-    args.push(format!("--file-prefix={}", ["back", "front"][side]));
-    args.extend(["--vdev", device, "--"].map(str::to_owned));
-    // Both directions of a ring full, what is on its way, and the caches of two threads.
-    args.push(format!("--total-num-mbufs={}", 4096 + 4 * u32::from(ring)));
+    args.push(format!("--file-prefix={}", place.name()));
+    for device in devices {
+        args.extend(["--vdev".to_owned(), device.clone()]);
+    }
+    args.push("--".to_owned());
+    // Both directions of a ring full of each port, what is on its way, and the caches of two threads.
+    let rings = 4 * u32::from(ring) * u32::try_from(devices.len()).unwrap_or(1);
+    args.push(format!("--total-num-mbufs={}", 4096 + rings));
     args.extend([format!("--txd={ring}"), format!("--rxd={ring}")]);
     args.push("-i".to_owned());
     args

@@ -28,6 +28,8 @@ const MTU: &str = "1504";
 /// How long a receiver sleeps at most before it looks whether it is to end.
 const NAP: Duration = Duration::from_millis(5);
 const PORT: u16 = 9;
+/// Most frames that are on their way there and back: as many as a socket has room for, in any case.
+const WINDOW: u32 = 64;
 const ENDS: [(&str, Ipv4Addr); 2] = [
     ("back", Ipv4Addr::new(10, 0, 0, 2)),
     ("front", Ipv4Addr::new(10, 0, 0, 1)),
@@ -127,34 +129,24 @@ impl Veth {
     }
 
     fn traffic(&self, case: &PeerCase) -> Result<PeerSample> {
-        let from = match case.way {
-            Way::BeToFe => 0,
-            Way::FeToBe | Way::Echo => 1,
-        };
         let len = case.size.saturating_sub(HEADERS) as usize;
         let (stop, came) = (&AtomicBool::new(false), &AtomicU64::new(0));
-        let [sender, receiver] = [from, 1 - from].map(|end| (&self.sockets[end], self.cores[end]));
+        let [back, front] = &self.sockets;
+        let [back, front]: [Box<dyn FnMut() + Send + '_>; 2] = match case.way {
+            Way::BeToFe => [
+                Box::new(source(back, len)),
+                Box::new(sink(front, len, came)),
+            ],
+            Way::FeToBe => [
+                Box::new(sink(back, len, came)),
+                Box::new(source(front, len)),
+            ],
+            Way::Echo => [Box::new(window(back, len, came)), Box::new(echo(front))],
+        };
+        let [back_core, front_core] = self.cores;
         thread::scope(|scope| {
-            let receiver = scope.spawn(move || {
-                let mut frame = [0; 2048];
-                work(receiver.1, stop, || {
-                    // What is not there yet, or was sent to nobody, is no frame.
-                    if receiver.0.recv(&mut frame).is_ok_and(|got| got == len) {
-                        came.fetch_add(1, Ordering::Relaxed);
-                    }
-                })
-            });
-            let sender = scope.spawn(move || {
-                let mut frame = vec![0; len];
-                let mut sequence = 0_u64;
-                work(sender.1, stop, || {
-                    if let Some(room) = frame.first_chunk_mut() {
-                        *room = sequence.to_le_bytes();
-                    }
-                    // Where the queues are full, the kernel drops or refuses.
-                    sequence += u64::from(sender.0.send(&frame).is_ok());
-                })
-            });
+            let back = scope.spawn(move || work(back_core, stop, back));
+            let front = scope.spawn(move || work(front_core, stop, front));
             let look = || (came.load(Ordering::Relaxed), Instant::now());
             let looks = self.wait(self.warmup).and_then(|()| {
                 let first = look();
@@ -163,10 +155,7 @@ impl Veth {
             });
             stop.store(true, Ordering::Relaxed);
             let lost = |_| anyhow!("a thread was lost");
-            let busy = [
-                sender.join().map_err(lost)??,
-                receiver.join().map_err(lost)??,
-            ];
+            let busy = [back.join().map_err(lost)??, front.join().map_err(lost)??];
             let ((before, began), (after, ended)) = looks?;
             let frames = after - before;
             Ok(PeerSample {
@@ -177,6 +166,60 @@ impl Veth {
                 timed: frames > 0,
             })
         })
+    }
+}
+
+/// Sends a frame after the other. Where the queues are full, the kernel drops or refuses.
+fn source(socket: &UdpSocket, len: usize) -> impl FnMut() {
+    let mut frame = vec![0; len];
+    let mut sequence = 0_u64;
+    move || {
+        if let Some(room) = frame.first_chunk_mut() {
+            *room = sequence.to_le_bytes();
+        }
+        sequence += u64::from(socket.send(&frame).is_ok());
+    }
+}
+
+/// Whether a frame of that length came. What is not there yet, or was sent to nobody, is no frame.
+fn receive(socket: &UdpSocket, len: usize) -> bool {
+    let mut frame = [0; 2048];
+    socket.recv(&mut frame).is_ok_and(|got| got == len)
+}
+
+/// Counts what comes.
+fn sink<'a>(socket: &'a UdpSocket, len: usize, came: &'a AtomicU64) -> impl FnMut() + 'a {
+    move || {
+        came.fetch_add(u64::from(receive(socket, len)), Ordering::Relaxed);
+    }
+}
+
+/// Sends while few are on their way, and counts what comes back.
+fn window<'a>(socket: &'a UdpSocket, len: usize, came: &'a AtomicU64) -> impl FnMut() + 'a {
+    let mut send = source(socket, len);
+    let mut out = 0;
+    move || {
+        if out < WINDOW {
+            send();
+            out += 1;
+        } else if receive(socket, len) {
+            came.fetch_add(1, Ordering::Relaxed);
+            out -= 1;
+        } else {
+            // Nothing came for long: those were dropped.
+            out = 0;
+        }
+    }
+}
+
+/// Sends back what comes.
+fn echo(socket: &UdpSocket) -> impl FnMut() {
+    let mut frame = [0; 2048];
+    move || {
+        if let Ok(got) = socket.recv(&mut frame) {
+            // Where the queues are full, the kernel drops or refuses.
+            let _ = socket.send(&frame[..got]);
+        }
     }
 }
 
@@ -202,10 +245,6 @@ impl Rival for Veth {
 
     fn ring(&self) -> Option<u16> {
         None
-    }
-
-    fn does(&self, case: &PeerCase) -> bool {
-        case.way != Way::Echo
     }
 
     fn sample(&mut self, case: &PeerCase) -> Result<PeerSample> {
@@ -251,7 +290,7 @@ mod tests {
                 return;
             }
         };
-        for way in [Way::BeToFe, Way::FeToBe] {
+        for way in [Way::BeToFe, Way::FeToBe, Way::Echo] {
             for size in [60, 64, 1518] {
                 let case = PeerCase {
                     way,

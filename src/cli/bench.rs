@@ -31,6 +31,8 @@ pub enum Sweep {
 pub enum PeerName {
     /// DPDK: a vhost port (back-end) and a virtio-user port, packed rings, VIRTIO_F_IN_ORDER, vectorised
     DpdkVhost,
+    /// DPDK: two virtio-user ports, the same, and a process between them that forwards from vhost port to vhost port; three that poll
+    DpdkSwitch,
     /// DPDK: two memif ports; every frame is copied
     Memif,
     /// The same, without a copy at the end of the front-end
@@ -46,6 +48,7 @@ impl PeerName {
     pub fn name(self) -> &'static str {
         match self {
             Self::DpdkVhost => "dpdk-vhost",
+            Self::DpdkSwitch => "dpdk-switch",
             Self::Memif => "memif",
             Self::MemifZc => "memif-zc",
             Self::Relay => "relay",

@@ -35,7 +35,7 @@ const QUIET: RGBColor = RGBColor(0x57, 0x60, 0x6a);
 const GRID: RGBColor = RGBColor(0xd8, 0xde, 0xe4);
 
 /// Each colour, and what it is on a dark page.
-const PALETTE: [(RGBColor, &str); 13] = [
+const PALETTE: [(RGBColor, &str); 14] = [
     (BACKGROUND, "#0D1117"),
     (TEXT, "#E6EDF3"),
     (QUIET, "#9EA7B3"),
@@ -45,6 +45,7 @@ const PALETTE: [(RGBColor, &str); 13] = [
     (colour(Line::Packed), "#58A6FF"),
     (colour(Line::PackedInOrder), "#3FB950"),
     (colour(Line::DpdkVhost), "#BC8CFF"),
+    (colour(Line::DpdkSwitch), "#79C0FF"),
     (colour(Line::Memif), "#FF7B72"),
     (colour(Line::MemifZc), "#39C5CF"),
     (colour(Line::Relay), "#FF9BCE"),
@@ -58,6 +59,7 @@ const fn colour(line: Line) -> RGBColor {
         Line::Packed => RGBColor(0x09, 0x69, 0xda),
         Line::PackedInOrder => RGBColor(0x1a, 0x7f, 0x37),
         Line::DpdkVhost => RGBColor(0x82, 0x50, 0xdf),
+        Line::DpdkSwitch => RGBColor(0x3b, 0x5f, 0x9a),
         Line::Memif => RGBColor(0xcf, 0x22, 0x2e),
         Line::MemifZc => RGBColor(0x1b, 0x7c, 0x83),
         Line::Relay => RGBColor(0xbf, 0x39, 0x89),
@@ -210,7 +212,12 @@ fn mark<C>(line: Line, at: C) -> Circle<C, i32> {
     let size = match line {
         Line::Split | Line::Packed => 2,
         Line::SplitInOrder | Line::PackedInOrder => 4,
-        Line::DpdkVhost | Line::Memif | Line::MemifZc | Line::Relay | Line::Veth => 6,
+        Line::DpdkVhost
+        | Line::DpdkSwitch
+        | Line::Memif
+        | Line::MemifZc
+        | Line::Relay
+        | Line::Veth => 6,
     };
     Circle::new(at, size, colour(line).filled())
 }

@@ -72,6 +72,8 @@ pub enum Line {
     PackedInOrder,
     /// DPDK's vhost.
     DpdkVhost,
+    /// DPDK, two hops.
+    DpdkSwitch,
     /// memif.
     Memif,
     /// memif, zero-copy.
@@ -98,6 +100,7 @@ impl Line {
     pub fn peer(name: &str) -> Option<Self> {
         match name {
             "dpdk-vhost" => Some(Self::DpdkVhost),
+            "dpdk-switch" => Some(Self::DpdkSwitch),
             "memif" => Some(Self::Memif),
             "memif-zc" => Some(Self::MemifZc),
             "relay" => Some(Self::Relay),
@@ -114,6 +117,7 @@ impl Line {
             Self::Packed => "packed",
             Self::PackedInOrder => "packed + in-order",
             Self::DpdkVhost => "DPDK vhost",
+            Self::DpdkSwitch => "DPDK, two hops",
             Self::Memif => "memif",
             Self::MemifZc => "memif zero-copy",
             Self::Relay => "relay",

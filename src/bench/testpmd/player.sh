@@ -4,7 +4,7 @@
 dir=$(dirname "$0")
 echo "$*" >> "$dir/args"
 case "$*" in *"$(cat "$dir/broken" 2>/dev/null || echo never)"*) echo "EAL: no such driver" >&2; exit 1 ;; esac
-side=front; case "$*" in *file-prefix=back*) side=back ;; esac
+side=front; case "$*" in *file-prefix=back*) side=back ;; *file-prefix=switch*) side=switch ;; esac
 echo $$ >> "$dir/pids"
 frames=1000
 printf 'EAL: plays\ntestpmd> '

@@ -111,12 +111,53 @@ fn the_sender_and_the_receiver_are_told_what_the_case_says_and_swap_ends_with_th
 #[test]
 fn memif_has_a_server_at_the_back_end_and_zero_copy_where_it_was_asked_for() {
     let socket = Path::new("/run/s");
-    let [server, client] = devices(PeerName::Memif, socket, 256);
+    let [server, client] = devices(PeerName::Memif, socket, 256).ends;
     assert!(server.contains("role=server,") && server.ends_with(",rsize=8"));
     assert!(client.contains("role=client,") && !client.contains("zero-copy"));
-    let [server, client] = devices(PeerName::MemifZc, socket, 1024);
+    let [server, client] = devices(PeerName::MemifZc, socket, 1024).ends;
     assert!(client.contains("role=client,zero-copy=yes,") && client.ends_with(",rsize=10"));
     assert!(!server.contains("zero-copy"));
+}
+
+#[test]
+fn a_switch_listens_on_both_cores_for_two_ends_and_forwards_while_they_send() {
+    let (programs, directory) = player();
+    let mut pair = Pair::start(&programs, PeerName::DpdkSwitch, config(), None).unwrap();
+    let sample = pair.sample(&CASE).unwrap();
+    let (commands, inputs) = (pair.commands(), Rival::inputs(&pair, &CASE));
+    drop(pair);
+
+    assert!(
+        sample.frames == 250_000 && sample.shares.is_none(),
+        "{sample:?}"
+    );
+    let told = [
+        "set fwd io",
+        "set burst 16",
+        "set txpkts 128",
+        "start",
+        "stop",
+        "stop",
+        "quit",
+    ];
+    assert_eq!(lines(&directory, "told.switch"), told);
+    assert_eq!(inputs.len(), 3);
+    assert_eq!(inputs[2], told[..4]);
+    let args = lines(&directory, "args");
+    let core = config().cores[0];
+    assert!(args[0].starts_with(&format!("--lcores 0@({core},{core}),1@({core},{core}) ")));
+    for (port, end) in [(0, 1), (1, 2)] {
+        assert!(args[0].contains(&format!("--vdev net_vhost{port},iface=")));
+        let path = format!("/s.{port},queues=1");
+        assert!(
+            args[0].contains(&path) && args[end].contains(&path),
+            "{args:?}"
+        );
+        assert!(args[end].contains("net_virtio_user0,path="));
+    }
+    // As they are reported: the ends first.
+    assert!(commands[2].ends_with(&args[0]), "{commands:?}");
+    assert_eq!(lines(&directory, "pids").len(), 3);
 }
 
 #[test]
@@ -125,7 +166,7 @@ fn with_huge_pages_there_is_no_file_of_them() {
         huge: true,
         ..config()
     };
-    let args = args(0, "x", &config);
+    let args = args(Place::Back, &["x".to_owned()], &config);
     assert!(args.contains(&"--in-memory".to_owned()) && !args.contains(&"--no-huge".to_owned()));
 }
 
@@ -213,7 +254,7 @@ fn look(frames: u64, at_ms: u64, took_us: u64, cpu_ms: [u64; 2]) -> Look {
         frames,
         at,
         took: Duration::from_micros(took_us),
-        cpu: cpu_ms.map(|ms| ms * 1_000_000),
+        cpu: [cpu_ms[0], cpu_ms[1], 0].map(|ms| ms * 1_000_000),
         cpu_at: at,
     }
 }
