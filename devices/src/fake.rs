@@ -347,6 +347,11 @@ impl Host for FakeHost {
         self.windows.lock().unwrap().push(window.clone());
         Ok(window)
     }
+    fn shared_memory(&self, size: u64) -> io::Result<File> {
+        let file = TempFile::new().map_err(io::Error::from)?.into_file();
+        file.set_len(size)?;
+        Ok(file)
+    }
     fn memory(&self) -> &GuestMemoryMmap {
         &self.memory
     }

@@ -93,6 +93,7 @@ pub fn fuzz_function(data: &[u8]) {
         uuid: [0; 16],
         miss_timeout: Duration::ZERO,
         files: Files::Sealed,
+        inflight: true,
     };
     let window = VhostPci::new(config, behind.clone(), host.clone()).expect("a configuration");
     events.add_subscriber(window.subscriber());

@@ -140,6 +140,8 @@ pub trait Host: Send + Sync {
     fn remove_doorbell(&self, gpa: u64, event: &Arc<EventFd>) -> io::Result<()>;
     /// A window of `size` bytes (a power of two) for `files`, not placed, showing nothing.
     fn window(&self, size: u64, files: Files) -> io::Result<Arc<dyn Window>>;
+    /// New memory of `size` bytes, zeroed, in a file that can neither shrink nor grow: to show in a window, or to give to another process.
+    fn shared_memory(&self, size: u64) -> io::Result<File>;
     /// The guest's memory, as the VMM reaches it.
     fn memory(&self) -> &GuestMemoryMmap;
     /// The guest's memory, as another process can map it.

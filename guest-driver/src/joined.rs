@@ -154,6 +154,7 @@ fn back<L: Layout, C: Notify + Clone>(
             ring: L::device(memory, &config)?,
             call: calls.clone(),
             kicks: interrupts,
+            record: None,
         })
     };
     let [rx, tx] = rings::<L>(start, join)?;

@@ -8,12 +8,15 @@ mod offload;
 
 use alloc::boxed::Box;
 use alloc::vec;
+use core::sync::atomic::Ordering::{Acquire, Relaxed};
+use core::sync::atomic::fence;
 
-use virtqueue::linear::Linear;
+use virtqueue::linear::{Linear, LinearRegion};
 use virtqueue::net::{F_MRG_RXBUF, HEADER_LEN, Header, Offloads};
-use virtqueue::{Buffer, Chain, DeviceRing, Error as RingError};
+use virtqueue::{Buffer, Chain, DeviceRing, Error as RingError, Region as _};
 
 use crate::bulk;
+use crate::inflight::Record;
 use crate::port::{Error, Frame, MAX_BURST, MAX_FRAME, Port, Slot};
 use crate::virtio_pci::Notify;
 
@@ -42,6 +45,62 @@ pub struct Vring<V, N> {
     pub call: N,
     /// Whether the front-end's kicks arrive as interrupts; otherwise the ring has to be polled.
     pub kicks: bool,
+    /// Where the next back-end finds how far the ring has been used.
+    pub record: Option<Record>,
+}
+
+impl<V: DeviceRing, N: Notify> Vring<V, N> {
+    /// Takes available chains in one of the ways of [`DeviceRing`], and records that.
+    #[inline(always)]
+    fn taking(
+        &mut self,
+        how: impl FnOnce(&mut V) -> Result<usize, RingError>,
+    ) -> Result<usize, RingError> {
+        let before = self.ring.base();
+        let taken = how(&mut self.ring)?;
+        if let Some(record) = &self.record {
+            record.taken(before, self.ring.base());
+        }
+        Ok(taken)
+    }
+
+    /// Makes what was used visible to the front-end ([`DeviceRing::publish`]). Nothing is taken and not used then, where there is a record.
+    #[inline(always)]
+    fn publish(&mut self) -> bool {
+        let base = self.ring.base();
+        if let Some(record) = &self.record {
+            record.publishing(base);
+        }
+        let wanted = self.ring.publish();
+        if let Some(record) = &self.record {
+            record.published(base);
+        }
+        wanted
+    }
+}
+
+/// The word that changes before the window is taken away, and what it was when the rings were started.
+#[derive(Debug)]
+pub struct Generation {
+    word: LinearRegion,
+    started: u64,
+}
+
+impl Generation {
+    /// The word at the start of a region.
+    #[must_use]
+    pub fn new(word: LinearRegion) -> Self {
+        let started = word.load_u64(0, Relaxed);
+        Self { word, started }
+    }
+
+    /// Whether what was read of the window before this is what the peer has there.
+    #[inline(always)]
+    fn holds(&self) -> bool {
+        // Not before the frames are read.
+        fence(Acquire);
+        self.word.load_u64(0, Relaxed) == self.started
+    }
 }
 
 /// A chain of one buffer that was taken and is not used yet.
@@ -63,24 +122,26 @@ const NOTHING: Whole = Whole {
 /// Takes up to `count` chains of one buffer into `list`, and shows where each buffer is to `fetch`, so that the lines of all travel at the same time.
 #[inline(always)]
 fn take(
-    ring: &mut impl DeviceRing,
+    vring: &mut Vring<impl DeviceRing, impl Notify>,
     window: Linear,
     list: &mut [Whole; MAX_BURST],
     (count, device_writes): (usize, bool),
     fetch: impl Fn(*mut u8, usize),
 ) -> Result<usize, RingError> {
     let mut places = list.iter_mut();
-    ring.get_each(count, |id, buffer| {
-        let ptr = window.ptr(buffer.addr, buffer.len as usize);
-        let len = match ptr.is_some() && buffer.device_writes == device_writes {
-            true => buffer.len,
-            false => 0,
-        };
-        let ptr = ptr.unwrap_or(core::ptr::null_mut());
-        fetch(ptr, len as usize);
-        if let Some(place) = places.next() {
-            *place = Whole { ptr, len, id };
-        }
+    vring.taking(|ring| {
+        ring.get_each(count, |id, buffer| {
+            let ptr = window.ptr(buffer.addr, buffer.len as usize);
+            let len = match ptr.is_some() && buffer.device_writes == device_writes {
+                true => buffer.len,
+                false => 0,
+            };
+            let ptr = ptr.unwrap_or(core::ptr::null_mut());
+            fetch(ptr, len as usize);
+            if let Some(place) = places.next() {
+                *place = Whole { ptr, len, id };
+            }
+        })
     })
 }
 
@@ -107,6 +168,7 @@ pub struct PeerPort<V, N> {
     spreading: bool,
     /// The front-end has its receive buffers mapped for writing only: looking at them is in vain, slow, and told to its guest as a fault.
     unreadable: bool,
+    generation: Option<Generation>,
     dropped: u64,
     /// Where checksums or segmentation were negotiated, all frames go another way.
     offload: Option<Box<offload::Offload>>,
@@ -137,11 +199,17 @@ impl<V: DeviceRing, N: Notify> PeerPort<V, N> {
             mergeable: features & F_MRG_RXBUF != 0,
             spreading: false,
             unreadable: false,
+            generation: None,
             dropped: 0,
             offload: offload::Offload::new(features),
         };
         port.disarm();
         port
+    }
+
+    /// Has [`Port::whole`] look at this word.
+    pub fn watch(&mut self, generation: Option<Generation>) {
+        self.generation = generation;
     }
 
     /// Packets that did not fit their buffers, or were no frames.
@@ -154,8 +222,9 @@ impl<V: DeviceRing, N: Notify> PeerPort<V, N> {
     #[cold]
     fn stage(&mut self, len: usize) -> Result<Option<*mut u8>, RingError> {
         if self.at == self.taken {
-            let ring = &mut self.to_peer.ring;
-            (self.at, self.taken) = (0, ring.get(&mut self.chains, &mut self.buffers)?);
+            let (chains, buffers) = (&mut self.chains, &mut self.buffers);
+            let taken = self.to_peer.taking(|ring| ring.get(chains, buffers))?;
+            (self.at, self.taken) = (0, taken);
         }
         let enough = self.needed(len).is_some();
         self.spreading |= enough && self.mergeable;
@@ -206,7 +275,8 @@ impl<V: DeviceRing, N: Notify> PeerPort<V, N> {
     #[cold]
     fn take_pieces(&mut self, count: usize) -> Result<usize, RingError> {
         let chains = self.chains.get_mut(..count).unwrap_or_default();
-        self.from_peer.ring.get(chains, &mut self.buffers)
+        let buffers = &mut self.buffers;
+        self.from_peer.taking(|ring| ring.get(chains, buffers))
     }
 
     /// Where the frame in such a chain is; `None` where it holds none.
@@ -250,6 +320,14 @@ impl<V: DeviceRing, N: Notify> PeerPort<V, N> {
         self.to_peer.ring.put_each(ids, written);
         if filled < ready {
             self.to_peer.ring.unget(ready - filled);
+        }
+    }
+
+    /// Frames were looked at, and their chains put back.
+    #[inline(always)]
+    fn received(&mut self) {
+        if self.from_peer.publish() {
+            self.from_peer.call.notify();
         }
     }
 
@@ -330,11 +408,11 @@ impl<V: DeviceRing, N: Notify> Port for PeerPort<V, N> {
             bulk::fetch(to, HEADER_LEN);
             bulk::fetch_to_write(to.wrapping_add(HEADER_LEN), len);
         };
-        let ring = &mut self.to_peer.ring;
+        let vring = &mut self.to_peer;
         let ready = match self.spreading {
             // One chain a frame was not enough last time.
             true => 0,
-            false => take(ring, self.window, &mut self.whole, (count, true), fetch)?,
+            false => take(vring, self.window, &mut self.whole, (count, true), fetch)?,
         };
         self.spreading = false;
         let mut sent = 0;
@@ -374,7 +452,7 @@ impl<V: DeviceRing, N: Notify> Port for PeerPort<V, N> {
         }
         self.to_peer.ring.unget(self.taken - self.at);
         (self.at, self.taken) = (0, 0);
-        if self.to_peer.ring.publish() {
+        if self.to_peer.publish() {
             self.to_peer.call.notify();
         }
         Ok(sent)
@@ -410,8 +488,8 @@ impl<V: DeviceRing, N: Notify> Port for PeerPort<V, N> {
                 len.saturating_sub(HEADER_LEN),
             );
         };
-        let ring = &mut self.from_peer.ring;
-        let whole = take(ring, self.window, &mut self.whole, (count, false), fetch)?;
+        let vring = &mut self.from_peer;
+        let whole = take(vring, self.window, &mut self.whole, (count, false), fetch)?;
         let n = match whole {
             0 => self.take_pieces(count)?,
             _ => whole,
@@ -444,14 +522,15 @@ impl<V: DeviceRing, N: Notify> Port for PeerPort<V, N> {
         } else {
             ring.put_read(self.chains.get(..n).unwrap_or_default());
         }
-        if ring.publish() {
-            self.from_peer.call.notify();
-        }
+        self.received();
         Ok(n)
     }
 
     fn whole(&self) -> bool {
-        self.from_peer.ring.present()
+        match &self.generation {
+            Some(generation) => generation.holds(),
+            None => self.from_peer.ring.present(),
+        }
     }
 
     fn drained(&mut self) -> Result<bool, Error> {

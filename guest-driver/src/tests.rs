@@ -244,6 +244,7 @@ impl<L: Layout> ByHand<L> {
             ring: L::device(bed.memory, config).unwrap(),
             call: Silent,
             kicks: true,
+            record: None,
         };
         let back = PeerPort::new(bed.memory, features, vring(&rx), vring(&tx));
         Self {

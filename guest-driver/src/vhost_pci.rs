@@ -4,18 +4,20 @@
 use alloc::boxed::Box;
 use alloc::vec;
 use alloc::vec::Vec;
+use core::sync::atomic::Ordering::Relaxed;
 
-use virtqueue::linear::Linear;
+use virtqueue::linear::{Linear, LinearRegion};
 use virtqueue::net::{
     F_CTRL_VQ, F_MQ, F_MRG_RXBUF, F_STATUS, GUEST_OFFLOADS, HOST_OFFLOADS, features,
 };
 use virtqueue::packed::Packed;
 use virtqueue::rss;
 use virtqueue::split::{self, Split};
-use virtqueue::{Buffer, DriverRing, Layout, RingConfig, Used};
+use virtqueue::{Buffer, DriverRing, Layout, Memory, Region as _, RingConfig, Used};
 
+use crate::inflight::{self, Record};
 use crate::pci::Function;
-use crate::peer::{PeerPort, Vring};
+use crate::peer::{Generation, PeerPort, Vring};
 use crate::port::{Either, Frame};
 use crate::steering;
 use crate::vhost_user::{self as proto, MAX_MESSAGE, Message, request};
@@ -43,6 +45,11 @@ pub const MAX_PAIRS: usize = 16;
 const VRINGS: usize = 2 * MAX_PAIRS;
 /// Most regions of a front-end's memory table.
 const MAX_REGIONS: usize = 32;
+
+/// In the first page of the second window, each a le64: first the generation; where the record of what is in flight is, and how long it can be.
+const RECORDS_PAGE: usize = 4096;
+const RECORDS_INFLIGHT: usize = 8;
+const RECORDS_INFLIGHT_LEN: usize = 16;
 
 /// What a front-end may negotiate with this back-end, whoever uses it.
 const FEATURES: u64 = features::VERSION_1
@@ -168,6 +175,8 @@ struct Connection {
     features: u64,
     /// How the front-end wants frames to be steered.
     rss: Option<Box<rss::Config>>,
+    /// What the record of what is in flight is for.
+    inflight: Option<inflight::Area>,
 }
 
 /// The driver of a vhost-pci device.
@@ -175,6 +184,10 @@ struct Connection {
 pub struct VhostPci {
     transport: Transport,
     window: Linear,
+    /// The page of the device's in the second window.
+    page: Option<LinearRegion>,
+    /// Where the device shows the record of what is in flight.
+    inflight: Option<Linear>,
     rxq: Control,
     txq: Control,
     /// For each vring that the device has, where its doorbells are: call and error.
@@ -295,14 +308,17 @@ impl VhostPci {
             let usable = features::VERSION_1 | features::ACCESS_PLATFORM;
             (offered & features::VERSION_1 != 0).then_some(offered & usable)
         })?;
-        let bar = transport
-            .shared_memory()
-            .ok_or(Error::Structure("window"))?;
-        let base = platform
-            .map(bar.addr, bar.size)
-            .ok_or(Error::Structure("window"))?;
-        // SAFETY: the platform mapped the whole window, for ever; it holds nothing of Rust's.
-        let window = unsafe { Linear::new(base.as_ptr(), 0, bar.size) };
+        let mapped = |id| {
+            let bar = transport.shared_memory(id)?;
+            let base = platform.map(bar.addr, bar.size)?;
+            // SAFETY: the platform mapped the whole window, for ever; it holds nothing of Rust's.
+            Some(unsafe { Linear::new(base.as_ptr(), 0, bar.size) })
+        };
+        let window = mapped(0).ok_or(Error::Structure("window"))?;
+        let records = mapped(1);
+        let page = records.and_then(|records| records.region(0, RECORDS_PAGE, 8));
+        let part = |at, len| records.and_then(|records| part_of(records, at, len));
+        let inflight = part(RECORDS_INFLIGHT, RECORDS_INFLIGHT_LEN);
         let mut rxq = Control::new(platform, &transport, memory, RXQ, MAX_MESSAGE)?;
         let txq = Control::new(platform, &transport, memory, TXQ, TX_STRIDE)?;
         let vrings = transport.device().read_u32(CONFIG_MAX_QUEUES);
@@ -321,6 +337,8 @@ impl VhostPci {
         let device = Self {
             transport,
             window,
+            page,
+            inflight,
             rxq,
             txq,
             doorbells,
@@ -549,10 +567,18 @@ impl VhostPci {
         let value = |value: u64| Some(proto::reply(message.request, &value.to_le_bytes()));
         match message.request {
             request::GET_FEATURES => value(self.offer.features()),
-            request::GET_PROTOCOL_FEATURES if self.offer.rss => {
-                value(PROTOCOL_FEATURES | proto::PROTOCOL_F_RSS)
+            request::GET_PROTOCOL_FEATURES => {
+                let rss = if self.offer.rss {
+                    proto::PROTOCOL_F_RSS
+                } else {
+                    0
+                };
+                value(
+                    PROTOCOL_FEATURES
+                        | rss
+                        | where_there(self.inflight, proto::PROTOCOL_F_INFLIGHT_SHMFD),
+                )
             }
-            request::GET_PROTOCOL_FEATURES => value(PROTOCOL_FEATURES),
             // Of a network device's queues, pairs are counted.
             request::GET_QUEUE_NUM => value(self.ports.len() as u64),
             request::GET_VRING_BASE => {
@@ -583,6 +609,12 @@ impl VhostPci {
     fn apply(&mut self, message: &Message) -> Option<()> {
         match message.request {
             request::SET_FEATURES => self.connection.features = message.u64(0)?,
+            request::SET_INFLIGHT_FD => {
+                self.connection.inflight = Some(inflight::Area {
+                    queues: message.u16(16)?,
+                    queue_size: message.u16(18)?,
+                });
+            }
             request::SET_OWNER
             | request::SET_PROTOCOL_FEATURES
             | request::SET_VRING_CALL
@@ -674,7 +706,9 @@ impl VhostPci {
         let features = self.connection.features;
         let to_peer = self.make_vring::<L>(2 * pair)?;
         let from_peer = self.make_vring::<L>(2 * pair + 1)?;
-        Some(PeerPort::new(self.window, features, to_peer, from_peer))
+        let mut port = PeerPort::new(self.window, features, to_peer, from_peer);
+        port.watch(self.page.map(Generation::new));
+        Some(port)
     }
 
     fn make_vring<L: Layout>(&self, index: usize) -> Option<Vring<L::Device<Linear>, Doorbell>> {
@@ -691,12 +725,22 @@ impl VhostPci {
             Some(base) if negotiated(features::RING_PACKED) => both_halves(base),
             Some(base) => base,
         };
+        // A split ring says itself how far it has been used.
+        let (record, base) = match (self.inflight, self.connection.inflight) {
+            (Some(memory), Some(area)) if self.packed() => {
+                let window = self.window;
+                let (record, base) = Record::open(memory, area, index, window, &config, base)?;
+                (Some(record), base)
+            }
+            _ => (None, base),
+        };
         let ring = L::device_at(self.window, &config, base).ok()?;
         let [call, _] = *self.doorbells.get(index)?;
         Some(Vring {
             ring,
             call: self.transport.doorbell(call).ok()?,
             kicks,
+            record,
         })
     }
 
@@ -754,6 +798,24 @@ impl VhostPci {
         }
         Ok(written)
     }
+}
+
+/// Feature bits that are there where there is a place for what they need.
+fn where_there(place: Option<Linear>, bits: u64) -> u64 {
+    place.map_or(0, |_| bits)
+}
+
+/// The part of the second window of which these fields of its first page say where it is and how long.
+#[allow(unsafe_code)] // one block: a part of it becomes memory of its own
+fn part_of(records: Linear, at: usize, len: usize) -> Option<Linear> {
+    let page = records.region(0, RECORDS_PAGE, 8)?;
+    let [at, len] = [at, len].map(|field| page.load_u64(field, Relaxed));
+    if len == 0 {
+        return None;
+    }
+    let start = records.ptr(at, usize::try_from(len).ok()?)?;
+    // SAFETY: `ptr` checked the range, which is as mapped as the whole is.
+    Some(unsafe { Linear::new(start, 0, len) })
 }
 
 /// Copies out of a control buffer.

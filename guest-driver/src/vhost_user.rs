@@ -26,6 +26,9 @@ pub const PROTOCOL_F_CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
 /// Protocol feature, of this project's: the front-end says how frames to it are to be steered (docs/device.md, section 7).
 pub const PROTOCOL_F_RSS: u64 = 1 << 62;
 
+/// Protocol feature: what is in flight is kept where the next back-end finds it.
+pub const PROTOCOL_F_INFLIGHT_SHMFD: u64 = 1 << 12;
+
 /// Bit 8 of the payload of SET_VRING_KICK and its like: no descriptor comes with it.
 pub const VRING_NO_FD: u64 = 1 << 8;
 
@@ -47,6 +50,7 @@ pub mod request {
     pub const SET_PROTOCOL_FEATURES: u32 = 16;
     pub const GET_QUEUE_NUM: u32 = 17;
     pub const SET_VRING_ENABLE: u32 = 18;
+    pub const SET_INFLIGHT_FD: u32 = 32;
     pub const ADD_MEM_REG: u32 = 37;
     pub const REM_MEM_REG: u32 = 38;
     /// No name of the specification: docs/device.md, section 7.
@@ -100,6 +104,14 @@ impl<'a> Message<'a> {
         } else {
             rss::Config::parse(self.payload, pairs).map(Some)
         }
+    }
+
+    /// The payload's le16 at a byte offset.
+    #[must_use]
+    pub fn u16(&self, offset: usize) -> Option<u16> {
+        Some(u16::from_le_bytes(
+            self.payload.get(offset..offset + 2)?.try_into().ok()?,
+        ))
     }
 
     /// The payload's le32 at a byte offset.

@@ -138,7 +138,8 @@ pub struct Transport {
     notify: Registers,
     notify_multiplier: u32,
     device: Registers,
-    shared_memory: Option<Bar>,
+    /// By id.
+    shared_memory: [Option<Bar>; 2],
     /// Nothing interrupts.
     polled: bool,
 }
@@ -149,7 +150,7 @@ impl Transport {
         function.enable(platform);
         let mut found = [None; 3];
         let mut notify_multiplier = 0;
-        let mut shared_memory = None;
+        let mut shared_memory = [None; 2];
         for (cap, _) in function
             .capabilities(platform)
             .filter(|&(_, id)| id == CAP_VENDOR)
@@ -165,17 +166,19 @@ impl Transport {
                     &mut found[1]
                 }
                 CFG_DEVICE => &mut found[2],
-                CFG_SHARED_MEMORY if id == 0 && cap_len >= 24 => {
+                CFG_SHARED_MEMORY if cap_len >= 24 => {
                     let offset = offset | u64::from(read(16)) << 32;
                     let len = len | u64::from(read(20)) << 32;
-                    let bar = function
-                        .bar(platform, bar)
-                        .ok_or(Error::Structure("shared memory"))?;
-                    let inside = offset.checked_add(len).is_some_and(|end| end <= bar.size);
-                    shared_memory = inside.then_some(Bar {
-                        addr: bar.addr + offset,
-                        size: len,
-                    });
+                    if let (Some(place), Some(bar)) = (
+                        shared_memory.get_mut(usize::from(id)),
+                        function.bar(platform, bar),
+                    ) {
+                        let inside = offset.checked_add(len).is_some_and(|end| end <= bar.size);
+                        *place = inside.then_some(Bar {
+                            addr: bar.addr + offset,
+                            size: len,
+                        });
+                    }
                     continue;
                 }
                 _ => continue,
@@ -389,10 +392,10 @@ impl Transport {
         &self.device
     }
 
-    /// Shared memory region 0, where the device has one.
+    /// The shared memory region with this id, where the device has it.
     #[must_use]
-    pub fn shared_memory(&self) -> Option<Bar> {
-        self.shared_memory
+    pub fn shared_memory(&self, id: usize) -> Option<Bar> {
+        self.shared_memory.get(id).copied().flatten()
     }
 
     fn add_status(&self, bits: u8) {

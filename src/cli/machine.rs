@@ -200,6 +200,12 @@ static VHOST_PCI: KeyList = KeyList {
             help: "how long an access outside the window waits for the front-end to say what is there; 0: it is not asked",
         },
         Key {
+            name: "inflight",
+            form: "on|off",
+            missing: Missing::Default("off"),
+            help: "the guest records what is in flight, so that packed rings go on where a back-end was lost; a nanosecond or two a frame",
+        },
+        Key {
             name: "unsealed",
             form: "on|off",
             missing: Missing::Default("off"),
@@ -561,6 +567,7 @@ fn vhost_pci(text: &str) -> Result<VhostPciConfig, Failure> {
             true => Files::Unsealed,
             false => Files::Sealed,
         },
+        inflight: values.need("inflight", switch)?,
     })
 }
 

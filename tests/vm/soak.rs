@@ -56,6 +56,7 @@ fn soak(iommu: bool) {
             kind: Kind {
                 packed: random.below(2) == 0,
                 iommu,
+                inflight: false,
             },
             kills_front,
             front_listens: !kills_front,

@@ -1,5 +1,6 @@
 //! The machine as its devices see it: [`devices::host::Host`] over KVM.
 
+use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
@@ -14,7 +15,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::doorbells::Doorbells;
 use crate::interrupts::Router;
 use crate::layout;
-use crate::memory::Memory;
+use crate::memory::{Memory, shared_file};
 use crate::slots::Slots;
 use crate::sys::{kvm, size_text};
 use crate::windows::Windows;
@@ -204,6 +205,10 @@ impl Host for Machine {
     fn window(&self, size: u64, files: Files) -> io::Result<Arc<dyn Window>> {
         let window: Arc<dyn Window> = self.windows.add(size, files)?;
         Ok(window)
+    }
+
+    fn shared_memory(&self, size: u64) -> io::Result<File> {
+        shared_file(size)
     }
 
     fn memory(&self) -> &GuestMemoryMmap {

@@ -6,6 +6,7 @@
 //! The seals (shrink, grow, seal) let a peer map the file without the fear that a later truncation kills it.
 #![allow(unsafe_code)] // memfd_create, fallocate, fcntl seals and madvise have no safe wrapper here
 
+use std::ffi::CStr;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
@@ -15,7 +16,7 @@ use devices::host::{MemoryRegion, SharedRegion};
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
 use crate::layout;
-use crate::sys::size_text;
+use crate::sys::{context, size_text};
 
 /// The least RAM that a VM can have.
 pub const MIN_SIZE: u64 = 2 << 20;
@@ -167,7 +168,8 @@ impl Memory {
         let mut shared = Vec::new();
         let mut mapped = Vec::new();
         for (ranges, bytes) in files {
-            let file = sealed_file(bytes, config.hugepages).map_err(|(call, e)| failed(call, e))?;
+            let file = sealed_file(c"vhost-pci-ram", bytes, config.hugepages)
+                .map_err(|(call, e)| failed(call, e))?;
             let file = Arc::new(file);
             let mut regions = Vec::new();
             let mut file_offset = 0;
@@ -239,7 +241,11 @@ impl Memory {
 }
 
 /// A memfd of `size` bytes that can change its size no more; on failure, the call that failed too.
-fn sealed_file(size: u64, hugepages: HugePages) -> Result<File, (&'static str, io::Error)> {
+fn sealed_file(
+    name: &CStr,
+    size: u64,
+    hugepages: HugePages,
+) -> Result<File, (&'static str, io::Error)> {
     let flags = libc::MFD_CLOEXEC
         | libc::MFD_ALLOW_SEALING
         | match hugepages {
@@ -247,8 +253,8 @@ fn sealed_file(size: u64, hugepages: HugePages) -> Result<File, (&'static str, i
             HugePages::Size2M => libc::MFD_HUGETLB | libc::MFD_HUGE_2MB,
             HugePages::Size1G => libc::MFD_HUGETLB | libc::MFD_HUGE_1GB,
         };
-    // SAFETY: the name is a NUL-terminated constant; the call touches no other memory.
-    let fd = unsafe { libc::memfd_create(c"vhost-pci-ram".as_ptr(), flags) };
+    // SAFETY: the name is NUL-terminated; the call touches no other memory.
+    let fd = unsafe { libc::memfd_create(name.as_ptr(), flags) };
     if fd < 0 {
         return Err(("memfd_create", io::Error::last_os_error()));
     }
@@ -261,6 +267,11 @@ fn sealed_file(size: u64, hugepages: HugePages) -> Result<File, (&'static str, i
         return Err(("fcntl(F_ADD_SEALS)", io::Error::last_os_error()));
     }
     Ok(file)
+}
+
+/// Memory of `size` bytes to share, zeroed and sealed.
+pub(crate) fn shared_file(size: u64) -> io::Result<File> {
+    sealed_file(c"vhost-pci-shared", size, HugePages::Off).map_err(|(call, e)| context(call, e))
 }
 
 /// Gives the file its pages.

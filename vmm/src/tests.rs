@@ -279,6 +279,7 @@ fn a_vm_waits_for_its_back_end_and_leaves_no_socket_behind() {
         uuid: [0; 16],
         miss_timeout: DEFAULT_MISS_TIMEOUT,
         files: Files::Sealed,
+        inflight: true,
     }];
     let vm = thread::spawn(move || run(config));
     socket.get_mut().write_all(b"vmm stats\n").unwrap();
@@ -306,6 +307,7 @@ fn a_device_that_cannot_be_made_is_named_by_its_socket() {
         uuid: [0; 16],
         miss_timeout: DEFAULT_MISS_TIMEOUT,
         files: Files::Sealed,
+        inflight: true,
     }];
     let error = run(config).unwrap_err().to_string();
     assert!(

@@ -14,8 +14,8 @@ use thiserror::Error;
 use super::iotlb::{Translation, Translations};
 use crate::host::{Access, Permission, SharedRegion};
 use crate::vhost_user::{
-    DecodeError, Iotlb, IotlbKind, MAX_PAYLOAD, MemoryRegion, MemoryTable, Message, Payload,
-    SingleMemoryRegion, U64, VringFd, flags, protocol_features, requests,
+    DecodeError, Inflight, Iotlb, IotlbKind, MAX_PAYLOAD, MemoryRegion, MemoryTable, Message,
+    Payload, SingleMemoryRegion, U64, VringFd, flags, protocol_features, requests,
 };
 use crate::virtio::F_ACCESS_PLATFORM;
 
@@ -32,6 +32,7 @@ const HEADER: usize = 12;
 /// Protocol features of the driver's that pass. BACKEND_REQ is the device's own.
 const PROTOCOL_FEATURES: u64 = protocol_features::MQ
     | protocol_features::REPLY_ACK
+    | protocol_features::INFLIGHT_SHMFD
     | protocol_features::CONFIGURE_MEM_SLOTS
     | protocol_features::RSS;
 /// Feature bits that the device cannot carry: VHOST_F_LOG_ALL.
@@ -48,6 +49,10 @@ pub(super) trait Machine {
     fn connect(&mut self, what: Line, queue: u16, fd: Option<OwnedFd>) -> io::Result<()>;
     /// Takes the socket on which the front-end can be asked, in place of the one before.
     fn set_channel(&mut self, socket: OwnedFd) -> io::Result<()>;
+    /// Memory for what is in flight in so many rings of such a size; none where that is too much.
+    fn new_inflight(&mut self, wanted: Inflight) -> io::Result<Option<(Inflight, OwnedFd)>>;
+    /// Shows what the front-end has kept of that, in place of what was there before.
+    fn set_inflight(&mut self, file: OwnedFd, area: Inflight) -> io::Result<()>;
 }
 
 /// The eventfds of a vring.
@@ -117,6 +122,8 @@ pub(super) enum Refusal {
     Translate(Iotlb, #[source] io::Error),
     #[error("the channel for requests is no connected socket: {0}")]
     Channel(#[source] io::Error),
+    #[error("the area for what is in flight {0:x?} cannot be had: {1}")]
+    Inflight(Inflight, #[source] io::Error),
     #[error("the {0:?} eventfd of queue {1} cannot be used: {2}")]
     EventFd(Line, u16, #[source] io::Error),
 }
@@ -169,7 +176,7 @@ impl From<Refusal> for Error {
 /// What an applied message leaves to do.
 enum Applied {
     Pass,
-    Answer(U64),
+    Answer(Message),
     /// The driver does not see it, and the device answers where an answer is wanted.
     Consumed(Step),
 }
@@ -241,6 +248,8 @@ pub(super) struct Backend {
     has_channel: bool,
     /// RSS was negotiated.
     has_rss: bool,
+    /// INFLIGHT_SHMFD was negotiated.
+    has_inflight: bool,
     /// What the window shows: `table` at its guest addresses, or, where ACCESS_PLATFORM was negotiated, `translations` into it.
     translating: bool,
     table: Vec<Shown>,
@@ -259,6 +268,7 @@ impl Backend {
             offers_channel: false,
             has_channel: false,
             has_rss: false,
+            has_inflight: false,
             translating: false,
             table: Vec::new(),
             translations: Translations::default(),
@@ -310,8 +320,8 @@ impl Backend {
                 }
                 Ok(Step::Pass(message))
             }
-            Ok(Applied::Answer(value)) => {
-                self.own_answer(request, value);
+            Ok(Applied::Answer(message)) => {
+                self.outstanding.push_back(Outstanding::Ready(message));
                 Ok(Step::Done)
             }
             Ok(Applied::Consumed(step)) => {
@@ -425,7 +435,8 @@ impl Backend {
             }
             requests::GET_MAX_MEM_SLOTS => {
                 expect(request, 0, &fds)?;
-                return Ok(Applied::Answer(U64(MAX_REGIONS as u64)));
+                let answer = Message::reply(request, &U64(MAX_REGIONS as u64));
+                return Ok(Applied::Answer(answer));
             }
             requests::SET_VRING_KICK => self.set_line(Line::Kick, message, fds, machine)?,
             requests::SET_VRING_CALL => self.set_line(Line::Call, message, fds, machine)?,
@@ -448,6 +459,7 @@ impl Backend {
                 self.reply_ack = features & protocol_features::REPLY_ACK != 0;
                 self.has_channel = features & protocol_features::BACKEND_REQ != 0;
                 self.has_rss = features & protocol_features::RSS != 0;
+                self.has_inflight = features & protocol_features::INFLIGHT_SHMFD != 0;
                 // The driver has not offered it.
                 message.payload = U64(features & PROTOCOL_FEATURES).encode();
             }
@@ -455,6 +467,29 @@ impl Backend {
                 let iotlb = decode(message)?;
                 expect(request, 0, &fds)?;
                 return Ok(Applied::Consumed(self.translate(&iotlb, machine)?));
+            }
+            requests::GET_INFLIGHT_FD if self.has_inflight => {
+                let wanted: Inflight = decode(message)?;
+                expect(request, 0, &fds)?;
+                let made = machine
+                    .new_inflight(wanted)
+                    .map_err(|error| Refusal::Inflight(wanted, error))?;
+                // An area without a length is none.
+                let (area, fds) = match made {
+                    Some((area, file)) => (area, vec![file]),
+                    None => (Inflight::default(), Vec::new()),
+                };
+                let answer = Message::reply(request, &area).with_fds(fds);
+                return Ok(Applied::Answer(answer));
+            }
+            requests::SET_INFLIGHT_FD if self.has_inflight => {
+                let area: Inflight = decode(message)?;
+                expect(request, 1, &fds)?;
+                for fd in fds {
+                    machine
+                        .set_inflight(fd, area)
+                        .map_err(|error| Refusal::Inflight(area, error))?;
+                }
             }
             requests::SET_BACKEND_REQ_FD => {
                 if !self.has_channel {

@@ -1,5 +1,6 @@
 //! The peer's eventfds and memory on their way to the transport and the window.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Weak};
@@ -7,8 +8,10 @@ use std::time::Instant;
 
 use super::backend::{Line, Machine};
 use super::misses::Channel;
+use super::records::Records;
 use super::{FIRST_SPECIAL, Shared};
 use crate::host::{Permission, SharedRegion, Window};
+use crate::vhost_user::Inflight;
 use crate::virtio::{Transport, event};
 
 /// The index of the kick and the call of a queue (docs/device.md, section 6).
@@ -23,16 +26,23 @@ fn error(queue: u16) -> u16 {
 
 /// What a peer can reach through the device.
 pub(super) struct Plumbing {
-    window: Arc<dyn Window>,
+    pub(super) window: Arc<dyn Window>,
+    records: Records,
     shared: Arc<Shared>,
     queues: u16,
     channel: Option<Channel>,
 }
 
 impl Plumbing {
-    pub(super) fn new(window: Arc<dyn Window>, shared: Arc<Shared>, queues: u16) -> Self {
+    pub(super) fn new(
+        window: Arc<dyn Window>,
+        records: Records,
+        shared: Arc<Shared>,
+        queues: u16,
+    ) -> Self {
         Self {
             window,
+            records,
             shared,
             queues,
             channel: None,
@@ -54,7 +64,10 @@ impl Plumbing {
 
     /// Takes everything away: first the memory, so that nothing that a doorbell or a kick starts can reach it.
     pub(super) fn clear(&mut self) {
+        self.records.turn();
         self.window.clear();
+        // What is no whole pages is refused, and these are.
+        let _ = self.records.take_inflight();
         self.channel = None;
         let Ok(transport) = self.transport() else {
             return;
@@ -103,5 +116,14 @@ impl Machine for Plumbing {
     fn set_channel(&mut self, socket: OwnedFd) -> io::Result<()> {
         self.channel = Some(Channel::new(socket)?);
         Ok(())
+    }
+
+    fn new_inflight(&mut self, wanted: Inflight) -> io::Result<Option<(Inflight, OwnedFd)>> {
+        let made = self.records.new_inflight(wanted)?;
+        Ok(made.map(|(area, file)| (area, file.into())))
+    }
+
+    fn set_inflight(&mut self, file: OwnedFd, area: Inflight) -> io::Result<()> {
+        self.records.set_inflight(&Arc::new(File::from(file)), area)
     }
 }

@@ -5,6 +5,7 @@
 //! * `iotlb`: the front-end's translations;
 //! * `misses`: accesses that wait for one;
 //! * `doorbells`: how the peer's eventfds and memory reach the transport and the window;
+//! * `records`: the second window, with what is in flight;
 //! * `queues`: messages to and from the guest;
 //! * `worker`: the device thread's part, which owns all of these.
 //!
@@ -16,6 +17,7 @@ mod doorbells;
 mod iotlb;
 mod misses;
 mod queues;
+mod records;
 #[cfg(test)]
 mod tests;
 mod worker;
@@ -38,7 +40,9 @@ use crate::virtio::{
 };
 use crate::virtio_iommu::Endpoint;
 
+use doorbells::Plumbing;
 use misses::Misses;
+use records::Records;
 use worker::Worker;
 
 /// The virtio device type.
@@ -76,6 +80,8 @@ pub struct VhostPciConfig {
     pub miss_timeout: Duration,
     /// Which files of a front-end the window shows.
     pub files: Files,
+    /// Whether the driver gets a place to record what is in flight where the next back-end finds it.
+    pub inflight: bool,
 }
 
 /// Why a device could not be made.
@@ -193,6 +199,8 @@ pub struct VhostPci {
     worker: Arc<Mutex<Worker>>,
     window: Arc<dyn Window>,
     window_size: u64,
+    /// The second window and its size.
+    records: (u64, Arc<dyn Window>),
     queues: u16,
     uuid: [u8; 16],
     miss_timeout: Duration,
@@ -220,6 +228,7 @@ impl VhostPci {
             uuid,
             miss_timeout,
             files,
+            inflight,
         } = config;
         if !window.is_power_of_two() || window < MIN_WINDOW {
             return Err(Error::WindowSize(window));
@@ -239,6 +248,9 @@ impl VhostPci {
         let window = host
             .window(window_size, files)
             .map_err(|e| Error::Host("the window", e))?;
+        let second = Records::new(host.clone(), inflight)
+            .map_err(|e| Error::Host("the second window", e))?;
+        let records = second.window();
         let shared = Arc::new(Shared {
             guest: Mutex::default(),
             wake: event::new().map_err(|e| Error::Host("an eventfd", e))?,
@@ -248,12 +260,13 @@ impl VhostPci {
         });
         let socket = Socket::new(socket, role)?;
         let translated = endpoint.is_some();
+        let plumbing = Plumbing::new(window.clone(), second, shared.clone(), queues);
         let worker = Worker::new(
             shared.clone(),
             host,
             endpoint,
             socket,
-            window.clone(),
+            plumbing,
             window_size,
             queues,
         )
@@ -263,6 +276,7 @@ impl VhostPci {
             worker: Arc::new(Mutex::new(worker)),
             window,
             window_size,
+            records,
             queues,
             uuid,
             miss_timeout,
@@ -387,11 +401,20 @@ impl VirtioDevice for VhostPci {
         }
     }
 
-    fn window(&self) -> Option<(u64, Arc<dyn Window>)> {
-        Some((self.window_size, self.window.clone()))
+    fn windows(&self) -> Vec<(u64, Arc<dyn Window>)> {
+        vec![
+            (self.window_size, self.window.clone()),
+            self.records.clone(),
+        ]
     }
 
-    fn window_read(&self, offset: u64, data: &mut [u8]) {
+    fn window_read(&self, window: usize, offset: u64, data: &mut [u8]) {
+        if window != 0 {
+            if !self.records.1.read(offset, data) {
+                data.fill(0xff);
+            }
+            return;
+        }
         let allowed = self.window.read(offset, data)
             || self.miss(offset, data.len(), Access::Read) && self.window.read(offset, data);
         if !allowed {
@@ -400,7 +423,11 @@ impl VirtioDevice for VhostPci {
         }
     }
 
-    fn window_write(&self, offset: u64, data: &[u8]) {
+    fn window_write(&self, window: usize, offset: u64, data: &[u8]) {
+        if window != 0 {
+            self.records.1.write(offset, data);
+            return;
+        }
         let allowed = self.window.write(offset, data)
             || self.miss(offset, data.len(), Access::Write) && self.window.write(offset, data);
         if !allowed {

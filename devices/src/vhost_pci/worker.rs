@@ -22,7 +22,7 @@ use super::doorbells::Plumbing;
 use super::misses::{self, Channel};
 use super::queues::{self, ControlQueues, Sent};
 use super::{BACKEND_UP, FRONTEND_UP, Shared, count};
-use crate::host::{Host, Window};
+use crate::host::Host;
 use crate::vhost_user::{self, Connection, Message, RateLimit, Socket, requests};
 use crate::virtio::{DeviceMemory, event};
 use crate::virtio_iommu::Endpoint;
@@ -137,12 +137,12 @@ impl Worker {
         host: Arc<dyn Host>,
         endpoint: Option<Arc<Endpoint>>,
         socket: Socket,
-        window: Arc<dyn Window>,
+        plumbing: Plumbing,
         window_size: u64,
         max_queues: u16,
     ) -> io::Result<Self> {
         Ok(Self {
-            plumbing: Plumbing::new(window, shared.clone(), max_queues),
+            plumbing,
             shared,
             host,
             endpoint,
@@ -161,8 +161,8 @@ impl Worker {
 
     /// Puts another window in the place of the device's.
     #[cfg(test)]
-    pub(super) fn spy(&mut self, window: Arc<dyn Window>) {
-        self.plumbing = Plumbing::new(window, self.shared.clone(), self.max_queues);
+    pub(super) fn spy(&mut self, window: Arc<dyn crate::host::Window>) {
+        self.plumbing.window = window;
     }
 
     fn warn(&mut self, text: fmt::Arguments) {

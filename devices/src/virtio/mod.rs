@@ -180,17 +180,18 @@ pub trait VirtioDevice: Send + Sync {
     fn special_queues(&self) -> SpecialQueues {
         SpecialQueues::default()
     }
-    /// BAR 2 of the device if it has one: its size (a power of two) and the window to place there.
-    fn window(&self) -> Option<(u64, Arc<dyn Window>)> {
-        None
+    /// The windows of the device: of each its size (a power of two) and what to place there. Number n, of two at most, is BAR 2 + 2n and the
+    /// shared memory region with the id n.
+    fn windows(&self) -> Vec<(u64, Arc<dyn Window>)> {
+        Vec::new()
     }
-    /// The guest read from BAR 2 what its memory did not let through (see [`Window`]); the device asks [`Window::read`]. `data` is all-ones
+    /// The guest read from a window what its memory did not let through (see [`Window`]); the device asks [`Window::read`]. `data` is all-ones
     /// already. The vCPU waits; this may take as long as the device's configuration says.
-    fn window_read(&self, offset: u64, data: &mut [u8]) {
-        let _ = (offset, data);
+    fn window_read(&self, window: usize, offset: u64, data: &mut [u8]) {
+        let _ = (window, offset, data);
     }
-    /// The guest wrote to BAR 2 what its memory did not let through, as [`VirtioDevice::window_read`].
-    fn window_write(&self, offset: u64, data: &[u8]) {
-        let _ = (offset, data);
+    /// The guest wrote to a window what its memory did not let through, as [`VirtioDevice::window_read`].
+    fn window_write(&self, window: usize, offset: u64, data: &[u8]) {
+        let _ = (window, offset, data);
     }
 }

@@ -34,8 +34,8 @@ const CFG_SHARED_MEMORY: u8 = 8;
 /// The BAR with the structures.
 const STRUCTURES: u8 = 0;
 const STRUCTURES_SIZE: u64 = 0x1_0000;
-/// The BAR with the window.
-const WINDOW: u8 = 2;
+/// The BARs with the windows.
+const WINDOWS: [u8; 2] = [2, 4];
 
 // Where the structures are in their BAR.
 const COMMON: Range<u64> = 0..common::LENGTH as u64;
@@ -150,22 +150,16 @@ impl VirtioPci {
         let mut writable = capability(0, 0xff, u32::MAX, u32::MAX, &[]);
         writable[0] = 0;
         let access_cap = add(&capability(CFG_PCI, 0, 0, 0, &[0; 4]), &writable)?;
-        let window = device.window();
-        if let Some((size, _)) = &window {
+        let windows = device.windows();
+        for ((id, bar), (size, _)) in (0u8..).zip(WINDOWS).zip(&windows) {
             let [a, b, c, d, high @ ..] = size.to_le_bytes();
             let mut tail = [0; 8];
             tail[4..].copy_from_slice(&high);
-            add(
-                &capability(
-                    CFG_SHARED_MEMORY,
-                    WINDOW,
-                    0,
-                    u32::from_le_bytes([a, b, c, d]),
-                    &tail,
-                ),
-                &[],
-            )?;
-            config.add_bar(WINDOW, BarKind::Memory64, *size)?;
+            let length = u32::from_le_bytes([a, b, c, d]);
+            let mut body = capability(CFG_SHARED_MEMORY, bar, 0, length, &tail);
+            body[3] = id;
+            config.add_capability(CAP_VENDOR, &body, &[])?;
+            config.add_bar(bar, BarKind::Memory64, *size)?;
         }
         let mut body = [0; 10];
         body[..2].copy_from_slice(&(vector_count - 1).to_le_bytes());
@@ -182,7 +176,7 @@ impl VirtioPci {
             sizes.len(),
             special,
             stride,
-            window.map(|(_, window)| window),
+            windows.into_iter().map(|(_, window)| window),
         )
         .map_err(Error::Events)?;
         let state = State {
@@ -357,11 +351,15 @@ impl State {
             control & 0x4000 != 0,
             command.bus_master,
         );
-        let [structures, _, window, ..] = self.config.bars();
-        self.wiring.place(
-            structures.map(|range| range.start + u64::from(NOTIFY)),
-            window,
-        );
+        let bars = self.config.bars();
+        let [structures, ..] = &bars;
+        let notify = structures.as_ref();
+        self.wiring
+            .place(notify.map(|range| range.start + u64::from(NOTIFY)));
+        for (window, bar) in WINDOWS.into_iter().enumerate() {
+            self.wiring
+                .place_window(window, bars[usize::from(bar)].clone());
+        }
     }
 
     fn reset(&mut self, renew: bool) {
@@ -377,6 +375,11 @@ impl State {
             interrupt.trigger();
         }
     }
+}
+
+/// The window that a BAR is for.
+fn window_of(bar: u8) -> Option<usize> {
+    WINDOWS.iter().position(|&window| window == bar)
 }
 
 /// Copies what `source` has at `offset`; the rest of `data` becomes zero.
@@ -422,9 +425,9 @@ impl PciFunction for VirtioPci {
     }
 
     fn bar_read(&self, bar: u8, offset: u64, data: &mut [u8]) {
-        if bar == WINDOW {
+        if let Some(window) = window_of(bar) {
             data.fill(0xff);
-            return self.device.window_read(offset, data);
+            return self.device.window_read(window, offset, data);
         }
         data.fill(0);
         let Ok(at) = u32::try_from(offset) else {
@@ -452,8 +455,8 @@ impl PciFunction for VirtioPci {
     }
 
     fn bar_write(&self, bar: u8, offset: u64, data: &[u8]) {
-        if bar == WINDOW {
-            return self.device.window_write(offset, data);
+        if let Some(window) = window_of(bar) {
+            return self.device.window_write(window, offset, data);
         }
         let Ok(at) = u32::try_from(offset) else {
             return;

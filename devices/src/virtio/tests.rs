@@ -93,8 +93,8 @@ impl VirtioDevice for Device {
             vectors: 2,
         }
     }
-    fn window(&self) -> Option<(u64, Arc<dyn Window>)> {
-        Some((WINDOW, self.window.clone()))
+    fn windows(&self) -> Vec<(u64, Arc<dyn Window>)> {
+        vec![(WINDOW, self.window.clone())]
     }
 }
 

@@ -1,4 +1,4 @@
-//! What connects a function to the machine without a VMM thread in between: doorbells, interrupt sources, and the window.
+//! What connects a function to the machine without a VMM thread in between: doorbells, interrupt sources, and the windows.
 
 use std::io;
 use std::ops::Range;
@@ -30,7 +30,7 @@ struct Line {
     vector: u16,
 }
 
-/// The doorbells, sources and window of one function.
+/// The doorbells, sources and windows of one function.
 pub(super) struct Wiring {
     host: Arc<dyn Host>,
     lines: Vec<Line>,
@@ -39,8 +39,8 @@ pub(super) struct Wiring {
     /// Where the notify area is on the bus.
     notify: Option<u64>,
     notify_stride: u64,
-    window: Option<Arc<dyn Window>>,
-    window_at: Option<u64>,
+    /// The windows, and where each is on the bus.
+    windows: Vec<(Arc<dyn Window>, Option<u64>)>,
     log: RateLimit,
 }
 
@@ -50,7 +50,7 @@ impl Wiring {
         queues: usize,
         special: usize,
         notify_stride: u64,
-        window: Option<Arc<dyn Window>>,
+        windows: impl Iterator<Item = Arc<dyn Window>>,
     ) -> io::Result<Self> {
         let mut lines = Vec::with_capacity(queues + special);
         for index in 0..queues + special {
@@ -73,8 +73,7 @@ impl Wiring {
             queues,
             notify: None,
             notify_stride,
-            window,
-            window_at: None,
+            windows: windows.map(|window| (window, None)).collect(),
             log: RateLimit::new(Duration::from_secs(1)),
         })
     }
@@ -202,40 +201,46 @@ impl Wiring {
         Ok(())
     }
 
-    /// Follows the BARs: the notify area to `notify`, the window to `window`. A place beyond the physical address space is none.
-    pub(super) fn place(&mut self, notify: Option<u64>, window: Option<Range<u64>>) {
-        if notify != self.notify {
-            for index in 0..self.lines.len() {
-                self.unregister(index);
-            }
-            self.notify = notify;
-            for index in 0..self.lines.len() {
-                // The doorbell then works all the same, by way of an MMIO exit.
-                if let Err(error) = self.register(index) {
-                    self.warn("add a doorbell", &error);
-                }
+    /// Follows the BAR with the notify area.
+    pub(super) fn place(&mut self, notify: Option<u64>) {
+        if notify == self.notify {
+            return;
+        }
+        for index in 0..self.lines.len() {
+            self.unregister(index);
+        }
+        self.notify = notify;
+        for index in 0..self.lines.len() {
+            // The doorbell then works all the same, by way of an MMIO exit.
+            if let Err(error) = self.register(index) {
+                self.warn("add a doorbell", &error);
             }
         }
+    }
+
+    /// Follows the BAR of a window, where there is one with this number. A place beyond the physical address space is none.
+    pub(super) fn place_window(&mut self, number: usize, bar: Option<Range<u64>>) {
         let end = 1u64
             .checked_shl(self.host.physical_address_bits().into())
             .unwrap_or(u64::MAX);
-        let at = window
+        let at = bar
             .filter(|range| range.end <= end)
             .map(|range| range.start);
-        if at == self.window_at {
-            return;
-        }
-        let Some(window) = self.window.clone() else {
+        let Some((window, place)) = self.windows.get_mut(number) else {
             return;
         };
-        self.window_at = at;
-        if let Err(error) = window.place(at) {
-            self.window_at = None;
-            self.warn("place the window", &error);
+        if at == *place {
+            return;
+        }
+        let window = window.clone();
+        let placed = window.place(at);
+        *place = at.filter(|_| placed.is_ok());
+        if let Err(error) = placed {
+            self.warn("place a window", &error);
             if at.is_some()
                 && let Err(error) = window.place(None)
             {
-                self.warn("take the window off the bus", &error);
+                self.warn("take a window off the bus", &error);
             }
         }
     }

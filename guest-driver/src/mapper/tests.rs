@@ -228,6 +228,7 @@ fn bed<L: Layout>(shape: Shape) -> Bed<L> {
         ring: L::device(memory, &config(n)).unwrap(),
         call: Silent,
         kicks: false,
+        record: None,
     };
     let mergeable = if shape.mergeable { F_MRG_RXBUF } else { 0 };
     let back = PeerPort::new(memory, mergeable, vring(0), vring(1));

@@ -11,7 +11,7 @@ use virtqueue::linear::Linear;
 use virtqueue::net::{HEADER_LEN, Header, Offloads};
 use virtqueue::{Buffer, Chain, DeviceRing};
 
-use super::{MAX_BUFFERS, ONES, PeerPort, Vring, pieces, place, room};
+use super::{MAX_BUFFERS, ONES, PeerPort, pieces, place, room};
 use crate::bulk;
 use crate::pieces::{Piece, strip, walk};
 use crate::port::{Error, Frame, MAX_BURST, MAX_FRAME, Slot};
@@ -193,7 +193,7 @@ impl<V: DeviceRing, N: Notify> PeerPort<V, N> {
             return Err(Error::Offload);
         };
         let count = count.min(MAX_BURST);
-        let Vring { ring, call, .. } = &mut self.to_peer;
+        let vring = &mut self.to_peer;
         let mut outgoing = Outgoing {
             window: self.window,
             header,
@@ -203,9 +203,12 @@ impl<V: DeviceRing, N: Notify> PeerPort<V, N> {
             dropped: &mut self.dropped,
         };
         let mut wanted = (offload.chains * count).clamp(1, MAX_BURST);
+        // Large packets become visible one by one; but a record says where the burst ends, so that with one they do at its end.
+        let each = len > MAX_FRAME && vring.record.is_none();
         let (mut sent, mut notify) = (0, false);
         while sent < count {
-            let taken = ring.get(&mut self.chains[..wanted], &mut self.buffers)?;
+            let (chains, buffers) = (&mut self.chains[..wanted], &mut self.buffers);
+            let taken = vring.taking(|ring| ring.get(chains, buffers))?;
             if len <= MAX_FRAME {
                 for chain in self.chains.iter().take(taken.min(count - sent)) {
                     if let [whole] = pieces(&self.buffers, chain) {
@@ -221,20 +224,20 @@ impl<V: DeviceRing, N: Notify> PeerPort<V, N> {
                 let chains = self.chains.get(at..taken).unwrap_or(&[]);
                 let buffers = (chains, &self.buffers[..]);
                 let build = |slot: &mut Slot| build(sent, slot);
-                match outgoing.put(ring, buffers, &mut offload.pieces, build) {
+                match outgoing.put(&mut vring.ring, buffers, &mut offload.pieces, build) {
                     Put::Took(chains) => {
                         offload.chains = chains;
                         at += chains;
                         sent += 1;
-                        if len > MAX_FRAME {
-                            notify |= ring.publish();
+                        if each {
+                            notify |= vring.ring.publish();
                         }
                     }
                     Put::Lacks => break,
                 }
             }
             if at < taken {
-                ring.unget(taken - at);
+                vring.ring.unget(taken - at);
             }
             if at == 0 {
                 match (taken == wanted, wanted == MAX_BURST) {
@@ -249,8 +252,8 @@ impl<V: DeviceRing, N: Notify> PeerPort<V, N> {
                 }
             }
         }
-        if ring.publish() || notify {
-            call.notify();
+        if vring.publish() || notify {
+            vring.call.notify();
         }
         Ok(sent)
     }
@@ -264,8 +267,9 @@ impl<V: DeviceRing, N: Notify> PeerPort<V, N> {
         let Some(offload) = &mut self.offload else {
             return Err(Error::Offload);
         };
-        let ring = &mut self.from_peer.ring;
-        let n = ring.get(&mut self.chains[..count.min(MAX_BURST)], &mut self.buffers)?;
+        let chains = &mut self.chains[..count.min(MAX_BURST)];
+        let buffers = &mut self.buffers;
+        let n = self.from_peer.taking(|ring| ring.get(chains, buffers))?;
         if n == 0 {
             return Ok(0);
         }
@@ -284,10 +288,8 @@ impl<V: DeviceRing, N: Notify> PeerPort<V, N> {
                 None => self.dropped += 1,
             }
         }
-        ring.put_read(&self.chains[..n]);
-        if ring.publish() {
-            self.from_peer.call.notify();
-        }
+        self.from_peer.ring.put_read(&self.chains[..n]);
+        self.received();
         Ok(n)
     }
 }

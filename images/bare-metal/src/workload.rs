@@ -467,7 +467,7 @@ pub(crate) struct Receiver {
     warmup: u64,
     /// How many frames the peer says it sent.
     pub(crate) ended: Option<u64>,
-    /// How many frames were corrupted before the last burst.
+    /// How many frames were corrupted in bursts that were whole.
     sound: u64,
     stats: Received,
 }
@@ -571,7 +571,7 @@ impl Receiver {
         }
     }
 
-    /// The run was cut short, and the frames lay in a window: of the last burst nobody can say whether it was there all the time.
+    /// The run was cut short: of a burst that was not whole, nobody can say which of its frames were there all the time.
     fn tear(&mut self) {
         self.stats.torn = self.stats.corrupted - self.sound;
         self.stats.corrupted = self.sound;
@@ -613,7 +613,7 @@ fn traffic<L: Link, const MOST: usize>(
         },
         ..sender.stats
     });
-    if let (Err(_), Some(receiver), End::BackEnd) = (&result, &mut receiver, link.end()) {
+    if let (Err(_), Some(receiver)) = (&result, &mut receiver) {
         receiver.tear();
     }
     outcome.received = receiver.map(|mut receiver| receiver.finish(stopped_at));
@@ -654,14 +654,14 @@ fn exchange<L: Link, const MOST: usize>(
             .as_mut()
             .filter(|receiver| receiver.ended.is_none())
         {
-            let sound = receiver.stats.corrupted;
-            let came = with_port(link, |port| {
-                port.rx_burst(run.batch, |frame| {
+            let (came, whole) = with_port(link, |port| {
+                let came = port.rx_burst(run.batch, |frame| {
                     receiver.take::<MOST>(frame);
-                })
+                })?;
+                Ok((came, came == 0 || port.whole()))
             })?;
-            if came > 0 {
-                receiver.sound = sound;
+            if whole {
+                receiver.sound = receiver.stats.corrupted;
             }
             idle &= came == 0;
             if receiver.ended.is_some() {

@@ -20,6 +20,7 @@ fn config(directory: &TempDir, iommu: IommuConfig) -> VmConfig {
         uuid: [0; 16],
         miss_timeout: DEFAULT_MISS_TIMEOUT,
         files: Files::Sealed,
+        inflight: true,
     };
     VmConfig {
         memory: ram(4 << 20),

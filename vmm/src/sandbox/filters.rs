@@ -190,13 +190,16 @@ pub(super) fn program(thread: Thread, action: SeccompAction) -> Result<BpfProgra
             let unix = [wide(libc::AF_UNIX)];
             rules.only(libc::SYS_socket, 0, Eq, &unix)?;
             rules.only(libc::SYS_socketpair, 0, Eq, &unix)?;
-            let duplicate = [libc::F_DUPFD_CLOEXEC, libc::F_GET_SEALS].map(wide);
-            rules.only(libc::SYS_fcntl, 1, Eq, &duplicate)?;
-            // Windows are looked at, counters read, deadlines set.
+            let files = [libc::F_DUPFD_CLOEXEC, libc::F_GET_SEALS, libc::F_ADD_SEALS].map(wide);
+            rules.only(libc::SYS_fcntl, 1, Eq, &files)?;
+            // Windows are looked at, counters read, deadlines set; a page of the device's is written, and memory is made for what is in flight.
             rules.allow(&[
                 libc::SYS_eventfd2,
                 libc::SYS_fstatfs,
+                libc::SYS_ftruncate,
+                libc::SYS_memfd_create,
                 libc::SYS_pread64,
+                libc::SYS_pwrite64,
                 libc::SYS_timerfd_settime,
             ]);
             [VM, STREAM].concat()

@@ -158,10 +158,10 @@ fn each_thread_may_do_its_own_work_and_not_that_of_the_others() {
             vec![Thread::Tap],
         ),
         (
-            "write a disk",
+            "write a disk, or a page of a device's",
             libc::SYS_pwrite64,
             [bad, 0, 0, 0, 0, 0],
-            vec![Thread::Disk],
+            vec![Thread::Disk, Thread::Devices],
         ),
         (
             "copy within the process",

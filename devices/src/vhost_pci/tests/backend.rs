@@ -40,6 +40,12 @@ impl Machine for Books {
     fn set_channel(&mut self, _socket: OwnedFd) -> io::Result<()> {
         Ok(())
     }
+    fn new_inflight(&mut self, _wanted: Inflight) -> io::Result<Option<(Inflight, OwnedFd)>> {
+        Ok(None)
+    }
+    fn set_inflight(&mut self, _file: OwnedFd, _area: Inflight) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 fn apply(backend: &mut Backend, books: &mut Books, message: Message) -> Result<Step, Fault> {

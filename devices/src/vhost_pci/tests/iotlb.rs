@@ -505,7 +505,10 @@ fn the_channel_goes_with_the_drivers_offer_and_has_to_be_a_socket() {
     }
     peer.receive().unwrap().unwrap();
     let offered = peer.receive().unwrap().unwrap().payload;
-    assert_eq!(offered, U64(1 << 0 | 1 << 3 | 1 << 15 | 1 << 62).encode());
+    assert_eq!(
+        offered,
+        U64(1 << 0 | 1 << 3 | 1 << 12 | 1 << 15 | 1 << 62).encode()
+    );
     let message = Message::request(requests::SET_PROTOCOL_FEATURES, &U64(1 << 5));
     rig.request(&mut peer, &message);
     rig.assert_gone(&mut peer);
@@ -559,6 +562,12 @@ impl Machine for Pages {
     fn set_channel(&mut self, _socket: OwnedFd) -> io::Result<()> {
         Ok(())
     }
+    fn new_inflight(&mut self, _wanted: Inflight) -> io::Result<Option<(Inflight, OwnedFd)>> {
+        Ok(None)
+    }
+    fn set_inflight(&mut self, _file: OwnedFd, _area: Inflight) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// A connection that has negotiated translations and has [`layout`].
@@ -585,6 +594,12 @@ fn there_can_be_so_many_translations_and_no_more_but_one_for_another_is_possible
             Ok(())
         }
         fn set_channel(&mut self, _: OwnedFd) -> io::Result<()> {
+            Ok(())
+        }
+        fn new_inflight(&mut self, _wanted: Inflight) -> io::Result<Option<(Inflight, OwnedFd)>> {
+            Ok(None)
+        }
+        fn set_inflight(&mut self, _file: OwnedFd, _area: Inflight) -> io::Result<()> {
             Ok(())
         }
     }
@@ -741,6 +756,12 @@ impl Machine for Ranges {
         Ok(())
     }
     fn set_channel(&mut self, _: OwnedFd) -> io::Result<()> {
+        Ok(())
+    }
+    fn new_inflight(&mut self, _wanted: Inflight) -> io::Result<Option<(Inflight, OwnedFd)>> {
+        Ok(None)
+    }
+    fn set_inflight(&mut self, _file: OwnedFd, _area: Inflight) -> io::Result<()> {
         Ok(())
     }
 }

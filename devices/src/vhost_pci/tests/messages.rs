@@ -63,14 +63,13 @@ fn a_configuration_for_rss_passes_as_it_is_where_that_was_agreed_on() {
 #[test]
 fn what_the_device_cannot_carry_is_taken_out_of_the_replies_and_refused_when_used() {
     let (mut rig, mut peer) = Rig::connected();
-    let withheld = 1u64 << 26;
     for (request, offered, passes) in [
-        (requests::GET_FEATURES, u64::MAX, !withheld),
+        (requests::GET_FEATURES, u64::MAX, !(1 << 26)),
         (
             requests::GET_PROTOCOL_FEATURES,
             u64::MAX,
             // The channel of requests is the device's own, and goes with ACCESS_PLATFORM.
-            1 << 0 | 1 << 3 | 1 << 5 | 1 << 15 | 1 << 62,
+            1 << 0 | 1 << 3 | 1 << 5 | 1 << 12 | 1 << 15 | 1 << 62,
         ),
     ] {
         rig.request(&mut peer, &Message::bare(request));

@@ -7,6 +7,7 @@ mod iotlb;
 mod messages;
 mod misses;
 mod noise;
+mod records;
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -19,8 +20,8 @@ use vmm_sys_util::tempfile::TempFile;
 use super::*;
 use crate::fake::{FakeHost, FakeWindow};
 use crate::vhost_user::{
-    Connection, MemoryRegion, MemoryTable, Message, Payload, U64, VringAddr, VringFd, VringState,
-    flags, protocol_features, requests,
+    Connection, Inflight, MemoryRegion, MemoryTable, Message, Payload, U64, VringAddr, VringFd,
+    VringState, flags, protocol_features, requests,
 };
 use crate::virtio::harness::*;
 use crate::virtio::{F_VERSION_1, VirtioPci, status};
@@ -51,6 +52,7 @@ fn config(dir: &TempDir, role: SocketRole) -> VhostPciConfig {
         uuid,
         miss_timeout: Duration::from_secs(10),
         files: Files::Sealed,
+        inflight: true,
     }
 }
 
