@@ -2,6 +2,8 @@
 //! `qemu-system-x86`, and what tests/common/linux.rs names. QEMU runs under TCG: it needs no KVM that can nest.
 
 mod common;
+#[path = "qemu/migration.rs"]
+mod migration;
 
 use std::fmt::Write as _;
 use std::fs;
@@ -78,7 +80,7 @@ fn machine() -> MutexGuard<'static, ()> {
 }
 
 /// What one pairing is made of.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy, Debug, Default)]
 struct Pairing {
     packed: bool,
     mergeable: bool,
@@ -103,10 +105,15 @@ struct Place {
 
 impl Place {
     fn new(again: bool) -> Self {
+        Self::with(&script(again))
+    }
+
+    /// With another script for QEMU's guest.
+    fn with(script: &str) -> Self {
         let _machine = machine();
         let kernel = linux::kernel();
         let dir = Dir::new();
-        kernel.initrd(dir.path(), &script(again));
+        kernel.initrd(dir.path(), script);
         Self {
             _machine,
             kernel,
@@ -116,7 +123,12 @@ impl Place {
 
     /// Our VM, whose device connects or waits as QEMU does not, with the control channel on its standard input.
     fn back_end(&self, qemu_listens: bool, words: &str) -> (Running, Control) {
-        let device = format!("socket={},listen={}", self.dir.file("s"), on(!qemu_listens));
+        self.back_end_at("s", &format!("listen={}", on(!qemu_listens)), words)
+    }
+
+    /// The same at a socket of this name, with these keys.
+    fn back_end_at(&self, name: &str, keys: &str, words: &str) -> (Running, Control) {
+        let device = format!("socket={},{keys}", self.dir.file(name));
         let args = ["run", "-v", "--console", "output", "--control-fd", "0"];
         let more = ["--vhost-pci", &device, "--cmdline", words];
         let (ours, theirs) = UnixStream::pair().unwrap();
@@ -131,6 +143,19 @@ impl Place {
 
     /// QEMU, with memory of this kind. Without `vectors=0` the one in Debian 12 ends with a signal (docs/interop.md).
     fn qemu(&self, pairing: Pairing, memory: &str) -> Qemu {
+        let emulator = Command::new("qemu-system-x86_64");
+        self.qemu_at("s", emulator, pairing, memory, &[])
+    }
+
+    /// The same at a socket of this name, run by this command with more arguments.
+    fn qemu_at(
+        &self,
+        name: &str,
+        mut command: Command,
+        pairing: Pairing,
+        memory: &str,
+        more: &[String],
+    ) -> Qemu {
         let Pairing {
             packed,
             mergeable,
@@ -139,7 +164,7 @@ impl Place {
             offload,
         } = pairing;
         let server = if qemu_listens { ",server=on" } else { "" };
-        let chardev = format!("socket,id=c,path={}{server}", self.dir.file("s"));
+        let chardev = format!("socket,id=c,path={}{server}", self.dir.file(name));
         let mut net = format!(
             "virtio-net-pci,netdev=n,romfile=,vectors=0,packed={},mrg_rxbuf={}",
             on(packed),
@@ -155,8 +180,8 @@ impl Place {
         ] {
             let _ = write!(net, ",{key}={}", on(offload));
         }
-        let mut append = "console=ttyS0 quiet panic=-1".to_owned();
-        let mut command = Command::new("qemu-system-x86_64");
+        // On a busy machine emulated interrupts of a timer come later than the kernel expects when it tries them.
+        let mut append = "console=ttyS0 quiet panic=-1 no_timer_check".to_owned();
         command
             .args(["-nodefaults", "-no-user-config", "-display", "none"])
             .args(["-serial", "stdio", "-no-reboot", "-accel", "tcg"])
@@ -173,7 +198,8 @@ impl Place {
             .args(["vhost-user,id=n,chardev=c", "-device", &net])
             .arg("-kernel")
             .arg(&self.kernel.image)
-            .args(["-initrd", &self.dir.file("initrd"), "-append", &append]);
+            .args(["-initrd", &self.dir.file("initrd"), "-append", &append])
+            .args(more);
         let (ours, theirs) = UnixStream::pair().unwrap();
         let stdin = Stdio::from(OwnedFd::from(theirs));
         Qemu {

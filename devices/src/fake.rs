@@ -185,7 +185,7 @@ impl Window for FakeWindow {
             .checked_add(region.len)
             .filter(|&end| end <= self.size)
             .ok_or_else(invalid)?;
-        if region.file.metadata()?.len() < region.file_offset + region.len {
+        if region.file.metadata()?.len().next_multiple_of(4096) < region.file_offset + region.len {
             return Err(invalid());
         }
         let mut mapped = self.mapped.lock().unwrap();

@@ -94,6 +94,7 @@ pub fn fuzz_function(data: &[u8]) {
         miss_timeout: Duration::ZERO,
         files: Files::Sealed,
         inflight: true,
+        log: false,
     };
     let window = VhostPci::new(config, behind.clone(), host.clone()).expect("a configuration");
     events.add_subscriber(window.subscriber());

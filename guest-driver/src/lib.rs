@@ -17,6 +17,7 @@
 extern crate alloc;
 
 pub mod bulk;
+pub mod dirty;
 pub mod inflight;
 pub mod joined;
 pub mod line;

@@ -16,6 +16,7 @@ use virtqueue::net::{F_MRG_RXBUF, HEADER_LEN, Header, Offloads};
 use virtqueue::{Buffer, Chain, DeviceRing, Error as RingError, Region as _};
 
 use crate::bulk;
+use crate::dirty::PortLog;
 use crate::inflight::Record;
 use crate::port::{Error, Frame, MAX_BURST, MAX_FRAME, Port, Slot};
 use crate::virtio_pci::Notify;
@@ -168,6 +169,8 @@ pub struct PeerPort<V, N> {
     spreading: bool,
     /// The front-end has its receive buffers mapped for writing only: looking at them is in vain, slow, and told to its guest as a fault.
     unreadable: bool,
+    /// What is written is logged there.
+    log: Option<PortLog>,
     generation: Option<Generation>,
     dropped: u64,
     /// Where checksums or segmentation were negotiated, all frames go another way.
@@ -199,6 +202,7 @@ impl<V: DeviceRing, N: Notify> PeerPort<V, N> {
             mergeable: features & F_MRG_RXBUF != 0,
             spreading: false,
             unreadable: false,
+            log: None,
             generation: None,
             dropped: 0,
             offload: offload::Offload::new(features),
@@ -210,6 +214,20 @@ impl<V: DeviceRing, N: Notify> PeerPort<V, N> {
     /// Has [`Port::whole`] look at this word.
     pub fn watch(&mut self, generation: Option<Generation>) {
         self.generation = generation;
+    }
+
+    /// Logs what is written from now on, and that both rings were; or nothing any more.
+    pub fn set_log(&mut self, log: Option<PortLog>) {
+        self.log = log;
+        self.log_rings();
+    }
+
+    /// Both rings were written.
+    fn log_rings(&self) {
+        if let Some(log) = &self.log {
+            log.ring(0);
+            log.ring(1);
+        }
     }
 
     /// Packets that did not fit their buffers, or were no frames.
@@ -268,6 +286,9 @@ impl<V: DeviceRing, N: Notify> PeerPort<V, N> {
             self.to_peer.ring.put(chain.id, written);
             rest = left;
         }
+        if let Some(log) = &self.log {
+            log.sent(chains, &self.buffers, packet);
+        }
         self.at += count;
     }
 
@@ -318,6 +339,10 @@ impl<V: DeviceRing, N: Notify> PeerPort<V, N> {
         let written = u32::try_from(packet).unwrap_or(0);
         let ids = self.whole.iter().take(filled).map(|whole| whole.id);
         self.to_peer.ring.put_each(ids, written);
+        if let Some(log) = &self.log {
+            let filled = self.whole.iter().take(filled);
+            log.wrote(self.window, filled.map(|whole| whole.ptr), packet);
+        }
         if filled < ready {
             self.to_peer.ring.unget(ready - filled);
         }
@@ -328,6 +353,9 @@ impl<V: DeviceRing, N: Notify> PeerPort<V, N> {
     fn received(&mut self) {
         if self.from_peer.publish() {
             self.from_peer.call.notify();
+        }
+        if let Some(log) = &self.log {
+            log.ring(1);
         }
     }
 
@@ -351,7 +379,7 @@ fn place(window: Linear, buffer: Buffer, len: usize, device_writes: bool) -> Opt
 
 /// The buffers of a chain.
 #[inline(always)]
-fn pieces<'a>(buffers: &'a [Buffer], chain: &Chain) -> &'a [Buffer] {
+pub(crate) fn pieces<'a>(buffers: &'a [Buffer], chain: &Chain) -> &'a [Buffer] {
     let first = usize::from(chain.first);
     let end = first + usize::from(chain.count);
     buffers.get(first..end).unwrap_or(&[])
@@ -455,6 +483,9 @@ impl<V: DeviceRing, N: Notify> Port for PeerPort<V, N> {
         if self.to_peer.publish() {
             self.to_peer.call.notify();
         }
+        if let Some(log) = &self.log {
+            log.ring(0);
+        }
         Ok(sent)
     }
 
@@ -541,11 +572,13 @@ impl<V: DeviceRing, N: Notify> Port for PeerPort<V, N> {
         // A ring whose kicks do not arrive has to be polled: say that there is something to look at.
         let rx = rx && (self.from_peer.ring.enable_kicks() || !self.from_peer.kicks);
         let tx = tx && (self.to_peer.ring.enable_kicks() || !self.to_peer.kicks);
+        self.log_rings();
         rx || tx
     }
 
     fn disarm(&mut self) {
         self.from_peer.ring.disable_kicks();
         self.to_peer.ring.disable_kicks();
+        self.log_rings();
     }
 }

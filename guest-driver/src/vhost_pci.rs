@@ -8,13 +8,15 @@ use core::sync::atomic::Ordering::Relaxed;
 
 use virtqueue::linear::{Linear, LinearRegion};
 use virtqueue::net::{
-    F_CTRL_VQ, F_MQ, F_MRG_RXBUF, F_STATUS, GUEST_OFFLOADS, HOST_OFFLOADS, features,
+    F_CTRL_VQ, F_GUEST_ANNOUNCE, F_MQ, F_MRG_RXBUF, F_STATUS, GUEST_OFFLOADS, HOST_OFFLOADS,
+    features,
 };
 use virtqueue::packed::Packed;
 use virtqueue::rss;
 use virtqueue::split::{self, Split};
 use virtqueue::{Buffer, DriverRing, Layout, Memory, Region as _, RingConfig, Used};
 
+use crate::dirty::{self, DirtyLog, F_LOG_ALL, PortLog};
 use crate::inflight::{self, Record};
 use crate::pci::Function;
 use crate::peer::{Generation, PeerPort, Vring};
@@ -50,6 +52,9 @@ const MAX_REGIONS: usize = 32;
 const RECORDS_PAGE: usize = 4096;
 const RECORDS_INFLIGHT: usize = 8;
 const RECORDS_INFLIGHT_LEN: usize = 16;
+/// The same of the log.
+const RECORDS_LOG: usize = 24;
+const RECORDS_LOG_LEN: usize = 32;
 
 /// What a front-end may negotiate with this back-end, whoever uses it.
 const FEATURES: u64 = features::VERSION_1
@@ -61,9 +66,12 @@ const FEATURES: u64 = features::VERSION_1
     | F_STATUS
     | F_CTRL_VQ
     | F_MQ
+    | F_GUEST_ANNOUNCE
     | proto::F_PROTOCOL_FEATURES;
-const PROTOCOL_FEATURES: u64 =
-    proto::PROTOCOL_F_MQ | proto::PROTOCOL_F_REPLY_ACK | proto::PROTOCOL_F_CONFIGURE_MEM_SLOTS;
+const PROTOCOL_FEATURES: u64 = proto::PROTOCOL_F_MQ
+    | proto::PROTOCOL_F_RARP
+    | proto::PROTOCOL_F_REPLY_ACK
+    | proto::PROTOCOL_F_CONFIGURE_MEM_SLOTS;
 
 /// What a caller decides of that.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -151,6 +159,8 @@ struct VringState {
     base: Option<u32>,
     /// User addresses of the descriptor, used and available areas.
     addr: Option<[u64; 3]>,
+    /// Where the used area is in the log, if it is to be logged.
+    log: Option<u64>,
     /// A kick message has come; and whether kicks interrupt.
     started: Option<bool>,
     enabled: bool,
@@ -175,6 +185,8 @@ struct Connection {
     features: u64,
     /// How the front-end wants frames to be steered.
     rss: Option<Box<rss::Config>>,
+    /// Bytes of the log that the second window shows.
+    log: Option<u64>,
     /// What the record of what is in flight is for.
     inflight: Option<inflight::Area>,
 }
@@ -186,8 +198,12 @@ pub struct VhostPci {
     window: Linear,
     /// The page of the device's in the second window.
     page: Option<LinearRegion>,
-    /// Where the device shows the record of what is in flight.
+    /// Where the device shows the front-end's log.
+    log: Option<Linear>,
+    /// Where it shows the record of what is in flight.
     inflight: Option<Linear>,
+    /// The address of a front-end that has moved, and of which the network is to hear.
+    announcement: Option<[u8; 6]>,
     rxq: Control,
     txq: Control,
     /// For each vring that the device has, where its doorbells are: call and error.
@@ -318,6 +334,7 @@ impl VhostPci {
         let records = mapped(1);
         let page = records.and_then(|records| records.region(0, RECORDS_PAGE, 8));
         let part = |at, len| records.and_then(|records| part_of(records, at, len));
+        let log = part(RECORDS_LOG, RECORDS_LOG_LEN);
         let inflight = part(RECORDS_INFLIGHT, RECORDS_INFLIGHT_LEN);
         let mut rxq = Control::new(platform, &transport, memory, RXQ, MAX_MESSAGE)?;
         let txq = Control::new(platform, &transport, memory, TXQ, TX_STRIDE)?;
@@ -338,7 +355,9 @@ impl VhostPci {
             transport,
             window,
             page,
+            log,
             inflight,
+            announcement: None,
             rxq,
             txq,
             doorbells,
@@ -379,6 +398,12 @@ impl VhostPci {
     #[must_use]
     pub fn features(&self) -> u64 {
         self.connection.features
+    }
+
+    /// The Ethernet address that the back-end is to announce in its network with a RARP frame, because its front-end has moved
+    /// (VHOST_USER_SEND_RARP); once each time.
+    pub fn take_announcement(&mut self) -> Option<[u8; 6]> {
+        self.announcement.take()
     }
 
     /// Deals with what has come. `config_changed`: a configuration interrupt came since the last call; without one, this costs
@@ -566,7 +591,9 @@ impl VhostPci {
     fn answer(&mut self, message: &Message) -> Option<[u8; REPLY_LEN]> {
         let value = |value: u64| Some(proto::reply(message.request, &value.to_le_bytes()));
         match message.request {
-            request::GET_FEATURES => value(self.offer.features()),
+            request::GET_FEATURES => {
+                value(self.offer.features() | where_there(self.log, F_LOG_ALL))
+            }
             request::GET_PROTOCOL_FEATURES => {
                 let rss = if self.offer.rss {
                     proto::PROTOCOL_F_RSS
@@ -576,11 +603,17 @@ impl VhostPci {
                 value(
                     PROTOCOL_FEATURES
                         | rss
+                        | where_there(self.log, proto::PROTOCOL_F_LOG_SHMFD)
                         | where_there(self.inflight, proto::PROTOCOL_F_INFLIGHT_SHMFD),
                 )
             }
             // Of a network device's queues, pairs are counted.
             request::GET_QUEUE_NUM => value(self.ports.len() as u64),
+            request::SET_LOG_BASE => {
+                self.connection.log = message.u64(0);
+                self.follow_log();
+                value(0)
+            }
             request::GET_VRING_BASE => {
                 let index = message.u32(0)?;
                 self.stop_vring(index);
@@ -608,14 +641,22 @@ impl VhostPci {
     /// Does what a message without a reply of its own asks; `None` where it cannot be done.
     fn apply(&mut self, message: &Message) -> Option<()> {
         match message.request {
-            request::SET_FEATURES => self.connection.features = message.u64(0)?,
+            request::SET_FEATURES => {
+                self.connection.features = message.u64(0)?;
+                self.follow_log();
+            }
             request::SET_INFLIGHT_FD => {
                 self.connection.inflight = Some(inflight::Area {
                     queues: message.u16(16)?,
                     queue_size: message.u16(18)?,
                 });
             }
+            request::SEND_RARP => {
+                let [address @ .., _, _] = message.u64(0)?.to_le_bytes();
+                self.announcement = Some(address);
+            }
             request::SET_OWNER
+            | request::SET_LOG_FD
             | request::SET_PROTOCOL_FEATURES
             | request::SET_VRING_CALL
             | request::SET_VRING_ERR => {}
@@ -651,7 +692,10 @@ impl VhostPci {
             request::SET_VRING_ADDR => {
                 self.stop_vring(message.u32(0)?);
                 let addr = [message.u64(8)?, message.u64(16)?, message.u64(24)?];
-                self.vring(message.u32(0)?)?.addr = Some(addr);
+                let logged = message.u32(4)? & dirty::VRING_F_LOG != 0;
+                let log = logged.then_some(message.u64(32)?);
+                let vring = self.vring(message.u32(0)?)?;
+                (vring.addr, vring.log) = (Some(addr), log);
             }
             request::SET_VRING_KICK => {
                 let value = message.u64(0)?;
@@ -708,7 +752,45 @@ impl VhostPci {
         let from_peer = self.make_vring::<L>(2 * pair + 1)?;
         let mut port = PeerPort::new(self.window, features, to_peer, from_peer);
         port.watch(self.page.map(Generation::new));
+        port.set_log(self.port_log::<L>(pair));
         Some(port)
+    }
+
+    /// Has the data paths log what they write, or not, as the front-end has said.
+    fn follow_log(&mut self) {
+        for pair in 0..self.ports.len() {
+            let logs = [self.port_log::<Split>(pair), self.port_log::<Packed>(pair)];
+            let [split, packed] = logs;
+            match self.ports.get_mut(pair) {
+                Some(Some(Either::Split(port))) => port.set_log(split),
+                Some(Some(Either::Packed(port))) => port.set_log(packed),
+                _ => {}
+            }
+        }
+    }
+
+    /// What the data path of a pair logs.
+    fn port_log<L: Layout>(&self, pair: usize) -> Option<PortLog> {
+        let len = self.connection.log?;
+        if self.connection.features & F_LOG_ALL == 0 {
+            return None;
+        }
+        let log = DirtyLog::new(self.log?, len);
+        let ring = |index| self.logged_ranges::<L>(index).unwrap_or_default();
+        Some(PortLog {
+            log,
+            rings: [ring(2 * pair), ring(2 * pair + 1)],
+        })
+    }
+
+    /// What of a ring is logged.
+    fn logged_ranges<L: Layout>(&self, index: usize) -> Option<[dirty::Range; 2]> {
+        let config = self.ring::<L>(index)?;
+        let used = self.connection.vrings.get(index)?.log?;
+        let [desc, _, device] = L::area_sizes(config.size)?;
+        // Used descriptors of a packed ring lie in the descriptor area, of whose address in the log no message speaks: it is the one in the window.
+        let desc = if self.packed() { desc as u64 } else { 0 };
+        Some([(used, device as u64), (config.desc, desc)])
     }
 
     fn make_vring<L: Layout>(&self, index: usize) -> Option<Vring<L::Device<Linear>, Doorbell>> {

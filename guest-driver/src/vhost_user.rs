@@ -18,6 +18,10 @@ pub const NEED_REPLY: u32 = 1 << 3;
 pub const F_PROTOCOL_FEATURES: u64 = 1 << 30;
 /// Protocol feature: several queues.
 pub const PROTOCOL_F_MQ: u64 = 1 << 0;
+/// Protocol feature: the log of what is written is shared memory.
+pub const PROTOCOL_F_LOG_SHMFD: u64 = 1 << 1;
+/// Protocol feature: the back-end announces a front-end that has moved.
+pub const PROTOCOL_F_RARP: u64 = 1 << 2;
 /// Protocol feature: NEED_REPLY.
 pub const PROTOCOL_F_REPLY_ACK: u64 = 1 << 3;
 /// Protocol feature: memory regions are added and removed one by one.
@@ -25,7 +29,6 @@ pub const PROTOCOL_F_CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
 
 /// Protocol feature, of this project's: the front-end says how frames to it are to be steered (docs/device.md, section 7).
 pub const PROTOCOL_F_RSS: u64 = 1 << 62;
-
 /// Protocol feature: what is in flight is kept where the next back-end finds it.
 pub const PROTOCOL_F_INFLIGHT_SHMFD: u64 = 1 << 12;
 
@@ -39,6 +42,8 @@ pub mod request {
     pub const SET_FEATURES: u32 = 2;
     pub const SET_OWNER: u32 = 3;
     pub const SET_MEM_TABLE: u32 = 5;
+    pub const SET_LOG_BASE: u32 = 6;
+    pub const SET_LOG_FD: u32 = 7;
     pub const SET_VRING_NUM: u32 = 8;
     pub const SET_VRING_ADDR: u32 = 9;
     pub const SET_VRING_BASE: u32 = 10;
@@ -50,6 +55,7 @@ pub mod request {
     pub const SET_PROTOCOL_FEATURES: u32 = 16;
     pub const GET_QUEUE_NUM: u32 = 17;
     pub const SET_VRING_ENABLE: u32 = 18;
+    pub const SEND_RARP: u32 = 19;
     pub const SET_INFLIGHT_FD: u32 = 32;
     pub const ADD_MEM_REG: u32 = 37;
     pub const REM_MEM_REG: u32 = 38;

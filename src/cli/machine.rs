@@ -206,6 +206,12 @@ static VHOST_PCI: KeyList = KeyList {
             help: "the guest records what is in flight, so that packed rings go on where a back-end was lost; a nanosecond or two a frame",
         },
         Key {
+            name: "log",
+            form: "on|off",
+            missing: Missing::Default("off"),
+            help: "the guest logs what it writes to the front-end's memory, which live migration needs; it cannot be behind an IOMMU then",
+        },
+        Key {
             name: "unsealed",
             form: "on|off",
             missing: Missing::Default("off"),
@@ -568,6 +574,7 @@ fn vhost_pci(text: &str) -> Result<VhostPciConfig, Failure> {
             false => Files::Sealed,
         },
         inflight: values.need("inflight", switch)?,
+        log: values.need("log", switch)?,
     })
 }
 

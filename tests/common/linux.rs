@@ -45,6 +45,23 @@ fn entries(dir: &Path) -> Vec<PathBuf> {
     all
 }
 
+/// A QEMU whose migrations of guests under TCG lose nothing, downloaded where that was not done before (images/linux/debian); or what
+/// `VHOST_PCI_QEMU` names.
+#[must_use]
+pub fn emulator() -> Command {
+    if let Some(path) = std::env::var_os("VHOST_PCI_QEMU") {
+        return Command::new(path);
+    }
+    static ONE: Mutex<()> = Mutex::new(());
+    let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let script = "set -e; . images/linux/debian; need_emulator >&2; printf '%s\\n' \"${qemu[@]}\"";
+    let words = output(Command::new("bash").args(["-c", script]));
+    let mut words = words.lines();
+    let mut command = Command::new(words.next().expect("a program"));
+    command.args(words);
+    command
+}
+
 /// The name of the kernel's package, which depends on the suite; `None` where the machine has no list of packages.
 fn package() -> Option<String> {
     let mut query = Command::new("apt-cache");

@@ -7,6 +7,7 @@ mod faults;
 mod isolation;
 mod kill;
 mod link;
+mod log;
 mod metrics;
 mod offload;
 mod pair;

@@ -280,6 +280,7 @@ fn a_vm_waits_for_its_back_end_and_leaves_no_socket_behind() {
         miss_timeout: DEFAULT_MISS_TIMEOUT,
         files: Files::Sealed,
         inflight: true,
+        log: false,
     }];
     let vm = thread::spawn(move || run(config));
     socket.get_mut().write_all(b"vmm stats\n").unwrap();
@@ -308,6 +309,7 @@ fn a_device_that_cannot_be_made_is_named_by_its_socket() {
         miss_timeout: DEFAULT_MISS_TIMEOUT,
         files: Files::Sealed,
         inflight: true,
+        log: false,
     }];
     let error = run(config).unwrap_err().to_string();
     assert!(

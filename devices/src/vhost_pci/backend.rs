@@ -14,7 +14,7 @@ use thiserror::Error;
 use super::iotlb::{Translation, Translations};
 use crate::host::{Access, Permission, SharedRegion};
 use crate::vhost_user::{
-    DecodeError, Inflight, Iotlb, IotlbKind, MAX_PAYLOAD, MemoryRegion, MemoryTable, Message,
+    DecodeError, Inflight, Iotlb, IotlbKind, Log, MAX_PAYLOAD, MemoryRegion, MemoryTable, Message,
     Payload, SingleMemoryRegion, U64, VringFd, flags, protocol_features, requests,
 };
 use crate::virtio::F_ACCESS_PLATFORM;
@@ -31,12 +31,14 @@ const HEADER: usize = 12;
 
 /// Protocol features of the driver's that pass. BACKEND_REQ is the device's own.
 const PROTOCOL_FEATURES: u64 = protocol_features::MQ
+    | protocol_features::LOG_SHMFD
+    | protocol_features::RARP
     | protocol_features::REPLY_ACK
     | protocol_features::INFLIGHT_SHMFD
     | protocol_features::CONFIGURE_MEM_SLOTS
     | protocol_features::RSS;
-/// Feature bits that the device cannot carry: VHOST_F_LOG_ALL.
-const WITHHELD_FEATURES: u64 = 1 << 26;
+/// VHOST_F_LOG_ALL: what is written to the front-end's memory is logged.
+const F_LOG_ALL: u64 = 1 << 26;
 
 /// Where the effects of messages go.
 pub(super) trait Machine {
@@ -49,6 +51,8 @@ pub(super) trait Machine {
     fn connect(&mut self, what: Line, queue: u16, fd: Option<OwnedFd>) -> io::Result<()>;
     /// Takes the socket on which the front-end can be asked, in place of the one before.
     fn set_channel(&mut self, socket: OwnedFd) -> io::Result<()>;
+    /// Shows the log in the file, in place of the one before.
+    fn set_log(&mut self, file: OwnedFd, log: Log) -> io::Result<()>;
     /// Memory for what is in flight in so many rings of such a size; none where that is too much.
     fn new_inflight(&mut self, wanted: Inflight) -> io::Result<Option<(Inflight, OwnedFd)>>;
     /// Shows what the front-end has kept of that, in place of what was there before.
@@ -122,6 +126,8 @@ pub(super) enum Refusal {
     Translate(Iotlb, #[source] io::Error),
     #[error("the channel for requests is no connected socket: {0}")]
     Channel(#[source] io::Error),
+    #[error("the log {0:x?} cannot be shown: {1}")]
+    Log(Log, #[source] io::Error),
     #[error("the area for what is in flight {0:x?} cannot be had: {1}")]
     Inflight(Inflight, #[source] io::Error),
     #[error("the {0:?} eventfd of queue {1} cannot be used: {2}")]
@@ -248,8 +254,14 @@ pub(super) struct Backend {
     has_channel: bool,
     /// RSS was negotiated.
     has_rss: bool,
+    /// LOG_SHMFD was negotiated.
+    has_log: bool,
     /// INFLIGHT_SHMFD was negotiated.
     has_inflight: bool,
+    /// RARP was negotiated.
+    has_rarp: bool,
+    /// The front-end may have what is written logged; then it may not be behind an IOMMU, for the driver does not know the addresses by which the log goes.
+    logs: bool,
     /// What the window shows: `table` at its guest addresses, or, where ACCESS_PLATFORM was negotiated, `translations` into it.
     translating: bool,
     table: Vec<Shown>,
@@ -258,8 +270,9 @@ pub(super) struct Backend {
 }
 
 impl Backend {
-    /// A connection that has said nothing yet, for a window of `window` bytes and `queues` queue indices.
-    pub(super) fn new(window: u64, queues: u16) -> Self {
+    /// A connection that has said nothing yet, for a window of `window` bytes and `queues` queue indices; with `logs`, of a front-end that may have what is
+    /// written logged, and not be behind an IOMMU.
+    pub(super) fn new(window: u64, queues: u16, logs: bool) -> Self {
         Self {
             window,
             queues,
@@ -268,7 +281,10 @@ impl Backend {
             offers_channel: false,
             has_channel: false,
             has_rss: false,
+            has_log: false,
             has_inflight: false,
+            has_rarp: false,
+            logs,
             translating: false,
             table: Vec::new(),
             translations: Translations::default(),
@@ -363,14 +379,15 @@ impl Backend {
         let number = || U64::decode(payload).map_err(|_| Dropped::Payload(request));
         match request {
             requests::GET_FEATURES => {
-                let U64(features) = number()?;
+                let features = number()?.0 & !self.withheld();
                 self.driver_translates = features & F_ACCESS_PLATFORM != 0;
-                message.payload = U64(features & !WITHHELD_FEATURES).encode();
+                message.payload = U64(features).encode();
             }
             requests::GET_PROTOCOL_FEATURES => {
                 let U64(features) = number()?;
                 self.offers_channel = self.driver_translates;
-                message.payload = U64(features & PROTOCOL_FEATURES | self.channel_bit()).encode();
+                message.payload =
+                    U64(features & self.protocol_features() | self.channel_bit()).encode();
             }
             _ => {}
         }
@@ -386,6 +403,24 @@ impl Backend {
                 self.outstanding.push_front(driver);
                 None
             }
+        }
+    }
+
+    /// The feature bit that the front-end cannot have.
+    fn withheld(&self) -> u64 {
+        if self.logs {
+            F_ACCESS_PLATFORM
+        } else {
+            F_LOG_ALL
+        }
+    }
+
+    /// Protocol features of the driver's that pass.
+    fn protocol_features(&self) -> u64 {
+        if self.logs {
+            PROTOCOL_FEATURES
+        } else {
+            PROTOCOL_FEATURES & !protocol_features::LOG_SHMFD
         }
     }
 
@@ -444,22 +479,25 @@ impl Backend {
             requests::SET_FEATURES => {
                 expect(request, 0, &fds)?;
                 let U64(features) = decode(message)?;
-                if features & WITHHELD_FEATURES != 0 {
-                    return Err(Fault::Features(request, features & WITHHELD_FEATURES).into());
+                let withheld = features & self.withheld();
+                if withheld != 0 {
+                    return Err(Fault::Features(request, withheld).into());
                 }
                 self.set_translating(features & F_ACCESS_PLATFORM != 0, machine)?;
             }
             requests::SET_PROTOCOL_FEATURES => {
                 expect(request, 0, &fds)?;
                 let U64(features) = decode(message)?;
-                let unknown = features & !(PROTOCOL_FEATURES | self.channel_bit());
+                let unknown = features & !(self.protocol_features() | self.channel_bit());
                 if unknown != 0 {
                     return Err(Fault::Features(request, unknown).into());
                 }
                 self.reply_ack = features & protocol_features::REPLY_ACK != 0;
                 self.has_channel = features & protocol_features::BACKEND_REQ != 0;
                 self.has_rss = features & protocol_features::RSS != 0;
+                self.has_log = features & protocol_features::LOG_SHMFD != 0;
                 self.has_inflight = features & protocol_features::INFLIGHT_SHMFD != 0;
+                self.has_rarp = features & protocol_features::RARP != 0;
                 // The driver has not offered it.
                 message.payload = U64(features & PROTOCOL_FEATURES).encode();
             }
@@ -468,6 +506,17 @@ impl Backend {
                 expect(request, 0, &fds)?;
                 return Ok(Applied::Consumed(self.translate(&iotlb, machine)?));
             }
+            requests::SET_LOG_BASE if self.has_log => {
+                let log = decode(message)?;
+                expect(request, 1, &fds)?;
+                for fd in fds {
+                    machine
+                        .set_log(fd, log)
+                        .map_err(|error| Refusal::Log(log, error))?;
+                }
+            }
+            // Who logs need not say so: a front-end looks at the log when it wants to know.
+            requests::SET_LOG_FD if self.has_log => expect(request, 1, &fds)?,
             requests::GET_INFLIGHT_FD if self.has_inflight => {
                 let wanted: Inflight = decode(message)?;
                 expect(request, 0, &fds)?;
@@ -491,6 +540,7 @@ impl Backend {
                         .map_err(|error| Refusal::Inflight(area, error))?;
                 }
             }
+            requests::SEND_RARP if self.has_rarp => expect(request, 0, &fds)?,
             requests::SET_BACKEND_REQ_FD => {
                 if !self.has_channel {
                     return Err(Fault::NotOffered(request).into());
@@ -848,6 +898,7 @@ fn has_reply(request: u32) -> bool {
             | requests::GET_PROTOCOL_FEATURES
             | requests::GET_QUEUE_NUM
             | requests::GET_VRING_BASE
+            | requests::SET_LOG_BASE
     )
 }
 

@@ -11,7 +11,7 @@ use super::misses::Channel;
 use super::records::Records;
 use super::{FIRST_SPECIAL, Shared};
 use crate::host::{Permission, SharedRegion, Window};
-use crate::vhost_user::Inflight;
+use crate::vhost_user::{Inflight, Log};
 use crate::virtio::{Transport, event};
 
 /// The index of the kick and the call of a queue (docs/device.md, section 6).
@@ -28,6 +28,8 @@ fn error(queue: u16) -> u16 {
 pub(super) struct Plumbing {
     pub(super) window: Arc<dyn Window>,
     records: Records,
+    /// [`VhostPciConfig::log`](super::VhostPciConfig::log).
+    pub(super) logs: bool,
     shared: Arc<Shared>,
     queues: u16,
     channel: Option<Channel>,
@@ -37,12 +39,14 @@ impl Plumbing {
     pub(super) fn new(
         window: Arc<dyn Window>,
         records: Records,
+        logs: bool,
         shared: Arc<Shared>,
         queues: u16,
     ) -> Self {
         Self {
             window,
             records,
+            logs,
             shared,
             queues,
             channel: None,
@@ -67,6 +71,7 @@ impl Plumbing {
         self.records.turn();
         self.window.clear();
         // What is no whole pages is refused, and these are.
+        let _ = self.records.take_log();
         let _ = self.records.take_inflight();
         self.channel = None;
         let Ok(transport) = self.transport() else {
@@ -116,6 +121,10 @@ impl Machine for Plumbing {
     fn set_channel(&mut self, socket: OwnedFd) -> io::Result<()> {
         self.channel = Some(Channel::new(socket)?);
         Ok(())
+    }
+
+    fn set_log(&mut self, file: OwnedFd, log: Log) -> io::Result<()> {
+        self.records.set_log(&Arc::new(File::from(file)), log)
     }
 
     fn new_inflight(&mut self, wanted: Inflight) -> io::Result<Option<(Inflight, OwnedFd)>> {

@@ -5,7 +5,7 @@
 //! * `iotlb`: the front-end's translations;
 //! * `misses`: accesses that wait for one;
 //! * `doorbells`: how the peer's eventfds and memory reach the transport and the window;
-//! * `records`: the second window, with what is in flight;
+//! * `records`: the second window, with the front-end's dirty log;
 //! * `queues`: messages to and from the guest;
 //! * `worker`: the device thread's part, which owns all of these.
 //!
@@ -82,6 +82,8 @@ pub struct VhostPciConfig {
     pub files: Files,
     /// Whether the driver gets a place to record what is in flight where the next back-end finds it.
     pub inflight: bool,
+    /// Whether the front-end may have what is written to its memory logged (VHOST_F_LOG_ALL), for live migration. Then it may not be behind an IOMMU.
+    pub log: bool,
 }
 
 /// Why a device could not be made.
@@ -229,6 +231,7 @@ impl VhostPci {
             miss_timeout,
             files,
             inflight,
+            log,
         } = config;
         if !window.is_power_of_two() || window < MIN_WINDOW {
             return Err(Error::WindowSize(window));
@@ -248,7 +251,7 @@ impl VhostPci {
         let window = host
             .window(window_size, files)
             .map_err(|e| Error::Host("the window", e))?;
-        let second = Records::new(host.clone(), inflight)
+        let second = Records::new(host.clone(), window_size, inflight)
             .map_err(|e| Error::Host("the second window", e))?;
         let records = second.window();
         let shared = Arc::new(Shared {
@@ -260,7 +263,7 @@ impl VhostPci {
         });
         let socket = Socket::new(socket, role)?;
         let translated = endpoint.is_some();
-        let plumbing = Plumbing::new(window.clone(), second, shared.clone(), queues);
+        let plumbing = Plumbing::new(window.clone(), second, log, shared.clone(), queues);
         let worker = Worker::new(
             shared.clone(),
             host,

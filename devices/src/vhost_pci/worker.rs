@@ -272,7 +272,7 @@ impl Worker {
                 count(&self.shared.counters.connections);
                 let text = format_args!("front-end connected");
                 say(&mut self.log.connected, Level::Info, &self.socket, text);
-                let backend = Backend::new(self.window_size, self.max_queues);
+                let backend = Backend::new(self.window_size, self.max_queues, self.plumbing.logs);
                 self.peer = Some(Peer {
                     connection,
                     backend,

@@ -27,7 +27,7 @@ pub use inflight::{Inflight, InflightArea};
 pub use limit::RateLimit;
 pub use socket::{Error as SocketError, Socket, SocketRole};
 pub use wire::{
-    DecodeError, Iotlb, IotlbKind, MAX_FDS, MAX_PAYLOAD, MemoryRegion, MemoryTable, Message,
+    DecodeError, Iotlb, IotlbKind, Log, MAX_FDS, MAX_PAYLOAD, MemoryRegion, MemoryTable, Message,
     Payload, SingleMemoryRegion, U64, VringAddr, VringFd, VringState, backend_requests, flags,
     protocol_features, requests,
 };

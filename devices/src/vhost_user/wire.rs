@@ -454,6 +454,29 @@ impl Payload for VringAddr {
     }
 }
 
+/// The payload of SET_LOG_BASE ("Log description").
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Log {
+    /// Length of the log in bytes: a bit for each page of 4 KiB, the lowest of each byte first.
+    pub mmap_size: u64,
+    /// Where it starts in the file that comes with it.
+    pub mmap_offset: u64,
+}
+
+impl Payload for Log {
+    fn encode(&self) -> Vec<u8> {
+        [self.mmap_size.to_le_bytes(), self.mmap_offset.to_le_bytes()].concat()
+    }
+
+    fn decode(payload: &[u8]) -> Result<Self, DecodeError> {
+        let bytes = exactly::<16>(payload)?;
+        Ok(Self {
+            mmap_size: u64_at::<0, 16>(bytes),
+            mmap_offset: u64_at::<8, 16>(bytes),
+        })
+    }
+}
+
 /// The payload of SET_VRING_KICK, SET_VRING_CALL and SET_VRING_ERR. Bits beyond these two fields mean nothing and are
 /// not kept.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -79,6 +79,8 @@ pub trait Device {
     fn pair(&mut self, index: usize) -> Option<&mut Self::Port>;
     /// Takes the rings out of use because the peer broke a rule, and tells it.
     fn give_up(&mut self);
+    /// The Ethernet address of a peer that has moved, which the work's network is to hear of; once each time.
+    fn announcement(&mut self) -> Option<[u8; 6]>;
     /// Packets that the present data paths found to be no frames, or to have no room.
     fn malformed(&mut self) -> u64;
 }
@@ -96,6 +98,10 @@ impl Device for VhostPci {
 
     fn give_up(&mut self) {
         VhostPci::give_up(self);
+    }
+
+    fn announcement(&mut self) -> Option<[u8; 6]> {
+        self.take_announcement()
     }
 
     fn malformed(&mut self) -> u64 {
@@ -176,6 +182,12 @@ impl<D: Device, W: Work> Served<'_, D, W> {
             }
             let link = self.device.service(std::mem::take(&mut look))?;
             self.follow(link, note);
+            // One frame is enough, from whichever pair.
+            if let (Some(address), Some(work)) =
+                (self.device.announcement(), self.works.first_mut())
+            {
+                work.announce(address);
+            }
             let moved = self.turn(note)?;
             if self.works.iter().any(|work| work.done(&self.stats)) {
                 return Ok(());

@@ -52,6 +52,10 @@ pub trait Work {
     fn wants(&self) -> Wants<'_>;
     /// The peer's rings are there, or are gone.
     fn link(&mut self, up: bool, stats: &mut Stats);
+    /// The peer, with this Ethernet address, has moved here from somewhere else.
+    fn announce(&mut self, address: [u8; 6]) {
+        let _ = address;
+    }
     /// Looks after things that change slowly; called about once a second.
     fn refresh(&mut self) {}
     /// What the peer may leave to it, and what it would leave to the peer, as feature bits.
@@ -60,6 +64,34 @@ pub trait Work {
     }
     /// Whether nothing is left to do.
     fn done(&self, stats: &Stats) -> bool;
+}
+
+/// A packet that shows switches where the address is: a RARP request (RFC 903) for itself, to everybody.
+fn rarp(address: [u8; 6]) -> [u8; HEADER_LEN + 60] {
+    // Hardware type Ethernet, protocol type IPv4, their lengths, "request reverse".
+    const OPERATION: [u8; 8] = [0, 1, 8, 0, 6, 4, 0, 3];
+    const ANY: [u8; 4] = [0; 4];
+    let mut packet = [0; HEADER_LEN + 60];
+    let fields: [&[u8]; 8] = [
+        &[0xff; 6],
+        &address,
+        &[0x80, 0x35],
+        &OPERATION,
+        &address,
+        &ANY,
+        &address,
+        &ANY,
+    ];
+    let mut rest = &mut packet[HEADER_LEN..];
+    for field in fields {
+        if let Some((to, behind)) = rest.split_at_mut_checked(field.len()) {
+            to.copy_from_slice(field);
+            rest = behind;
+        } else {
+            break;
+        }
+    }
+    packet
 }
 
 /// Packets on their way.
@@ -280,6 +312,11 @@ impl<N: Nic> Work for Bridge<N> {
 
     fn offloads(&self) -> u64 {
         self.nic.offloads()
+    }
+
+    fn announce(&mut self, address: [u8; 6]) {
+        // Lost like any other frame where it cannot be had now; the peer's first own frame does the same.
+        let _ = self.nic.write(&rarp(address));
     }
 
     fn refresh(&mut self) {

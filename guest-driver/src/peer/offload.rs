@@ -239,6 +239,9 @@ impl<V: DeviceRing, N: Notify> PeerPort<V, N> {
             if at < taken {
                 vring.ring.unget(taken - at);
             }
+            if let Some(log) = &self.log {
+                log.sent(&self.chains[..at], &self.buffers, HEADER_LEN + len);
+            }
             if at == 0 {
                 match (taken == wanted, wanted == MAX_BURST) {
                     // So many were not enough: once more, with all that there are.
@@ -254,6 +257,9 @@ impl<V: DeviceRing, N: Notify> PeerPort<V, N> {
         }
         if vring.publish() || notify {
             vring.call.notify();
+        }
+        if let Some(log) = &self.log {
+            log.ring(0);
         }
         Ok(sent)
     }

@@ -21,6 +21,7 @@ fn config(directory: &TempDir, iommu: IommuConfig) -> VmConfig {
         miss_timeout: DEFAULT_MISS_TIMEOUT,
         files: Files::Sealed,
         inflight: true,
+        log: false,
     };
     VmConfig {
         memory: ram(4 << 20),

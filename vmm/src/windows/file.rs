@@ -55,7 +55,7 @@ impl Verdicts {
             .position(|v| std::ptr::eq(v.file.as_ptr(), Arc::as_ptr(file)));
         let facts = match known
             .and_then(|at| self.0.get(at))
-            .filter(|v| end <= v.facts.size)
+            .filter(|v| end <= v.facts.size.next_multiple_of(v.facts.page))
         {
             Some(verdict) => verdict.facts,
             None => {
@@ -74,7 +74,8 @@ impl Verdicts {
             }
         };
         let Facts { size, page, .. } = facts;
-        if end > size {
+        // Behind the end of a file, its last page reads as zeros.
+        if end > size.next_multiple_of(page) {
             return Err(invalid(format!(
                 "the peer's memory ends at {size:#x} of its file and {len:#x} bytes from {file_offset:#x} were to be shown"
             )));

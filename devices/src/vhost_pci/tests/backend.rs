@@ -10,7 +10,7 @@ use crate::vhost_pci::backend::{Backend, Fault, Line, Machine, Refusal, Step};
 
 /// Remembers what it shows; the map with this number fails.
 #[derive(Default)]
-struct Books {
+pub(super) struct Books {
     shown: BTreeSet<u64>,
     maps: usize,
     fail_at: Option<usize>,
@@ -40,6 +40,9 @@ impl Machine for Books {
     fn set_channel(&mut self, _socket: OwnedFd) -> io::Result<()> {
         Ok(())
     }
+    fn set_log(&mut self, _file: OwnedFd, _log: Log) -> io::Result<()> {
+        Ok(())
+    }
     fn new_inflight(&mut self, _wanted: Inflight) -> io::Result<Option<(Inflight, OwnedFd)>> {
         Ok(None)
     }
@@ -63,7 +66,7 @@ fn refusal(result: Result<Step, Fault>) -> Refusal {
 fn tables_are_checked_before_anything_is_touched() {
     let file = memory(0);
     let mut books = Books::default();
-    let mut backend = Backend::new(WINDOW, QUEUES);
+    let mut backend = Backend::new(WINDOW, QUEUES, false);
     let mut check =
         |regions: &[MemoryRegion]| refusal(apply(&mut backend, &mut books, table(regions, &file)));
     let page = |at| region(at, 0x1000);
@@ -115,7 +118,7 @@ fn a_table_that_fails_half_way_leaves_the_old_one_and_its_books() {
         fail_at: Some(4),
         ..Books::default()
     };
-    let mut backend = Backend::new(WINDOW, QUEUES);
+    let mut backend = Backend::new(WINDOW, QUEUES, false);
     apply(&mut backend, &mut books, table(&old, &file)).unwrap();
     let result = apply(&mut backend, &mut books, table(&new, &file));
     assert!(matches!(refusal(result), Refusal::Map(..)));
@@ -134,7 +137,7 @@ proptest! {
     ) {
         let file = memory(0);
         let mut books = Books { fail_at, ..Books::default() };
-        let mut backend = Backend::new(10 * 0x1000, QUEUES);
+        let mut backend = Backend::new(10 * 0x1000, QUEUES, false);
         let mut accepted = BTreeSet::new();
         for pages in tables {
             let regions: Vec<_> = pages.iter().map(|(at, len)| region(at * 0x1000, len * 0x1000)).collect();

@@ -505,10 +505,7 @@ fn the_channel_goes_with_the_drivers_offer_and_has_to_be_a_socket() {
     }
     peer.receive().unwrap().unwrap();
     let offered = peer.receive().unwrap().unwrap().payload;
-    assert_eq!(
-        offered,
-        U64(1 << 0 | 1 << 3 | 1 << 12 | 1 << 15 | 1 << 62).encode()
-    );
+    assert_eq!(offered, U64(0xd | 1 << 12 | 1 << 15 | 1 << 62).encode());
     let message = Message::request(requests::SET_PROTOCOL_FEATURES, &U64(1 << 5));
     rig.request(&mut peer, &message);
     rig.assert_gone(&mut peer);
@@ -562,6 +559,9 @@ impl Machine for Pages {
     fn set_channel(&mut self, _socket: OwnedFd) -> io::Result<()> {
         Ok(())
     }
+    fn set_log(&mut self, _file: OwnedFd, _log: Log) -> io::Result<()> {
+        Ok(())
+    }
     fn new_inflight(&mut self, _wanted: Inflight) -> io::Result<Option<(Inflight, OwnedFd)>> {
         Ok(None)
     }
@@ -572,7 +572,7 @@ impl Machine for Pages {
 
 /// A connection that has negotiated translations and has [`layout`].
 fn backend(pages: &mut Pages) -> Backend {
-    let mut backend = Backend::new(WINDOW, QUEUES);
+    let mut backend = Backend::new(WINDOW, QUEUES, false);
     let features = Message::request(requests::SET_FEATURES, &U64(F_ACCESS_PLATFORM));
     backend.front_end(features, pages).unwrap();
     backend.front_end(layout().1, pages).unwrap();
@@ -594,6 +594,9 @@ fn there_can_be_so_many_translations_and_no_more_but_one_for_another_is_possible
             Ok(())
         }
         fn set_channel(&mut self, _: OwnedFd) -> io::Result<()> {
+            Ok(())
+        }
+        fn set_log(&mut self, _file: OwnedFd, _log: Log) -> io::Result<()> {
             Ok(())
         }
         fn new_inflight(&mut self, _wanted: Inflight) -> io::Result<Option<(Inflight, OwnedFd)>> {
@@ -756,6 +759,9 @@ impl Machine for Ranges {
         Ok(())
     }
     fn set_channel(&mut self, _: OwnedFd) -> io::Result<()> {
+        Ok(())
+    }
+    fn set_log(&mut self, _file: OwnedFd, _log: Log) -> io::Result<()> {
         Ok(())
     }
     fn new_inflight(&mut self, _wanted: Inflight) -> io::Result<Option<(Inflight, OwnedFd)>> {

@@ -69,7 +69,7 @@ fn what_the_device_cannot_carry_is_taken_out_of_the_replies_and_refused_when_use
             requests::GET_PROTOCOL_FEATURES,
             u64::MAX,
             // The channel of requests is the device's own, and goes with ACCESS_PLATFORM.
-            1 << 0 | 1 << 3 | 1 << 5 | 1 << 12 | 1 << 15 | 1 << 62,
+            1 << 0 | 1 << 2 | 1 << 3 | 1 << 5 | 1 << 12 | 1 << 15 | 1 << 62,
         ),
     ] {
         rig.request(&mut peer, &Message::bare(request));
@@ -84,6 +84,7 @@ fn what_the_device_cannot_carry_is_taken_out_of_the_replies_and_refused_when_use
         Message::request(requests::SET_PROTOCOL_FEATURES, &U64(1 << 5)),
         Message::bare(requests::IOTLB_MSG),
         Message::bare(requests::SET_LOG_BASE),
+        Message::request(requests::SEND_RARP, &U64(1)),
         Message::bare(requests::GET_INFLIGHT_FD),
         Message::bare(requests::SET_STATUS),
         Message::bare(requests::SET_BACKEND_REQ_FD).with_fds(vec![eventfd().1]),

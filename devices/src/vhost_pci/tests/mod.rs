@@ -4,6 +4,7 @@ mod backend;
 mod connection;
 mod endpoint;
 mod iotlb;
+mod log;
 mod messages;
 mod misses;
 mod noise;
@@ -20,8 +21,8 @@ use vmm_sys_util::tempfile::TempFile;
 use super::*;
 use crate::fake::{FakeHost, FakeWindow};
 use crate::vhost_user::{
-    Connection, Inflight, MemoryRegion, MemoryTable, Message, Payload, U64, VringAddr, VringFd,
-    VringState, flags, protocol_features, requests,
+    Connection, Inflight, Log, MemoryRegion, MemoryTable, Message, Payload, U64, VringAddr,
+    VringFd, VringState, flags, protocol_features, requests,
 };
 use crate::virtio::harness::*;
 use crate::virtio::{F_VERSION_1, VirtioPci, status};
@@ -53,6 +54,7 @@ fn config(dir: &TempDir, role: SocketRole) -> VhostPciConfig {
         miss_timeout: Duration::from_secs(10),
         files: Files::Sealed,
         inflight: true,
+        log: false,
     }
 }
 

@@ -4,15 +4,15 @@ use super::*;
 use crate::host::Permission;
 use crate::pci::PciFunction;
 
-const PAGE: u64 = 4096;
-/// Where the record of what is in flight ends.
-const AT: u64 = 16 << 20;
+pub(super) const PAGE: u64 = 4096;
+/// Where the record of what is in flight ends, and the log begins.
+pub(super) const AT: u64 = 16 << 20;
 
-fn records(rig: &Rig) -> Arc<FakeWindow> {
+pub(super) fn records(rig: &Rig) -> Arc<FakeWindow> {
     rig.host.windows()[1].clone()
 }
 
-fn field(rig: &Rig, at: u64) -> u64 {
+pub(super) fn field(rig: &Rig, at: u64) -> u64 {
     let mut bytes = [0; 8];
     assert!(records(rig).read(at, &mut bytes));
     u64::from_le_bytes(bytes)

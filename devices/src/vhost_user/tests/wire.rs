@@ -3,8 +3,8 @@
 use proptest::prelude::*;
 
 use crate::vhost_user::{
-    DecodeError, Iotlb, IotlbKind, MAX_FDS, MemoryRegion, MemoryTable, Payload, SingleMemoryRegion,
-    U64, VringAddr, VringFd, VringState, requests,
+    DecodeError, Iotlb, IotlbKind, Log, MAX_FDS, MemoryRegion, MemoryTable, Payload,
+    SingleMemoryRegion, U64, VringAddr, VringFd, VringState, requests,
 };
 
 fn region() -> impl Strategy<Value = MemoryRegion> {
@@ -46,6 +46,11 @@ proptest! {
     #[test]
     fn numbers_survive_the_wire_and_no_other_length_does(value: u64) {
         survives(&U64(value));
+    }
+
+    #[test]
+    fn logs_survive_the_wire_and_no_other_length_does(mmap_size: u64, mmap_offset: u64) {
+        survives(&Log { mmap_size, mmap_offset });
     }
 
     #[test]

@@ -84,6 +84,10 @@ impl Device for Puppet {
         self.gave_up.fetch_add(1, Ordering::Relaxed);
     }
 
+    fn announcement(&mut self) -> Option<[u8; 6]> {
+        None
+    }
+
     fn malformed(&mut self) -> u64 {
         0
     }

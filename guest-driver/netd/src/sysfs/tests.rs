@@ -23,7 +23,7 @@ use crate::vfio;
 
 const WINDOW: u64 = 1 << 30;
 /// The second window of such a device.
-const RECORDS: u64 = 16 << 20;
+const RECORDS: u64 = 32 << 20;
 const BAR0: u64 = 0xd000_0000;
 const BAR2: u64 = 0x10_0000_0000;
 const BAR4: u64 = 0x20_0000_0000;
@@ -142,6 +142,7 @@ impl Fake {
             uuid: [0; 16],
             files: Files::Sealed,
             inflight: true,
+            log: false,
             miss_timeout: Duration::ZERO,
         };
         let device = Model::new(config, None, host.clone()).unwrap();

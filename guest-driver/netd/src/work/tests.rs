@@ -71,6 +71,22 @@ fn frames_cross_the_bridge_unchanged_and_in_order_many_times_round_the_rings() {
 }
 
 #[test]
+fn a_peer_that_has_moved_is_announced_by_a_frame_from_its_address_to_everybody() {
+    let (nic, kernel) = socket();
+    let mut bridge = Bridge::new(nic, None);
+    bridge.announce([2, 0, 0, 0xab, 0xcd, 0xef]);
+    let mut frame = vec![0xff; 6];
+    frame.extend([
+        2, 0, 0, 0xab, 0xcd, 0xef, 0x80, 0x35, 0, 1, 8, 0, 6, 4, 0, 3,
+    ]);
+    frame.extend([2, 0, 0, 0xab, 0xcd, 0xef, 0, 0, 0, 0]);
+    frame.extend([2, 0, 0, 0xab, 0xcd, 0xef, 0, 0, 0, 0]);
+    frame.resize(60, 0);
+    let header = vec![0; HEADER_LEN];
+    assert_eq!(packets(&kernel), [[header, frame].concat()]);
+}
+
+#[test]
 fn what_the_mtu_does_not_allow_goes_nowhere_and_is_counted() {
     let (mut nic, kernel) = socket();
     nic.mtu = 1000;
