@@ -28,6 +28,8 @@ pub enum Output {
     Show(&'static str),
     /// The last lines are kept for [`VmProcess::last_words`].
     Keep,
+    /// It has this process's standard streams, and its terminal.
+    Terminal,
 }
 
 /// A running VM or relay. Dropping it ends it.
@@ -49,7 +51,11 @@ impl VmProcess {
         stdin: Stdio,
         output: Output,
     ) -> Result<Self> {
-        let console = ["--console", "output"].map(OsString::from);
+        let console = match output {
+            Output::Terminal => "stdio",
+            Output::Show(_) | Output::Keep => "output",
+        };
+        let console = ["--console", console].map(OsString::from);
         Self::spawn(name, "run", &[&console, args].concat(), stdin, output)
     }
 
@@ -66,16 +72,25 @@ impl VmProcess {
         output: Output,
     ) -> Result<Self> {
         let program = std::env::current_exe().context("cannot find this program's file")?;
-        let mut child = Command::new(&program)
+        let mut starter = Command::new(&program);
+        starter
             .arg(command)
             .arg("--parent")
             .arg(std::process::id().to_string())
             .args(args)
-            .stdin(stdin)
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            // Ctrl-C is for this process alone, which then ends the VMs in order.
-            .process_group(0)
+            .stdin(stdin);
+        match output {
+            // Who reads from the terminal is in its foreground.
+            Output::Terminal => {}
+            Output::Show(_) | Output::Keep => {
+                starter
+                    .stdout(Stdio::piped())
+                    .stderr(Stdio::piped())
+                    // Ctrl-C is for this process alone, which then ends the VMs in order.
+                    .process_group(0);
+            }
+        }
+        let mut child = starter
             .spawn()
             .with_context(|| format!("cannot start {}", program.display()))?;
         let (stdout, stderr) = (child.stdout.take(), child.stderr.take());

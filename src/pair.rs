@@ -1,5 +1,7 @@
 //! `pair`: two connected VMs and their consoles.
 
+mod linux;
+
 use std::ffi::OsString;
 use std::os::fd::AsFd;
 use std::os::unix::process::ExitStatusExt;
@@ -136,6 +138,9 @@ fn cmdlines(args: &PairArgs, rings: &RingSetup) -> [String; 2] {
 
 /// Boots both VMs and waits for their ends; returns the exit code.
 pub fn run(args: &PairArgs) -> Result<u8> {
+    if args.linux {
+        return linux::run(args);
+    }
     machine::memory(&args.both.memory)?;
     let rings = rings(args)?;
     let allowed = sys::allowed_cores().context("cannot read the affinity mask")?;

@@ -196,6 +196,15 @@ pub struct PairArgs {
     pub back: iommu::BackArgs,
     #[command(flatten)]
     pub both: machine::BothArgs,
+    /// Boot Linux in both VMs (images/linux/build makes the images), with the front-end's console on standard input and output
+    #[arg(long, conflicts_with_all = ["direction", "count", "seconds", "size", "batch", "mode"])]
+    pub linux: bool,
+    /// The kernel of --linux [default: linux/vmlinuz beside the directory of this program]
+    #[arg(long, value_name = "FILE", requires = "linux")]
+    pub kernel: Option<PathBuf>,
+    /// The initial file system of --linux [default: linux/initrd beside the directory of this program]
+    #[arg(long, value_name = "FILE", requires = "linux")]
+    pub initrd: Option<PathBuf>,
 }
 
 /// `top`.
