@@ -28,14 +28,15 @@ const FRAMES: u64 = 1000;
 
 /// VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_HOST_TSO4.
 const OFFLOADS: [usize; 4] = [0, 1, 7, 11];
-/// VIRTIO_NET_F_MRG_RXBUF, VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_RING_PACKED.
+/// VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MQ, VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_RING_PACKED.
 const MRG_RXBUF: usize = 15;
+const MQ: usize = 22;
 const ACCESS_PLATFORM: usize = 33;
 const RING_PACKED: usize = 34;
 
 /// What the Linux guest does. It says each figure in a line of its own, and waits for a line before it goes. `again`: its driver leaves the device
-/// between the pings and the rest, and sets it up anew.
-fn script(again: bool) -> String {
+/// between the pings and the rest, and sets it up anew. `mq`: each of two processors has a queue pair, and the first does the pings, the second the rest.
+fn script(again: bool, mq: bool) -> String {
     let up = "ip addr add 10.0.0.2/24 dev eth0
         ip link set eth0 up";
     let again = if again {
@@ -43,11 +44,16 @@ fn script(again: bool) -> String {
     } else {
         String::new()
     };
+    let (first, last) = if mq {
+        ("taskset 1", "taskset 2")
+    } else {
+        ("", "")
+    };
     let services = format!(
         "dd if=/dev/urandom of=/sent bs=1024 count={} 2>/dev/null
-        nc 10.0.0.1 7 </sent >/back
-        nc 10.0.0.1 19 </dev/null >/pattern
-        nc 10.0.0.1 9 </sent
+        {last} nc 10.0.0.1 7 </sent >/back
+        {last} nc 10.0.0.1 19 </dev/null >/pattern
+        {last} nc 10.0.0.1 9 </sent
         echo result discard $?",
         SENT / 1024
     );
@@ -56,7 +62,7 @@ fn script(again: bool) -> String {
         ip link set lo up
         {up}
         echo stage up
-        ping -c 20 -i 0.2 10.0.0.1 | sed 's/^/ping: /'
+        {first} ping -c 20 -i 0.2 10.0.0.1 | sed 's/^/ping: /'
         echo stage pinged
         {again}
         {services}
@@ -90,6 +96,8 @@ struct Pairing {
     iommu: bool,
     /// Checksums and the segmentation of TCP are left to the other side.
     offload: bool,
+    /// QEMU's guest has two processors, and two queue pairs for them.
+    mq: bool,
 }
 
 fn on(yes: bool) -> &'static str {
@@ -104,8 +112,8 @@ struct Place {
 }
 
 impl Place {
-    fn new(again: bool) -> Self {
-        Self::with(&script(again))
+    fn new(again: bool, mq: bool) -> Self {
+        Self::with(&script(again, mq))
     }
 
     /// With another script for QEMU's guest.
@@ -162,13 +170,16 @@ impl Place {
             qemu_listens,
             iommu,
             offload,
+            mq,
         } = pairing;
+        let pairs = if mq { "2" } else { "1" };
         let server = if qemu_listens { ",server=on" } else { "" };
         let chardev = format!("socket,id=c,path={}{server}", self.dir.file(name));
         let mut net = format!(
-            "virtio-net-pci,netdev=n,romfile=,vectors=0,packed={},mrg_rxbuf={}",
+            "virtio-net-pci,netdev=n,romfile=,vectors=0,packed={},mrg_rxbuf={},mq={}",
             on(packed),
-            on(mergeable)
+            on(mergeable),
+            on(mq)
         );
         for key in [
             "csum",
@@ -186,7 +197,7 @@ impl Place {
             .args(["-nodefaults", "-no-user-config", "-display", "none"])
             .args(["-serial", "stdio", "-no-reboot", "-accel", "tcg"])
             .args(["-machine", "q35,memory-backend=m", "-cpu", "max"])
-            .args(["-m", "256", "-object"])
+            .args(["-smp", pairs, "-m", "256", "-object"])
             .arg(format!("{memory},id=m,size=256M,share=on"));
         if iommu {
             command.args(["-device", "intel-iommu,intremap=off,device-iotlb=on"]);
@@ -195,7 +206,8 @@ impl Place {
         }
         command
             .args(["-chardev", &chardev, "-netdev"])
-            .args(["vhost-user,id=n,chardev=c", "-device", &net])
+            .arg(format!("vhost-user,id=n,chardev=c,queues={pairs}"))
+            .args(["-device", &net])
             .arg("-kernel")
             .arg(&self.kernel.image)
             .args(["-initrd", &self.dir.file("initrd"), "-append", &append])
@@ -297,6 +309,7 @@ impl Qemu {
         let pairing = self.pairing;
         let rings = [
             (MRG_RXBUF, pairing.mergeable),
+            (MQ, pairing.mq),
             (ACCESS_PLATFORM, pairing.iommu),
             (RING_PACKED, pairing.packed),
         ];
@@ -331,7 +344,8 @@ impl Qemu {
 /// Our guest answers one QEMU after the other, over the same device, which each guest's driver sets up twice.
 #[track_caller]
 fn served(words: &str, pairings: &[Pairing]) {
-    let place = Place::new(true);
+    let mq = pairings[0].mq;
+    let place = Place::new(true, mq);
     let pattern = place.pattern_sum();
     let words = format!("work=respond addr=10.0.0.1/24 count={PATTERN} {words}");
     let listens = pairings[0].qemu_listens;
@@ -359,6 +373,10 @@ fn served(words: &str, pairings: &[Pairing]) {
     assert_eq!(sum("rx_bytes"), 2 * SENT * each);
     assert_eq!(sum("tx_bytes"), (SENT + PATTERN) * each);
     assert!(sum("tx_frames") >= FRAMES * each, "{records}");
+    // The services' frames at least, and of one pair none.
+    let others = sum("other_pairs");
+    assert_eq!(others > 0, mq, "{records}");
+    assert!(!mq || others >= FRAMES / 2 * each, "{records}");
     let left = pairings.iter().filter(|pairing| pairing.offload).count() as u64;
     assert!(sum("rx_frames") >= FRAMES * (each - left), "{records}");
     // A partial checksum is completed here and then verified: where it was wrong, nothing would have arrived.
@@ -412,6 +430,20 @@ fn a_qemu_guest_pings_and_runs_tcp_over_packed_rings_and_so_does_the_next() {
 }
 
 #[test]
+fn each_of_two_processors_of_a_qemu_guest_has_a_queue_pair() {
+    let split = Pairing {
+        mergeable: true,
+        mq: true,
+        ..Pairing::default()
+    };
+    let packed = Pairing {
+        packed: true,
+        ..split
+    };
+    served("queues=2", &[split, packed]);
+}
+
+#[test]
 fn our_back_end_connects_to_a_qemu_that_listens() {
     let listens = Pairing {
         mergeable: true,
@@ -425,7 +457,7 @@ fn our_back_end_connects_to_a_qemu_that_listens() {
 /// how many reads there were, and how many found nothing there.
 #[track_caller]
 fn looked_around(pairing: Pairing) -> (u64, u64) {
-    let place = Place::new(false);
+    let place = Place::new(false, false);
     let pattern = place.pattern_sum();
     let (mut vm, mut control) = place.back_end(false, "work=control");
     vm.wait_for("its socket", |_| Path::new(&place.dir.file("s")).exists());
@@ -465,7 +497,7 @@ fn without_an_iommu_the_same_look_finds_the_guests_memory() {
 
 #[test]
 fn a_qemu_whose_memory_could_shrink_is_refused_with_a_reason_and_the_next_is_served() {
-    let place = Place::new(false);
+    let place = Place::new(false, false);
     let pattern = place.pattern_sum();
     let words = format!("work=respond count={PATTERN}");
     let (mut vm, _control) = place.back_end(false, &words);

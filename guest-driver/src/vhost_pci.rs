@@ -670,19 +670,19 @@ impl VhostPci {
             }
             request::ADD_MEM_REG => {
                 let region = Region::parse(message, 8)?;
-                if self.connection.regions.len() == MAX_REGIONS {
-                    return None;
+                let regions = &mut self.connection.regions;
+                // Some front-ends say it once for each queue pair.
+                if !regions.contains(&region) {
+                    if regions.len() == MAX_REGIONS {
+                        return None;
+                    }
+                    regions.push(region);
                 }
-                self.connection.regions.push(region);
             }
             request::REM_MEM_REG => {
+                // The device has seen to it that there is none like it but this.
                 let region = Region::parse(message, 8)?;
-                let at = self
-                    .connection
-                    .regions
-                    .iter()
-                    .position(|&known| known == region)?;
-                self.connection.regions.swap_remove(at);
+                self.connection.regions.retain(|&known| known != region);
             }
             request::SET_VRING_NUM => self.vring(message.u32(0)?)?.size = message.u32(4)?,
             request::SET_VRING_BASE => {

@@ -838,6 +838,11 @@ impl Backend {
 
     fn add_region(&mut self, new: Shown, machine: &mut impl Machine) -> Result<(), Refusal> {
         self.check(&new.region)?;
+        // QEMU before 8.0 says everything about memory once for each queue pair.
+        let user = new.region.user_address;
+        if (self.table.iter()).any(|old| old.same(&new) && old.region.user_address == user) {
+            return Ok(());
+        }
         if self.table.len() >= MAX_REGIONS {
             return Err(Refusal::TooMany);
         }
@@ -866,7 +871,18 @@ impl Backend {
             .table
             .iter()
             .position(|old| key(&old.region) == key(&region));
-        let at = at.ok_or(Refusal::NoRegion(region))?;
+        let Some(at) = at else {
+            // Gone already, as with the second queue pair of such a QEMU; or one that never was like that.
+            let end = region.guest_address.saturating_add(region.size);
+            return match self
+                .table
+                .iter()
+                .any(|old| old.region.guest_address < end && region.guest_address < old.end())
+            {
+                true => Err(Refusal::NoRegion(region).into()),
+                false => Ok(()),
+            };
+        };
         let old = self.table.swap_remove(at);
         self.hide(&old, machine)?;
         Ok(())

@@ -45,6 +45,8 @@ pub struct Received {
 pub struct Responded {
     /// Frames that came, dropped ones too.
     pub rx_frames: u64,
+    /// Those of them that came on other pairs than the first.
+    pub other_pairs: u64,
     /// Frames that were sent.
     pub tx_frames: u64,
     /// Frames that are too short or too long for Ethernet and IP.
@@ -250,6 +252,7 @@ impl fmt::Display for ResultRecord<'_> {
         if let Some(responded) = outcome.responded {
             let Responded {
                 rx_frames,
+                other_pairs,
                 tx_frames,
                 dropped,
                 partial,
@@ -260,7 +263,7 @@ impl fmt::Display for ResultRecord<'_> {
             } = responded;
             write!(
                 f,
-                ",\"responded\":{{\"rx_frames\":{rx_frames},\"tx_frames\":{tx_frames},\"dropped\":{dropped},\"partial\":{partial},\"large\":{large}"
+                ",\"responded\":{{\"rx_frames\":{rx_frames},\"other_pairs\":{other_pairs},\"tx_frames\":{tx_frames},\"dropped\":{dropped},\"partial\":{partial},\"large\":{large}"
             )?;
             write!(
                 f,

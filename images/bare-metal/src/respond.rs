@@ -389,6 +389,9 @@ pub(crate) fn respond<L: Link>(link: &mut L, run: &Run) -> Result<Outcome, Stopp
             came = port
                 .rx_burst(run.batch, |frame| frames.take(frame))
                 .map_err(Stopped::Port)?;
+            if pair > 0 {
+                frames.counts.other_pairs += came as u64;
+            }
         }
         let now = link.now();
         let waiting = !host.frames.arrived.is_empty();

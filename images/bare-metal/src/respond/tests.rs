@@ -661,6 +661,7 @@ fn the_record_has_what_the_responder_counted() {
         dropped: 3,
         partial: 7,
         large: 8,
+        other_pairs: 9,
         connections: 4,
         rx_bytes: 5,
         tx_bytes: 6,
@@ -672,7 +673,7 @@ fn the_record_has_what_the_responder_counted() {
     let record: String = format!("{}", ResultRecord(&run(), &outcome));
     assert_eq!(
         record,
-        r#"{"record":"result","id":0,"work":"respond","responded":{"rx_frames":1,"tx_frames":2,"dropped":3,"partial":7,"large":8,"connections":4,"rx_bytes":5,"tx_bytes":6},"timeout":0}"#
+        r#"{"record":"result","id":0,"work":"respond","responded":{"rx_frames":1,"other_pairs":9,"tx_frames":2,"dropped":3,"partial":7,"large":8,"connections":4,"rx_bytes":5,"tx_bytes":6},"timeout":0}"#
     );
 }
 
