@@ -179,7 +179,7 @@ fn each_wrong_argument_is_one_line_that_names_it_and_exit_code_3() {
         (&["isolation", "--cores", "0:0"], &["--cores", "0:0"]),
         (
             &["bench", "--peers", "ovs"],
-            &["--peers", "ovs", "dpdk-vhost, memif"],
+            &["--peers", "ovs", "dpdk-vhost, dpdk-switch"],
         ),
         (
             &["bench", "--peer-ring", "100"],
