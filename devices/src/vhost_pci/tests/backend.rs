@@ -34,21 +34,7 @@ impl Machine for Books {
         assert!(self.shown.remove(&offset), "not shown");
         Ok(())
     }
-    fn connect(&mut self, _what: Line, _queue: u16, _fd: Option<OwnedFd>) -> io::Result<()> {
-        Ok(())
-    }
-    fn set_channel(&mut self, _socket: OwnedFd) -> io::Result<()> {
-        Ok(())
-    }
-    fn set_log(&mut self, _file: OwnedFd, _log: Log) -> io::Result<()> {
-        Ok(())
-    }
-    fn new_inflight(&mut self, _wanted: Inflight) -> io::Result<Option<(Inflight, OwnedFd)>> {
-        Ok(None)
-    }
-    fn set_inflight(&mut self, _file: OwnedFd, _area: Inflight) -> io::Result<()> {
-        Ok(())
-    }
+    takes_the_rest!();
 }
 
 fn apply(backend: &mut Backend, books: &mut Books, message: Message) -> Result<Step, Fault> {

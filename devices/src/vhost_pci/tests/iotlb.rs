@@ -553,21 +553,7 @@ impl Machine for Pages {
         self.0.retain(|at, _| *at < offset || offset + len <= *at);
         Ok(())
     }
-    fn connect(&mut self, _what: Line, _queue: u16, _fd: Option<OwnedFd>) -> io::Result<()> {
-        Ok(())
-    }
-    fn set_channel(&mut self, _socket: OwnedFd) -> io::Result<()> {
-        Ok(())
-    }
-    fn set_log(&mut self, _file: OwnedFd, _log: Log) -> io::Result<()> {
-        Ok(())
-    }
-    fn new_inflight(&mut self, _wanted: Inflight) -> io::Result<Option<(Inflight, OwnedFd)>> {
-        Ok(None)
-    }
-    fn set_inflight(&mut self, _file: OwnedFd, _area: Inflight) -> io::Result<()> {
-        Ok(())
-    }
+    takes_the_rest!();
 }
 
 /// A connection that has negotiated translations and has [`layout`].
@@ -590,21 +576,7 @@ fn there_can_be_so_many_translations_and_no_more_but_one_for_another_is_possible
         fn unmap(&mut self, _: u64, _: u64) -> io::Result<()> {
             Ok(())
         }
-        fn connect(&mut self, _: Line, _: u16, _: Option<OwnedFd>) -> io::Result<()> {
-            Ok(())
-        }
-        fn set_channel(&mut self, _: OwnedFd) -> io::Result<()> {
-            Ok(())
-        }
-        fn set_log(&mut self, _file: OwnedFd, _log: Log) -> io::Result<()> {
-            Ok(())
-        }
-        fn new_inflight(&mut self, _wanted: Inflight) -> io::Result<Option<(Inflight, OwnedFd)>> {
-            Ok(None)
-        }
-        fn set_inflight(&mut self, _file: OwnedFd, _area: Inflight) -> io::Result<()> {
-            Ok(())
-        }
+        takes_the_rest!();
     }
     let mut backend = backend(&mut Pages::default());
     let mut apply = |message: Message| match backend.front_end(message, &mut Blind) {
@@ -755,19 +727,5 @@ impl Machine for Ranges {
         self.0 = left;
         Ok(())
     }
-    fn connect(&mut self, _: Line, _: u16, _: Option<OwnedFd>) -> io::Result<()> {
-        Ok(())
-    }
-    fn set_channel(&mut self, _: OwnedFd) -> io::Result<()> {
-        Ok(())
-    }
-    fn set_log(&mut self, _file: OwnedFd, _log: Log) -> io::Result<()> {
-        Ok(())
-    }
-    fn new_inflight(&mut self, _wanted: Inflight) -> io::Result<Option<(Inflight, OwnedFd)>> {
-        Ok(None)
-    }
-    fn set_inflight(&mut self, _file: OwnedFd, _area: Inflight) -> io::Result<()> {
-        Ok(())
-    }
+    takes_the_rest!();
 }

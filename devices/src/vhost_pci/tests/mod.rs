@@ -1,5 +1,26 @@
 //! One machine for all tests of the device; what is tested is in the modules.
 
+/// The rest of a `Machine` whose test is about what is mapped: takes everything.
+macro_rules! takes_the_rest {
+    () => {
+        fn connect(&mut self, _: Line, _: u16, _: Option<OwnedFd>) -> io::Result<()> {
+            Ok(())
+        }
+        fn set_channel(&mut self, _: OwnedFd) -> io::Result<()> {
+            Ok(())
+        }
+        fn set_log(&mut self, _: OwnedFd, _: Log) -> io::Result<()> {
+            Ok(())
+        }
+        fn new_inflight(&mut self, _: Inflight) -> io::Result<Option<(Inflight, OwnedFd)>> {
+            Ok(None)
+        }
+        fn set_inflight(&mut self, _: OwnedFd, _: Inflight) -> io::Result<()> {
+            Ok(())
+        }
+    };
+}
+
 mod backend;
 mod connection;
 mod endpoint;
