@@ -15,7 +15,7 @@ use virtqueue::{Buffer, DriverRing, Used};
 
 use crate::bulk;
 use crate::mapper::{Fixed, Mapper};
-use crate::port::{Error as PortError, Frame, MAX_BURST, MAX_FRAME, Port, Slot};
+use crate::port::{Error as PortError, Frame, GROUP, MAX_BURST, MAX_FRAME, Port, Slot};
 use crate::virtio_iommu;
 use crate::virtio_pci::{Error, Notify};
 
@@ -204,8 +204,14 @@ pub struct NetPort<D, N, M = Fixed> {
     shape: Shape,
     /// Transmit buffers that are not with the device.
     tx_free: Vec<u16>,
-    /// What was taken from a ring last.
-    used: [Used; MAX_BURST],
+    /// Receive buffers that were taken, `taken` of them. The first `shown` have been shown; when all have, they go back.
+    came: [Used; MAX_BURST],
+    shown: usize,
+    taken: usize,
+    /// How many are taken at once, where they are there and fewer are asked for.
+    group: usize,
+    /// Transmit buffers that were taken last.
+    sent: [Used; MAX_BURST],
     partial: Partial,
     /// Where checksums or segmentation were negotiated, all frames go another way.
     offload: Option<Box<offload::Offload>>,
@@ -258,7 +264,15 @@ impl<D: DriverRing, N: Notify, M: Mapper> NetPort<D, N, M> {
                 ..shape
             },
             tx_free,
-            used: [Used::default(); MAX_BURST],
+            came: [Used::default(); MAX_BURST],
+            shown: 0,
+            taken: 0,
+            // Of a short ring, the device waits for each; and what is mapped one by one is not unmapped before it is looked at.
+            group: match M::DYNAMIC {
+                true => 1,
+                false => GROUP.min(buffers.0 / GROUP).max(1),
+            },
+            sent: [Used::default(); MAX_BURST],
             partial: Partial {
                 frame: vec![0; MAX_FRAME].into_boxed_slice(),
                 len: 0,
@@ -288,14 +302,15 @@ impl<D: DriverRing, N: Notify, M: Mapper> NetPort<D, N, M> {
         self.rx.note(id, buffer);
     }
 
-    /// Takes up to `count` used receive buffers, and asks for what is in them, so that the lines of all travel at the same time. From here on the ids in `used` are
-    /// the buffers' numbers.
+    /// Takes used receive buffers, up to `count` or a group of them, and asks for what is in them, so that the lines of all travel at the same time. From here on
+    /// the ids in `came` are the buffers' numbers.
     #[inline(always)]
-    fn take_rx(&mut self, count: usize) -> Result<usize, PortError> {
-        let Self { rx, used, .. } = self;
+    fn take_rx(&mut self, count: usize) -> Result<(), PortError> {
+        self.shown = 0;
+        let Self { rx, came, .. } = self;
         let (first, buffer_of) = (rx.ptr, &rx.buffer_of);
-        let mut places = used.iter_mut();
-        let n = rx.ring.take_each(count, |used| {
+        let mut places = came.iter_mut();
+        self.taken = rx.ring.take_each(count.max(self.group), |used| {
             let id = buffer_of.get(usize::from(used.id)).copied().unwrap_or(0);
             let frame = first.wrapping_add(usize::from(id) * M::STRIDE + FRONT + HEADER_LEN);
             bulk::fetch(frame, (used.len as usize).saturating_sub(HEADER_LEN));
@@ -303,29 +318,30 @@ impl<D: DriverRing, N: Notify, M: Mapper> NetPort<D, N, M> {
                 *place = Used { id, ..used };
             }
         })?;
-        Ok(n)
+        Ok(())
     }
 
-    /// Gives the first `n` buffers of `used` back to the device.
+    /// Gives the buffers of `came` back to the device.
     #[inline(always)]
-    fn give_back(&mut self, n: usize) {
+    fn give_back(&mut self) {
+        let n = self.taken;
         let Self {
-            rx, used, shape, ..
+            rx, came, shape, ..
         } = self;
         let Half {
             ring,
             addr,
             buffer_of,
             ..
-        } = rx;
-        let used = used.get(..n).unwrap_or_default();
-        let buffer = |i: usize| used.get(i).map_or(0, |used| used.id);
+        } = &mut *rx;
+        let buffer = |i: usize| came.get(i).map_or(0, |used| used.id);
         let piece = |i| Buffer {
             addr: *addr + (usize::from(buffer(i)) * M::STRIDE + FRONT) as u64,
             len: u32::from(shape.rx_buffer),
             device_writes: true,
         };
         ring.add_each(n, piece, |i, id| note(buffer_of, id, buffer(i)));
+        rx.publish();
     }
 
     /// Gives the packets in the free buffers from `first` on to the device, a descriptor each. Returns for how many there was room.
@@ -385,13 +401,13 @@ impl<D: DriverRing, N: Notify, M: Mapper> NetPort<D, N, M> {
     /// Takes back the transmit buffers that the device is done with, a burst of them at most; returns how many.
     #[inline(always)]
     fn reclaim(&mut self) -> Result<usize, PortError> {
-        let n = self.tx.ring.take(&mut self.used)?;
+        let n = self.tx.ring.take(&mut self.sent)?;
         if M::DYNAMIC {
             let mut buffers = [0; MAX_BURST];
-            let buffers = self.tx.buffers(&self.used, n, &mut buffers);
+            let buffers = self.tx.buffers(&self.sent, n, &mut buffers);
             self.tx.unmap(buffers)?;
         }
-        for &used in self.used.iter().take(n) {
+        for &used in self.sent.iter().take(n) {
             let buffer = self.tx.buffer(used);
             match &mut self.offload {
                 Some(offload) => offload.release(buffer, &mut self.tx_free),
@@ -423,9 +439,10 @@ impl<D: DriverRing, N: Notify, M: Mapper> NetPort<D, N, M> {
         self.partial.frame.get(..self.partial.len)
     }
 
-    /// The numbers of the first `n` buffers of `used`.
-    fn taken<'a>(&self, n: usize, to: &'a mut [u16; MAX_BURST]) -> &'a [u16] {
-        for (to, used) in to.iter_mut().zip(self.used.iter().take(n)) {
+    /// The numbers of the buffers that were taken.
+    fn taken<'a>(&self, to: &'a mut [u16; MAX_BURST]) -> &'a [u16] {
+        let n = self.taken;
+        for (to, used) in to.iter_mut().zip(self.came.iter().take(n)) {
             *to = used.id;
         }
         to.get(..n).unwrap_or(&[])
@@ -564,18 +581,21 @@ impl<D: DriverRing, N: Notify, M: Mapper> Port for NetPort<D, N, M> {
         if self.offload.is_some() {
             return self.rx_with_headers(count, &mut receive);
         }
-        let n = self.take_rx(count)?;
-        if n == 0 {
-            return Ok(0);
+        if self.shown == self.taken {
+            self.take_rx(count)?;
+            if self.taken == 0 {
+                return Ok(0);
+            }
+            if M::DYNAMIC {
+                // Taken away from the device before anybody looks.
+                let mut buffers = [0; MAX_BURST];
+                self.rx.unmap(self.taken(&mut buffers))?;
+            }
         }
-        let mut buffers = [0; MAX_BURST];
-        if M::DYNAMIC {
-            // Taken away from the device before anybody looks.
-            self.rx.unmap(self.taken(n, &mut buffers))?;
-        }
+        let end = self.taken.min(self.shown + count);
         let mut frames = 0;
-        for i in 0..n {
-            let Used { id: buffer, len } = self.used[i];
+        for i in self.shown..end {
+            let Used { id: buffer, len } = self.came[i];
             // The ring checked it against the buffer's length.
             let len = usize::try_from(len).unwrap_or(0);
             let whole =
@@ -583,7 +603,7 @@ impl<D: DriverRing, N: Notify, M: Mapper> Port for NetPort<D, N, M> {
             let frame = if whole {
                 // What is shorter than a header is no frame: an empty one is shown.
                 let len = len.saturating_sub(HEADER_LEN);
-                if let Some(next) = self.used.get(i + 1).filter(|_| i + 1 < n) {
+                if let Some(next) = self.came.get(i + 1).filter(|_| i + 1 < self.taken) {
                     bulk::fetch_next(self.rx.ptr(next.id).wrapping_add(HEADER_LEN), len);
                 }
                 // SAFETY: header and frame lie in the buffer.
@@ -597,11 +617,14 @@ impl<D: DriverRing, N: Notify, M: Mapper> Port for NetPort<D, N, M> {
             receive(&frame);
             frames += 1;
         }
-        if M::DYNAMIC {
-            self.rx.map(self.taken(n, &mut buffers))?;
+        self.shown = end;
+        if end == self.taken {
+            if M::DYNAMIC {
+                let mut buffers = [0; MAX_BURST];
+                self.rx.map(self.taken(&mut buffers))?;
+            }
+            self.give_back();
         }
-        self.give_back(n);
-        self.rx.publish();
         Ok(frames)
     }
 
@@ -613,6 +636,7 @@ impl<D: DriverRing, N: Notify, M: Mapper> Port for NetPort<D, N, M> {
 
     fn arm(&mut self, rx: bool, tx: bool) -> bool {
         let received = self.offload.as_ref().is_some_and(|o| o.has_received());
+        let received = received || self.shown < self.taken;
         let rx = rx && (received || self.rx.ring.enable_calls());
         let tx = tx && self.tx.ring.enable_calls();
         rx || tx

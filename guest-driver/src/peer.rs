@@ -18,7 +18,7 @@ use virtqueue::{Buffer, Chain, DeviceRing, Error as RingError, Region as _};
 use crate::bulk;
 use crate::dirty::PortLog;
 use crate::inflight::Record;
-use crate::port::{Error, Frame, MAX_BURST, MAX_FRAME, Port, Slot};
+use crate::port::{Error, Frame, GROUP, MAX_BURST, MAX_FRAME, Port, Slot};
 use crate::virtio_pci::Notify;
 
 /// Most buffers that a burst's chains can have.
@@ -154,8 +154,12 @@ pub struct PeerPort<V, N> {
     to_peer: Vring<V, N>,
     /// The front-end's transmit ring (vring 1), from which we receive.
     from_peer: Vring<V, N>,
-    /// The burst's chains, where each is one buffer.
+    /// The chains of a burst to send, where each is one buffer.
     whole: Box<[Whole; MAX_BURST]>,
+    /// Chains of one buffer that have been received, `got` of them. The first `shown` have been shown; when all have, they go back.
+    came: Box<[Whole; MAX_BURST]>,
+    shown: usize,
+    got: usize,
     /// The burst's chains, of any shape: those from `at` on, up to `taken`, are still to be used.
     chains: [Chain; MAX_BURST],
     buffers: [Buffer; MAX_BUFFERS],
@@ -194,6 +198,9 @@ impl<V: DeviceRing, N: Notify> PeerPort<V, N> {
             to_peer,
             from_peer,
             whole: Box::new([NOTHING; MAX_BURST]),
+            came: Box::new([NOTHING; MAX_BURST]),
+            shown: 0,
+            got: 0,
             chains: [Chain::default(); MAX_BURST],
             buffers: [Buffer::default(); MAX_BUFFERS],
             at: 0,
@@ -348,6 +355,41 @@ impl<V: DeviceRing, N: Notify> PeerPort<V, N> {
         }
     }
 
+    /// Receives frames that are in pieces.
+    #[inline(never)]
+    fn rx_pieces(
+        &mut self,
+        count: usize,
+        receive: &mut impl FnMut(&Frame),
+    ) -> Result<usize, Error> {
+        let n = self.take_pieces(count)?;
+        if n == 0 {
+            return Ok(0);
+        }
+        for i in 0..n {
+            match self.piece(i) {
+                Some((from, len)) if (1..=MAX_FRAME).contains(&len) => {
+                    // SAFETY: `len` bytes are there, in the window or in our own memory.
+                    receive(&unsafe { Frame::new(from, len) });
+                }
+                _ => self.dropped += 1,
+            }
+        }
+        let ring = &mut self.from_peer.ring;
+        ring.put_read(self.chains.get(..n).unwrap_or_default());
+        self.received();
+        Ok(n)
+    }
+
+    /// Puts the chains back that were shown.
+    #[inline(always)]
+    fn put_shown(&mut self) {
+        let shown = self.came.iter().take(self.shown);
+        let ring = &mut self.from_peer.ring;
+        ring.put_read_each(shown.map(|whole| whole.id));
+        self.received();
+    }
+
     /// Frames were looked at, and their chains put back.
     #[inline(always)]
     fn received(&mut self) {
@@ -359,9 +401,14 @@ impl<V: DeviceRing, N: Notify> PeerPort<V, N> {
         }
     }
 
-    /// Where the two rings are (VHOST_USER_GET_VRING_BASE).
-    #[must_use]
-    pub fn bases(&self) -> [u32; 2] {
+    /// Ends the use of both rings: chains that were shown go back, those that were not are left to whoever comes next. Returns where the rings are
+    /// (VHOST_USER_GET_VRING_BASE).
+    pub fn end(&mut self) -> [u32; 2] {
+        if self.shown < self.got {
+            self.from_peer.ring.unget(self.got - self.shown);
+            self.put_shown();
+            (self.shown, self.got) = (0, 0);
+        }
         [self.to_peer.ring.base(), self.from_peer.ring.base()]
     }
 }
@@ -519,42 +566,33 @@ impl<V: DeviceRing, N: Notify> Port for PeerPort<V, N> {
                 len.saturating_sub(HEADER_LEN),
             );
         };
-        let vring = &mut self.from_peer;
-        let whole = take(vring, self.window, &mut self.whole, (count, false), fetch)?;
-        let n = match whole {
-            0 => self.take_pieces(count)?,
-            _ => whole,
-        };
-        if n == 0 {
-            return Ok(0);
-        }
-        for i in 0..n {
-            let frame = if whole > 0 {
-                let this = self.whole.get(i).copied().unwrap_or(NOTHING);
-                let len = (this.len as usize).saturating_sub(HEADER_LEN);
-                if let Some(next) = self.whole.get(i + 1).filter(|_| i + 1 < n) {
-                    bulk::fetch_next(next.ptr.wrapping_add(HEADER_LEN), len);
-                }
-                Some((this.ptr.wrapping_add(HEADER_LEN).cast_const(), len))
-            } else {
-                self.piece(i)
-            };
-            match frame {
-                Some((from, len)) if (1..=MAX_FRAME).contains(&len) => {
-                    // SAFETY: `len` bytes are there, in the window or in our own memory.
-                    receive(&unsafe { Frame::new(from, len) });
-                }
-                _ => self.dropped += 1,
+        if self.shown == self.got {
+            let vring = &mut self.from_peer;
+            let most = (count.max(GROUP), false);
+            (self.shown, self.got) = (0, take(vring, self.window, &mut self.came, most, fetch)?);
+            if self.got == 0 {
+                return self.rx_pieces(count, &mut receive);
             }
         }
-        let ring = &mut self.from_peer.ring;
-        if whole > 0 {
-            ring.put_read_each(self.whole.iter().take(n).map(|whole| whole.id));
-        } else {
-            ring.put_read(self.chains.get(..n).unwrap_or_default());
+        let first = self.shown;
+        self.shown = self.got.min(first + count);
+        for i in first..self.shown {
+            let this = self.came.get(i).copied().unwrap_or(NOTHING);
+            let len = (this.len as usize).saturating_sub(HEADER_LEN);
+            if let Some(next) = self.came.get(i + 1).filter(|_| i + 1 < self.got) {
+                bulk::fetch_next(next.ptr.wrapping_add(HEADER_LEN), len);
+            }
+            if (1..=MAX_FRAME).contains(&len) {
+                // SAFETY: `take` found the whole buffer in the window.
+                receive(&unsafe { Frame::new(this.ptr.wrapping_add(HEADER_LEN), len) });
+            } else {
+                self.dropped += 1;
+            }
         }
-        self.received();
-        Ok(n)
+        if self.shown == self.got {
+            self.put_shown();
+        }
+        Ok(self.shown - first)
     }
 
     fn whole(&self) -> bool {
@@ -570,7 +608,8 @@ impl<V: DeviceRing, N: Notify> Port for PeerPort<V, N> {
 
     fn arm(&mut self, rx: bool, tx: bool) -> bool {
         // A ring whose kicks do not arrive has to be polled: say that there is something to look at.
-        let rx = rx && (self.from_peer.ring.enable_kicks() || !self.from_peer.kicks);
+        let left = self.shown < self.got;
+        let rx = rx && (left || self.from_peer.ring.enable_kicks() || !self.from_peer.kicks);
         let tx = tx && (self.to_peer.ring.enable_kicks() || !self.to_peer.kicks);
         self.log_rings();
         rx || tx

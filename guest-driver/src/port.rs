@@ -527,3 +527,7 @@ impl<A: Port, B: Port> Port for Either<A, B> {
 
 /// Largest burst.
 pub const MAX_BURST: usize = 256;
+
+/// Where frames are taken one at a time, those that are there come out of the ring so many at once, and go back at once: as many descriptors of a packed ring
+/// as share a cache line. The other side, which is at work on the next of them, so loses the line once, and not for each.
+pub(crate) const GROUP: usize = 4;

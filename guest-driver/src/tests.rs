@@ -34,6 +34,7 @@ macro_rules! both_layouts {
     };
 }
 
+mod group;
 mod offload;
 
 /// Zeroed memory, aligned to a page, at device address 0x10000.
@@ -229,30 +230,49 @@ impl<L: Layout> ByHand<L> {
 
     /// With these features.
     fn new_with(features: u64) -> Self {
+        Self::new_in(false, features)
+    }
+
+    /// In order, or in any.
+    fn new_in(in_order: bool, features: u64) -> Self {
         let bed = Bed::new(0x20000);
-        let config = |at: u64| RingConfig {
+        let [rx, tx] = Self::rings(in_order);
+        Self {
+            rx: L::driver(bed.memory, &rx).unwrap(),
+            tx: L::driver(bed.memory, &tx).unwrap(),
+            back: Self::back(&bed, in_order, features, [L::FRESH; 2]),
+            bed,
+        }
+    }
+
+    fn rings(in_order: bool) -> [RingConfig; 2] {
+        [START, START + 0x3000].map(|at| RingConfig {
             size: 16,
             desc: at,
             driver: at + 0x1000,
             device: at + 0x2000,
             event_idx: false,
-            in_order: false,
+            in_order,
             indirect: false,
-        };
-        let (rx, tx) = (config(START), config(START + 0x3000));
-        let vring = |config| Vring {
-            ring: L::device(bed.memory, config).unwrap(),
+        })
+    }
+
+    /// A back-end that begins at `bases`.
+    fn back(
+        bed: &Bed,
+        in_order: bool,
+        features: u64,
+        bases: [u32; 2],
+    ) -> PeerPort<L::Device<Linear>, Silent> {
+        let [rx, tx] = Self::rings(in_order);
+        let vring = |config, base| Vring {
+            ring: L::device_at(bed.memory, &config, base).unwrap(),
             call: Silent,
             kicks: true,
             record: None,
         };
-        let back = PeerPort::new(bed.memory, features, vring(&rx), vring(&tx));
-        Self {
-            rx: L::driver(bed.memory, &rx).unwrap(),
-            tx: L::driver(bed.memory, &tx).unwrap(),
-            back,
-            bed,
-        }
+        let [to_peer, from_peer] = [vring(rx, bases[0]), vring(tx, bases[1])];
+        PeerPort::new(bed.memory, features, to_peer, from_peer)
     }
 
     fn bytes(&self, addr: u64, len: usize) -> Vec<u8> {

@@ -556,12 +556,12 @@ impl VhostPci {
     }
 
     fn stop_pair(&mut self, pair: usize) {
-        let Some(port) = self.ports.get_mut(pair).and_then(Option::take) else {
+        let Some(mut port) = self.ports.get_mut(pair).and_then(Option::take) else {
             return;
         };
-        let bases = match &port {
-            Either::Split(port) => port.bases(),
-            Either::Packed(port) => port.bases(),
+        let bases = match &mut port {
+            Either::Split(port) => port.end(),
+            Either::Packed(port) => port.end(),
         };
         let vrings = self.connection.vrings.iter_mut().skip(2 * pair);
         for (vring, base) in vrings.zip(bases) {
