@@ -80,7 +80,7 @@ fn net_flag(socket: &Path, rings: &RingSetup) -> OsString {
 /// The rings that the flags ask for; what they say nothing about is left to the devices.
 fn rings(args: &PairArgs) -> Result<RingSetup, Failure> {
     let layout = args.ring.unwrap_or(Layout::Split);
-    let size = queue_size(&args.both.queue_size, &[layout])?;
+    let size = queue_size(&args.queue_size, &[layout])?;
     if args.rings.queues > 1 && !args.direction.is_stream() {
         return Err(usage(format!(
             "--queues {}: --direction {} goes over one pair",
@@ -283,13 +283,13 @@ mod tests {
     #[test]
     fn what_pair_passes_on_is_what_run_takes() {
         let rings = RingSetup {
-            size: 768,
             event_idx: Some(false),
             ..RingSetup::default()
         }
         .with(Ring {
             layout: Layout::Packed,
             in_order: true,
+            size: 768,
         });
         let iommus = Iommus {
             front: Iommu::Static,

@@ -367,7 +367,11 @@ mod tests {
         let how = How { mode, ..How::USUAL };
         for layout in [Layout::Split, Layout::Packed] {
             for in_order in [false, true] {
-                let ring = Ring { layout, in_order };
+                let ring = Ring {
+                    layout,
+                    in_order,
+                    size: 256,
+                };
                 let mut rings = setup.rings.with(ring);
                 change(&mut rings);
                 let mut bound = Bound::new(&setup, &rings, tsc_khz()).unwrap();
@@ -409,6 +413,7 @@ mod tests {
         let ring = Ring {
             layout: Layout::Packed,
             in_order: true,
+            size: 256,
         };
         let mut bound = Bound::new(&setup, &setup.rings.with(ring), tsc_khz()).unwrap();
         let case = Case {

@@ -28,7 +28,7 @@ use vmm::MemoryConfig;
 use crate::cli::bench::{BenchArgs, Sweep};
 use crate::cli::frames::How;
 use crate::cli::iommu::Iommu;
-use crate::cli::rings::{Layout, RingSetup};
+use crate::cli::rings::{Layout, RingSetup, USUAL_SIZE};
 use crate::cli::{Path, machine};
 use crate::exit;
 use crate::json::{JsonFile, text_out};
@@ -167,14 +167,15 @@ fn limit(args: &BenchArgs, started: Instant) -> Option<Instant> {
 
 /// The request times of a sweep; of no other run any.
 fn requests(args: &BenchArgs, setup: &Setup, signals: &Signals) -> Result<Vec<Requests>> {
+    let rings = args.ring_list()?;
+    let least = rings.iter().map(|ring| ring.size).min();
     let batches: Vec<u16> = plan::request_batches(args)
         .into_iter()
-        .filter(|&batch| batch <= setup.rings.size)
+        .filter(|&batch| Some(batch) <= least)
         .collect();
     if batches.is_empty() {
         return Ok(Vec::new());
     }
-    let rings = args.ring_list();
     let samples = plan::samples(args);
     let bar = progress_bar((2 * rings.len() * batches.len() * samples) as u64);
     let measured = requests::measure(setup, &rings, &batches, samples, signals, &mut |case| {
@@ -249,8 +250,8 @@ fn describe(case: &Case) -> String {
         how,
         load,
     } = case;
-    let ring = match (ring.layout, ring.in_order) {
-        (Layout::Split, false) => String::new(),
+    let ring = match (ring.layout, ring.in_order, ring.size) {
+        (Layout::Split, false, USUAL_SIZE) => String::new(),
         _ => format!(", {} rings", ring.name()),
     };
     let iommu = match iommu {
@@ -402,6 +403,7 @@ mod tests {
                 ring: Ring {
                     layout: Layout::Packed,
                     in_order: true,
+                    size: 256,
                 },
                 iommu: Iommu::Off,
                 path: Path::Window,
@@ -463,6 +465,7 @@ mod tests {
         case.ring = Ring {
             layout: Layout::Split,
             in_order: false,
+            size: 256,
         };
         assert_eq!(describe(&case), "both 64 B, batch 32");
         case.how.payload = Payload::Headers;

@@ -290,6 +290,7 @@ mod tests {
         ring: Ring {
             layout: Layout::Split,
             in_order: false,
+            size: 256,
         },
         iommu: Iommu::Off,
         path: Path::Window,

@@ -148,7 +148,7 @@ impl Peers {
                     Box::new(Pair::start(&programs, name, config, Some(signals))?)
                 }
                 PeerName::Relay => {
-                    let rings = args.ring_list();
+                    let rings = args.ring_list()?;
                     let ring = *rings.first().context("there are no rings")?;
                     let (setup, memory) = (Rc::clone(&setup), &args.both.memory);
                     Box::new(Relayed::start(setup, ring, memory, signals)?)

@@ -311,6 +311,20 @@ mod tests {
     }
 
     #[test]
+    fn sizes_of_rings_are_crossed_with_the_layouts_and_take_turns() {
+        let sizes = ["--queue-size", "64,256,64", "--ring", "packed,split"];
+        let groups = grouped(&bench(&[&sizes[..], &["--quick"]].concat()));
+        assert_eq!(groups.len(), 8);
+        for group in groups {
+            let names: Vec<String> = group.iter().map(|case| case.ring.name()).collect();
+            assert_eq!(names, ["packed/64", "split/64", "packed", "split"]);
+        }
+        let odd = ["--queue-size", "256,768", "--ring", "packed,split"];
+        let error = bench(&odd).kinds().unwrap_err().to_string();
+        assert!(error.starts_with("--queue-size 768: "), "{error}");
+    }
+
+    #[test]
     fn iommus_are_crossed_with_the_rings_and_take_turns_with_none() {
         let args = bench(&[
             "--iommu",
@@ -516,6 +530,6 @@ mod tests {
         assert!(setup(&["--queue-size", "768", "--ring", "split,packed"]).is_err());
         let packed = setup(&["--queue-size", "768", "--ring", "packed"]).unwrap();
         assert_eq!(packed.size, 768);
-        assert_eq!(bench(&[]).ring_list()[0].layout, Layout::Split);
+        assert_eq!(bench(&[]).ring_list().unwrap()[0].layout, Layout::Split);
     }
 }

@@ -23,7 +23,7 @@ use super::requests::{self, Requests, Where};
 use super::stats::{Spread, median, round};
 use crate::cli::frames::{How, Size};
 use crate::cli::iommu::Iommu;
-use crate::cli::rings::{Layout, Ring, RingSetup, Tx};
+use crate::cli::rings::{Ring, RingSetup, Tx};
 use crate::cli::{Direction, Mode, Path};
 use crate::host::{self, HugePool};
 
@@ -65,8 +65,8 @@ pub struct Report {
 #[derive(Clone, Debug, Serialize)]
 pub struct RatioEntry {
     pub direction: Direction,
-    pub ring: Layout,
-    pub in_order: bool,
+    #[serde(flatten)]
+    pub ring: Ring,
     pub frame_size: Size,
     pub batch: u16,
     pub iommu: Iommu,
@@ -81,8 +81,8 @@ pub struct RatioEntry {
 #[derive(Clone, Debug, Serialize)]
 pub struct PathEntry {
     pub direction: Direction,
-    pub ring: Layout,
-    pub in_order: bool,
+    #[serde(flatten)]
+    pub ring: Ring,
     pub frame_size: Size,
     pub batch: u16,
     #[serde(flatten)]
@@ -98,8 +98,8 @@ pub struct PathEntry {
 /// The time of a request.
 #[derive(Clone, Debug, Serialize)]
 pub struct RequestEntry {
-    pub ring: Layout,
-    pub in_order: bool,
+    #[serde(flatten)]
+    pub ring: Ring,
     pub batch: u16,
     #[serde(rename = "where")]
     pub place: Where,
@@ -221,8 +221,8 @@ pub struct Entry {
 /// Which rings it is of.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct RingColumns {
-    ring: Layout,
-    in_order: bool,
+    #[serde(flatten)]
+    pub ring: Ring,
     event_idx: bool,
     mrg_rxbuf: bool,
     indirect: bool,
@@ -230,33 +230,20 @@ pub struct RingColumns {
     tx: Tx,
     #[serde(skip_serializing_if = "Option::is_none")]
     rx_buffer: Option<u16>,
-    queue_size: u16,
 }
 
 impl RingColumns {
     fn new(ring: Ring, setup: &RingSetup) -> Self {
         let on = |feature: Option<bool>| feature == Some(true);
         Self {
-            ring: ring.layout,
-            in_order: ring.in_order,
+            ring,
             event_idx: on(setup.event_idx),
             mrg_rxbuf: on(setup.mrg_rxbuf),
             indirect: on(setup.indirect),
             offload: on(setup.offload),
             tx: setup.tx.unwrap_or(Tx::Direct),
             rx_buffer: setup.rx_buffer,
-            queue_size: setup.size,
         }
-    }
-
-    /// As people write it.
-    pub fn name(&self) -> String {
-        let Self {
-            ring: layout,
-            in_order,
-            ..
-        } = *self;
-        Ring { layout, in_order }.name()
     }
 }
 
@@ -460,8 +447,7 @@ fn ratios(measured: &[Measured]) -> Vec<RatioEntry> {
             let ratio = Spread::of(here.filter_map(|(pair, other)| speed(pair, other)));
             entries.extend(ratio.map(|ratio| RatioEntry {
                 direction: case.direction,
-                ring: case.ring.layout,
-                in_order: case.ring.in_order,
+                ring: case.ring,
                 frame_size: case.size,
                 batch: case.batch,
                 iommu: case.iommu,
@@ -496,8 +482,7 @@ fn paths(measured: &[Measured]) -> Vec<PathEntry> {
             });
             entries.extend(speed.map(|speed| PathEntry {
                 direction: case.direction,
-                ring: case.ring.layout,
-                in_order: case.ring.in_order,
+                ring: case.ring,
                 frame_size: case.size,
                 batch: case.batch,
                 how: case.how,
@@ -542,8 +527,7 @@ fn request_entries(requests: &Requests) -> Vec<RequestEntry> {
         let misses: Vec<f64> = samples.iter().filter_map(|sample| sample.misses).collect();
         let probes: Vec<f64> = samples.iter().map(|sample| sample.probe_ns).collect();
         RequestEntry {
-            ring: case.ring.layout,
-            in_order: case.ring.in_order,
+            ring: case.ring,
             batch: case.batch,
             place: case.place,
             ns: Spread::of(samples.iter().map(|sample| sample.ns)),

@@ -8,7 +8,6 @@ use super::report::{
 use super::stats::Spread;
 use crate::cli::frames::{How, Size};
 use crate::cli::iommu::Iommu;
-use crate::cli::rings::Ring;
 use crate::cli::{Direction, Path};
 
 /// What stands below the table.
@@ -138,10 +137,12 @@ pub fn render(report: &Report) -> String {
 
 /// Rates and latencies.
 fn figures(entries: &[Entry], peers: &[PeerEntry]) -> Vec<String> {
-    let first = entries.first().map(|entry| entry.ring.name());
-    let one_ring = entries.iter().all(|entry| Some(entry.ring.name()) == first);
+    let first = entries.first().map(|entry| entry.ring.ring.name());
+    let one_ring = entries
+        .iter()
+        .all(|entry| Some(entry.ring.ring.name()) == first);
     // One ring is no column.
-    let ring = |entry: &Entry| (!one_ring).then(|| entry.ring.name());
+    let ring = |entry: &Entry| (!one_ring).then(|| entry.ring.ring.name());
     let any_iommu = entries.iter().any(|entry| entry.iommu != Iommu::Off);
     let iommu = |entry: &Entry| any_iommu.then(|| entry.iommu.name().to_owned());
     let any_relay = entries.iter().any(|entry| entry.path == Path::Relay);
@@ -422,11 +423,10 @@ fn paths(entries: &[PathEntry]) -> Option<String> {
     ];
     let hows = HowColumns::of(entries.iter().map(|entry| entry.how));
     let rows = entries.iter().map(|entry| {
-        let (layout, in_order) = (entry.ring, entry.in_order);
         let [payload, source, mode] = hows.cells(entry.how);
         vec![
             Some(entry.direction.name().to_owned()),
-            Some(Ring { layout, in_order }.name()),
+            Some(entry.ring.name()),
             Some(entry.frame_size.to_string()),
             Some(entry.batch.to_string()),
             payload,
@@ -457,10 +457,9 @@ fn variants(entries: &[VariantEntry]) -> Option<String> {
         "distance",
     ];
     rows(&head, entries, |entry| {
-        let (layout, in_order) = (entry.ring, entry.in_order);
         vec![
             entry.direction.name().to_owned(),
-            Ring { layout, in_order }.name(),
+            entry.ring.name(),
             entry.frame_size.to_string(),
             entry.batch.to_string(),
             or_dash(entry.load_percent, |load| format!("{load} %")),
@@ -513,10 +512,9 @@ fn to_peers(entries: &[ToPeerEntry]) -> Option<String> {
         "distance",
     ];
     rows(&head, entries, |entry| {
-        let (layout, in_order) = (entry.ring, entry.in_order);
         vec![
             entry.direction.name().to_owned(),
-            Ring { layout, in_order }.name(),
+            entry.ring.name(),
             entry.iommu.name().to_owned(),
             entry.frame_size.to_string(),
             entry.batch.to_string(),
@@ -548,11 +546,10 @@ fn ratios(entries: &[RatioEntry]) -> Option<String> {
     ];
     let hows = HowColumns::of(entries.iter().map(|entry| entry.how));
     let rows = entries.iter().map(|entry| {
-        let (layout, in_order) = (entry.ring, entry.in_order);
         let [payload, source, mode] = hows.cells(entry.how);
         vec![
             Some(entry.direction.name().to_owned()),
-            Some(Ring { layout, in_order }.name()),
+            Some(entry.ring.name()),
             Some(entry.frame_size.to_string()),
             Some(entry.batch.to_string()),
             payload,
@@ -570,10 +567,9 @@ fn ratios(entries: &[RatioEntry]) -> Option<String> {
 /// The request times: a line a place, ring and distance, a column a batch.
 fn requests(entries: &[RequestEntry]) -> Option<String> {
     let line = |entry: &RequestEntry| {
-        let (layout, in_order) = (entry.ring, entry.in_order);
         [
             entry.place.name().to_owned(),
-            Ring { layout, in_order }.name(),
+            entry.ring.name(),
             or_dash(entry.distance, |distance| distance.name().to_owned()),
         ]
     };

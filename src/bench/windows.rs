@@ -128,7 +128,7 @@ pub fn run(
     signals: &Rc<Signals>,
     json: Option<JsonFile>,
 ) -> Result<u8> {
-    let [ring] = args.ring_list()[..] else {
+    let [ring] = args.ring_list()?[..] else {
         return Err(exit::usage("--sweep windows: it takes one kind of rings").into());
     };
     if args

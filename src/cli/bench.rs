@@ -10,7 +10,7 @@ use serde::Serialize;
 use super::frames::{How, Payload, Size, Source};
 use super::iommu::{BackArgs, Iommu};
 use super::machine::BothArgs;
-use super::rings::{Layout, Ring, RingArgs, RingSetup, Switch, Tx, queue_size};
+use super::rings::{Layout, Ring, RingArgs, RingSetup, Switch, Tx, USUAL_SIZE, queue_size};
 use super::{Cli, Command, Direction, Mode, Path, one_line};
 use crate::exit::{Failure, usage};
 
@@ -153,6 +153,9 @@ pub struct BenchArgs {
         hide_possible_values = true
     )]
     pub in_order: Option<Vec<Switch>>,
+    /// Descriptors of each ring, up to 32768, each with every layout; split rings need a power of two
+    #[arg(long, value_name = "N,…", value_delimiter = ',', default_value = "256")]
+    pub queue_size: Vec<String>,
     #[command(flatten)]
     pub rings: RingArgs,
     /// What stands between the front-end's memory and the window; a pair of VMs is booted for each, and they are sampled in turn
@@ -266,7 +269,7 @@ impl BenchArgs {
         match (&self.kinds()?[..], &self.hows()[..]) {
             (&[kind], [_]) => Ok(kind),
             _ => Err(usage(
-                "--vs compares one pair of VMs with one other: one of --ring, --in-order, --iommu, --mode, --payload and --source each",
+                "--vs compares one pair of VMs with one other: one of --ring, --in-order, --queue-size, --iommu, --mode, --payload and --source each",
             )),
         }
     }
@@ -322,7 +325,7 @@ impl BenchArgs {
     }
 
     /// The ring configurations, none twice.
-    pub fn ring_list(&self) -> Vec<Ring> {
+    pub fn ring_list(&self) -> Result<Vec<Ring>, Failure> {
         let (layouts, orders): (&[Layout], &[Switch]) = match self.sweep {
             Some(Sweep::Rings) => (&[Layout::Split, Layout::Packed], &[Switch::Off, Switch::On]),
             _ => (&[Layout::Split], &[Switch::Off]),
@@ -330,15 +333,22 @@ impl BenchArgs {
         let layouts = self.ring.as_deref().unwrap_or(layouts);
         let orders = self.in_order.as_deref().unwrap_or(orders);
         let mut rings = Vec::new();
-        for &layout in layouts {
-            for in_order in orders.iter().map(|order| order.is_on()) {
-                let ring = Ring { layout, in_order };
-                if !rings.contains(&ring) {
-                    rings.push(ring);
+        for size in &self.queue_size {
+            let size = queue_size(size, layouts)?;
+            for &layout in layouts {
+                for in_order in orders.iter().map(|order| order.is_on()) {
+                    let ring = Ring {
+                        layout,
+                        in_order,
+                        size,
+                    };
+                    if !rings.contains(&ring) {
+                        rings.push(ring);
+                    }
                 }
             }
         }
-        rings
+        Ok(rings)
     }
 
     /// The configurations that a pair of VMs is booted for, none twice.
@@ -357,7 +367,7 @@ impl BenchArgs {
             )));
         }
         let mut kinds = Vec::new();
-        for ring in self.ring_list() {
+        for ring in self.ring_list()? {
             let windows = paths.contains(&Path::Window).then_some(iommus);
             let window = windows.unwrap_or_default().iter();
             let window = window.map(|&iommu| (iommu, Path::Window));
@@ -373,9 +383,8 @@ impl BenchArgs {
 
     /// What is the same for all of them. Nothing is left to the devices: a figure belongs to features that are known.
     pub fn ring_setup(&self) -> Result<RingSetup, Failure> {
-        let layouts: Vec<Layout> = self.ring_list().iter().map(|ring| ring.layout).collect();
-        let size = queue_size(&self.both.queue_size, &layouts)?;
-        let mut setup = RingSetup::new(&self.rings, size)?;
+        let first = self.ring_list()?.first().map(|ring| ring.size);
+        let mut setup = RingSetup::new(&self.rings, first.unwrap_or(USUAL_SIZE))?;
         let indirect = *setup.indirect.get_or_insert(setup.tx == Some(Tx::Indirect));
         let sleeps = self.mode.iter().any(|&mode| mode != Mode::Poll);
         setup.event_idx.get_or_insert(sleeps);

@@ -370,9 +370,6 @@ pub struct BothArgs {
     /// Host cores: the back-end's virtual CPU runs on A, the front-end's on B
     #[arg(long, value_name = "A:B")]
     pub cores: Option<String>,
-    /// Descriptors of each ring, up to 32768; split rings need a power of two
-    #[arg(long, value_name = "N", default_value = "256")]
-    pub queue_size: String,
 }
 
 /// Reads `--memory`.
@@ -973,7 +970,6 @@ mod tests {
         let args = |cores: Option<&str>| BothArgs {
             memory: String::new(),
             cores: cores.map(str::to_owned),
-            queue_size: "256".to_owned(),
         };
         assert_eq!(args(None).cores(&[3, 4, 5]).unwrap(), [3, 4]);
         assert_eq!(args(Some("5:3")).cores(&[3, 4, 5]).unwrap(), [5, 3]);

@@ -187,6 +187,9 @@ pub struct PairArgs {
     /// VIRTIO_F_IN_ORDER: buffers are used in the order in which they were made available [default: on]
     #[arg(long, value_enum, value_name = "on|off", hide_possible_values = true)]
     pub in_order: Option<rings::Switch>,
+    /// Descriptors of each ring, up to 32768; split rings need a power of two
+    #[arg(long, value_name = "N", default_value = "256")]
+    pub queue_size: String,
     #[command(flatten)]
     pub rings: rings::RingArgs,
     /// Put the front-end's device behind a virtio-iommu: the window shows what its guest has mapped

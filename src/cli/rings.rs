@@ -120,20 +120,31 @@ impl RingArgs {
     }
 }
 
+/// Descriptors of each ring, where nothing is said.
+pub const USUAL_SIZE: u16 = 256;
+
 /// One configuration of the rings.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Ring {
     /// The layout.
+    #[serde(rename = "ring")]
     pub layout: Layout,
     /// VIRTIO_F_IN_ORDER.
     pub in_order: bool,
+    /// Descriptors of each.
+    #[serde(rename = "queue_size")]
+    pub size: u16,
 }
 
 impl Ring {
     /// As people write it.
     pub fn name(self) -> String {
         let in_order = if self.in_order { "+in-order" } else { "" };
-        format!("{}{in_order}", self.layout.name())
+        let size = match self.size {
+            USUAL_SIZE => String::new(),
+            size => format!("/{size}"),
+        };
+        format!("{}{in_order}{size}", self.layout.name())
     }
 }
 
@@ -187,6 +198,7 @@ impl RingSetup {
         Self {
             packed: Some(ring.layout == Layout::Packed),
             in_order: Some(ring.in_order),
+            size: ring.size,
             ..self
         }
     }
@@ -313,6 +325,7 @@ mod tests {
     const PACKED: Ring = Ring {
         layout: Layout::Packed,
         in_order: true,
+        size: 768,
     };
 
     #[test]
@@ -330,7 +343,6 @@ mod tests {
     #[test]
     fn what_is_asked_for_is_a_key_or_a_word() {
         let setup = RingSetup {
-            size: 768,
             event_idx: Some(false),
             tx: Some(Tx::Chain),
             rx_buffer: Some(512),

@@ -239,13 +239,10 @@ impl<'a> Lab<'a> {
             Scene::Open(layout) | Scene::Live(layout) => layout,
             Scene::Bare | Scene::Apart | Scene::Alone => Layout::Split,
         };
-        let rings = RingSetup {
-            size: 256,
-            ..RingSetup::default()
-        }
-        .with(Ring {
+        let rings = RingSetup::default().with(Ring {
             layout,
             in_order: false,
+            size: 256,
         });
         args.push(match self.scene {
             Scene::Apart => format!("--memory=size={RAM},dma={DMA}").into(),

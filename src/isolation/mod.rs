@@ -130,7 +130,6 @@ pub fn run(args: &IsolationArgs) -> Result<u8> {
     let both = BothArgs {
         memory: String::new(),
         cores: args.cores.clone(),
-        queue_size: String::new(),
     };
     let cores = both.cores(&allowed)?;
     let json = args.json.as_deref().map(JsonFile::create).transpose()?;

@@ -1,6 +1,6 @@
 //! Charts of bars: percentiles and ratios, which have no number on an x axis.
 
-use super::panels::{Bar, Colour, Line, Panel, base_iommu, cores, done_alike, most_frequent};
+use super::panels::{Bar, Colour, Line, Panel, base_iommu, cores, most_frequent, on_like_rings};
 use super::read::{Entry, Latency, Report, Spread};
 
 /// More would be too thin to read.
@@ -99,7 +99,7 @@ fn trips(report: &Report, loaded: bool) -> Vec<&Entry> {
     let here = results
         .filter(|it| it.latency_ns.is_some() && it.path == "window" && it.iommu == base)
         .filter(|it| it.load_percent.is_some() == loaded);
-    done_alike(here.collect())
+    on_like_rings(here.collect())
 }
 
 /// A percentile of round trips against the load: one panel a percentile, frame size, batch and ring, a bar a load of the VMs and of the bound.

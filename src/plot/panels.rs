@@ -129,7 +129,7 @@ impl Line {
 /// A point, with the extent of the samples.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Point {
-    /// A batch, or a frame size.
+    /// A batch, a frame size, or the size of a ring.
     pub x: u32,
     /// Median.
     pub y: f64,
@@ -139,7 +139,7 @@ pub struct Point {
     pub max: f64,
 }
 
-/// The charts: request times by batch, rates by batch, rates by frame size, each where there are at least two points on a line; and
+/// The charts: request times by batch, rates by batch, by frame size and by ring size, each where there are at least two points on a line; and
 /// those of bars.
 pub fn panels(report: &Report) -> Vec<Panel> {
     let mut panels = Vec::new();
@@ -149,6 +149,7 @@ pub fn panels(report: &Report) -> Vec<Panel> {
     for direction in ["be-to-fe", "fe-to-be", "both", "echo"] {
         panels.extend(rate_panel(report, direction, By::Batch));
         panels.extend(rate_panel(report, direction, By::Size));
+        panels.extend(rate_panel(report, direction, By::Ring));
     }
     panels.extend(bars::panels(report));
     panels
@@ -187,6 +188,7 @@ fn request_panel(requests: &[Request], place: &str) -> Option<Panel> {
 enum By {
     Batch,
     Size,
+    Ring,
 }
 
 /// The IOMMU of what is drawn in charts that do not compare IOMMUs: none, where that was measured.
@@ -197,18 +199,29 @@ pub fn base_iommu(entries: &[Entry]) -> &str {
 }
 
 /// Those figures in which the guests did what they did in the first: charts do not compare that.
-pub fn done_alike(mut entries: Vec<&Entry>) -> Vec<&Entry> {
+fn done_alike(mut entries: Vec<&Entry>) -> Vec<&Entry> {
     if let Some(first) = entries.first().copied() {
         entries.retain(|entry| entry.how == first.how);
     }
     entries
 }
 
+/// Those of them whose rings are as long as in the first.
+pub fn on_like_rings(entries: Vec<&Entry>) -> Vec<&Entry> {
+    let mut entries = done_alike(entries);
+    if let Some(first) = entries.first().copied() {
+        entries.retain(|entry| entry.queue_size == first.queue_size);
+    }
+    entries
+}
+
 fn rate_panel(report: &Report, direction: &str, by: By) -> Option<Panel> {
     let base = base_iommu(&report.results);
-    let fixed = |entry: &Entry| match by {
-        By::Batch => entry.frame_size,
-        By::Size => entry.batch,
+    // What has to be the same for all: frame size, batch.
+    let fixed = |size: u32, batch: u32| match by {
+        By::Batch => [Some(size), None],
+        By::Size => [None, Some(batch)],
+        By::Ring => [Some(size), Some(batch)],
     };
     let here: Vec<&Entry> = report
         .results
@@ -217,12 +230,16 @@ fn rate_panel(report: &Report, direction: &str, by: By) -> Option<Panel> {
         .filter(|entry| entry.path == "window" && entry.iommu == base)
         .filter(|entry| entry.frame_size > 0)
         .collect();
-    let here = done_alike(here);
-    // The other number has to be the same for all; the one that most figures have.
-    let kept = most_frequent(here.iter().map(|entry| fixed(entry)))?;
+    let here = match by {
+        By::Batch | By::Size => on_like_rings(here),
+        By::Ring => done_alike(here),
+    };
+    // It is what most figures have.
+    let kept = |entry: &Entry| fixed(entry.frame_size, entry.batch);
+    let most = most_frequent(here.iter().map(|entry| kept(entry)))?;
     let here: Vec<&Entry> = here
         .into_iter()
-        .filter(|entry| fixed(entry) == kept)
+        .filter(|entry| kept(entry) == most)
         .collect();
     let distance = most_frequent(here.iter().map(|entry| entry.distance.clone()))?;
     let drawn = |entry: &&&Entry| entry.distance == distance;
@@ -234,6 +251,7 @@ fn rate_panel(report: &Report, direction: &str, by: By) -> Option<Panel> {
             let x = match by {
                 By::Batch => it.batch,
                 By::Size => it.frame_size,
+                By::Ring => it.queue_size.unwrap_or(0),
             };
             let line = Line::of(&it.ring, it.in_order);
             let of = |spread: Option<Spread>, bound| Some((line?, bound, point(x, spread?)));
@@ -241,11 +259,14 @@ fn rate_panel(report: &Report, direction: &str, by: By) -> Option<Panel> {
         })
         .flatten();
     let peers = report.peers.iter().filter_map(|it| {
-        let (fixed, x) = match by {
-            By::Batch => (it.frame_size, it.batch),
-            By::Size => (it.batch, it.frame_size),
+        let x = match by {
+            By::Batch => it.batch,
+            By::Size => it.frame_size,
+            // Their rings have a size of their own.
+            By::Ring => return None,
         };
-        let drawn = it.direction == direction && fixed == kept && it.distance == distance;
+        let kept = fixed(it.frame_size, it.batch) == most;
+        let drawn = it.direction == direction && kept && it.distance == distance;
         let line = Line::peer(&it.name).filter(|_| drawn)?;
         Some((line, false, point(x, it.mpps?)))
     });
@@ -257,12 +278,18 @@ fn rate_panel(report: &Report, direction: &str, by: By) -> Option<Panel> {
         _ => "Both directions",
     };
     let cores = cores(&distance);
+    let [size, batch] = most.map(Option::unwrap_or_default);
     let (slug, title, x) = match by {
-        By::Batch => ("batch", format!("{way}, {kept} B{cores}"), "frames a burst"),
+        By::Batch => ("batch", format!("{way}, {size} B{cores}"), "frames a burst"),
         By::Size => (
             "size",
-            format!("{way}, bursts of {kept}{cores}"),
+            format!("{way}, bursts of {batch}{cores}"),
             "bytes of a frame",
+        ),
+        By::Ring => (
+            "ring",
+            format!("{way}, {size} B, bursts of {batch}{cores}"),
+            "descriptors of a ring",
         ),
     };
     panel(Panel {

@@ -62,6 +62,8 @@ pub struct Entry {
     pub ring: String,
     /// VIRTIO_F_IN_ORDER.
     pub in_order: bool,
+    /// Descriptors of a ring; absent in reports of earlier versions.
+    pub queue_size: Option<u32>,
     /// Bytes of a frame; 0 for a mix, which has no place on an axis.
     #[serde(deserialize_with = "bytes")]
     pub frame_size: u32,
@@ -137,6 +139,7 @@ pub struct Of {
     pub direction: String,
     ring: String,
     in_order: bool,
+    queue_size: Option<u32>,
     frame_size: Value,
     batch: u32,
     /// `near` or `far`.
@@ -151,7 +154,11 @@ impl Of {
             Some(mix) => mix.to_owned(),
             None => format!("{} B", self.frame_size),
         };
-        format!("{size} x{} {}{order}", self.batch, self.ring)
+        let ring = match self.queue_size {
+            None | Some(256) => String::new(),
+            Some(ring) => format!("/{ring}"),
+        };
+        format!("{size} x{} {}{order}{ring}", self.batch, self.ring)
     }
 
     /// The ring's line.

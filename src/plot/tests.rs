@@ -186,6 +186,31 @@ fn a_run_over_sizes_is_a_chart_over_sizes() {
 }
 
 #[test]
+fn a_run_over_sizes_of_rings_is_a_chart_over_them_and_others_draw_the_first() {
+    let mut results = Vec::new();
+    for ring in [256, 64, 1024] {
+        for batch in [8, 32, 64] {
+            let mut entry = entry(("packed", true), "be-to-fe", 64, batch);
+            entry["queue_size"] = json!(ring);
+            entry["mpps"] = spread(f64::from(ring + batch));
+            results.push(entry);
+        }
+    }
+    let panels = panels::panels(&parsed(&report(results, Vec::new())));
+    let drawn = |slug: &str| -> Vec<(u32, f64)> {
+        let panel = panels.iter().find(|panel| panel.slug == slug).unwrap();
+        let series = panel.series.iter().find(|series| !series.bound).unwrap();
+        series.points.iter().map(|it| (it.x, it.y)).collect()
+    };
+    assert_eq!(panels.len(), 2);
+    let by_batch = [(8, 264.0), (32, 288.0), (64, 320.0)];
+    assert_eq!(drawn("rate-be-to-fe-by-batch"), by_batch);
+    // Of the bursts that come first where none is more frequent.
+    let by_ring = [(64, 72.0), (256, 264.0), (1024, 1032.0)];
+    assert_eq!(drawn("rate-be-to-fe-by-ring"), by_ring);
+}
+
+#[test]
 fn near_and_far_are_never_on_one_line() {
     let mut results: Vec<Value> = [1, 2, 4].map(|n| entry(RINGS[2], "both", 64, n)).to_vec();
     let mut far = entry(RINGS[2], "both", 64, 1);

@@ -11,6 +11,7 @@ pub fn case(direction: Direction) -> Case {
         ring: Ring {
             layout: Layout::Packed,
             in_order: true,
+            size: 256,
         },
         iommu: crate::cli::iommu::Iommu::Off,
         path: Path::Window,

@@ -10,7 +10,7 @@ use crate::bench::stats::{Spread, median, round};
 use crate::cli::bench::PeerName;
 use crate::cli::frames::How;
 use crate::cli::iommu::Iommu;
-use crate::cli::rings::Layout;
+use crate::cli::rings::Ring;
 use crate::cli::{Direction, Path};
 
 /// One figure of a peer; the keys are those of a figure of the VMs, as far as they mean something. Nobody checks a peer's frames.
@@ -53,8 +53,8 @@ pub struct PeerEntry {
 pub struct ToPeerEntry {
     pub name: PeerName,
     pub direction: Direction,
-    pub ring: Layout,
-    pub in_order: bool,
+    #[serde(flatten)]
+    pub ring: Ring,
     pub iommu: Iommu,
     pub frame_size: u32,
     pub batch: u16,
@@ -152,8 +152,7 @@ fn to_peer(measured: &[Measured], peer: &PeerMeasured) -> Vec<ToPeerEntry> {
             entries.extend(Spread::of(speed).map(|speed| ToPeerEntry {
                 name: peer.name,
                 direction: case.direction,
-                ring: case.ring.layout,
-                in_order: case.ring.in_order,
+                ring: case.ring,
                 iommu: case.iommu,
                 frame_size: peer.case.size,
                 batch: case.batch,

@@ -5,6 +5,7 @@ use crate::bench::pairs::{BoundSample, VmSample};
 use crate::bench::plan::Case;
 use crate::bench::record::SampleResult;
 use crate::bench::requests::{Request, RequestCase};
+use crate::cli::rings::Layout;
 use crate::json::JsonFile;
 use crate::tempdir::TempDir;
 use vmm::MemoryConfig;
@@ -41,6 +42,7 @@ pub fn measured(direction: Direction, pairs: Vec<Pair>) -> Measured {
             ring: Ring {
                 layout: Layout::Split,
                 in_order: false,
+                size: 256,
             },
             iommu: Iommu::Off,
             path: Path::Window,
@@ -233,11 +235,11 @@ fn the_rings_that_were_asked_for_are_in_the_entry() {
     case.case.ring = Ring {
         layout: Layout::Packed,
         in_order: true,
+        size: 768,
     };
     let mut setup = setup();
     setup.rings.mrg_rxbuf = Some(true);
     setup.rings.rx_buffer = Some(512);
-    setup.rings.size = 768;
     let json = serde_json::to_value(Report::new(&setup, 1, &[case], &[])).unwrap();
     let result = &json["results"][0];
     for (key, value) in [
@@ -263,6 +265,7 @@ fn requests(place: Where, samples: &[(f64, f64)]) -> Requests {
             ring: Ring {
                 layout: Layout::Packed,
                 in_order: true,
+                size: 256,
             },
             batch: 8,
             place,

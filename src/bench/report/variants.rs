@@ -9,7 +9,7 @@ use crate::bench::probe::Distance;
 use crate::bench::stats::Spread;
 use crate::cli::frames::{How, Size};
 use crate::cli::iommu::Iommu;
-use crate::cli::rings::Layout;
+use crate::cli::rings::Ring;
 use crate::cli::{Direction, Path};
 
 /// What the guests do, beside what was asked for first.
@@ -17,8 +17,8 @@ use crate::cli::{Direction, Path};
 pub struct VariantEntry {
     pub direction: Direction,
     pub path: Path,
-    pub ring: Layout,
-    pub in_order: bool,
+    #[serde(flatten)]
+    pub ring: Ring,
     pub iommu: Iommu,
     pub frame_size: Size,
     pub batch: u16,
@@ -51,8 +51,7 @@ pub fn entries(measured: &[Measured]) -> Vec<VariantEntry> {
             entries.extend(speed.map(|speed| VariantEntry {
                 direction: case.direction,
                 path: case.path,
-                ring: case.ring.layout,
-                in_order: case.ring.in_order,
+                ring: case.ring,
                 iommu: case.iommu,
                 frame_size: case.size,
                 batch: case.batch,

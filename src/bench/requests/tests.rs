@@ -28,7 +28,13 @@ fn setup(size: u16) -> Option<Setup> {
 }
 
 fn rings(layouts: &[Layout]) -> Vec<Ring> {
-    let both = |&layout| [false, true].map(|in_order| Ring { layout, in_order });
+    let both = |&layout| {
+        [false, true].map(|in_order| Ring {
+            layout,
+            in_order,
+            size: 256,
+        })
+    };
     layouts.iter().flat_map(both).collect()
 }
 
@@ -64,7 +70,10 @@ fn a_sample_in_which_nothing_came_back_does_not_count() {
 #[test]
 fn a_batch_that_does_not_fit_is_an_error_and_no_hang() {
     let Some(setup) = setup(16) else { return };
-    let ring = rings(&[Layout::Split])[0];
+    let ring = Ring {
+        size: 16,
+        ..rings(&[Layout::Split])[0]
+    };
     let bed = Bed::new(&setup, &setup.rings.with(ring), ring.layout).unwrap();
     let case = RequestCase {
         ring,

@@ -14,6 +14,7 @@ use vmm::{HugePages, MemoryConfig};
 const RING: Ring = Ring {
     layout: Layout::Split,
     in_order: false,
+    size: 256,
 };
 const CASE: Case = Case {
     ring: RING,

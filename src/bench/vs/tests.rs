@@ -50,9 +50,23 @@ fn the_second_pair_has_the_flags_of_the_first_but_for_those_that_are_given() {
         let rings = |args: &BenchArgs| args.one_kind().unwrap().ring;
         let in_order = true;
         let layout = Layout::Packed;
-        assert_eq!(rings(&args), Ring { layout, in_order });
+        assert_eq!(
+            rings(&args),
+            Ring {
+                layout,
+                in_order,
+                size: 256
+            }
+        );
         let layout = Layout::Split;
-        assert_eq!(rings(&other), Ring { layout, in_order });
+        assert_eq!(
+            rings(&other),
+            Ring {
+                layout,
+                in_order,
+                size: 512
+            }
+        );
         assert_eq!(args.ring_setup().unwrap().size, 256);
         assert_eq!(other.ring_setup().unwrap().size, 512);
         assert_eq!(other.both.memory, "size=64M");
@@ -141,6 +155,7 @@ fn both_pairs_are_sampled_in_turn_and_a_round_that_was_not_good_for_both_is_repe
     let ring = Ring {
         layout: Layout::Split,
         in_order: false,
+        size: 256,
     };
     let mut vs = Vs {
         lab: lab('b', &[1.0, 0.2]),

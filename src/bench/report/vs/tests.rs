@@ -20,12 +20,11 @@ fn the_second_pair_has_figures_of_its_own_and_the_ratio_is_of_rounds_at_one_dist
         vec![at(5.0, 100.0, 1), at(8.0, 100.0, 2), at(1.0, 100.0, 7)],
     );
     second.case.ring.layout = Layout::Packed;
-    let mut other = setup();
-    other.rings.size = 512;
+    second.case.ring.size = 512;
     let (first, second) = ([first], [second]);
     let report = Report::new(&setup(), 1, &first, &[]).with_vs(
         "--ring packed --queue-size 512",
-        &other,
+        &setup(),
         &first,
         &second,
     );
