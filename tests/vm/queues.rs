@@ -84,12 +84,12 @@ fn pairs_that_go_out_of_use_and_come_back_lose_nothing_of_their_flows() {
     let _machine = machine();
     for (queues, keys) in [(4, ""), (4, ",packed=on"), (2, ",in-order=off"), (16, "")] {
         let keys = format!(",queues={queues}{keys}");
-        let words = format!("work=both queues={queues} count=50000 timeout_ms=30000");
-        let flips = format!("{words} flips=500");
+        let words = format!("work=both queues={queues} count=100000 timeout_ms=30000");
+        let flips = format!("{words} flips=1000");
         let ends = two(["", &words], [&keys, &flips]);
         for end in &ends {
             end.expect_code(0);
-            assert!(end.stdout.contains(&whole(queues, 50_000)), "{ends:?}");
+            assert!(end.stdout.contains(&whole(queues, 100_000)), "{ends:?}");
         }
         let times = ends[1].stdout.split("came back ").nth(1);
         let times = times.and_then(|text| text.split(' ').next()?.parse::<u64>().ok());
