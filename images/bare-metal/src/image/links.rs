@@ -112,6 +112,13 @@ struct Flips {
     done: u64,
 }
 
+impl Flips {
+    fn report(&self) {
+        let done = self.done;
+        print!("guest: pairs went out of use or came back {done} times");
+    }
+}
+
 /// Why a network device could not be started.
 pub enum NotStarted {
     /// The IOMMU refused something.
@@ -298,8 +305,7 @@ impl<M: Mapper> Link for FrontEnd<'_, M> {
 
     fn end_flips(&mut self) {
         if let Some(flips) = self.flips.take() {
-            let done = flips.done;
-            print!("guest: pairs went out of use or came back {done} times");
+            flips.report();
             self.use_pairs(flips.pairs);
         }
     }
@@ -365,6 +371,7 @@ impl<M: Mapper> Link for FrontEnd<'_, M> {
                 }
                 Err(why) => {
                     error(format_args!("{count} queue pairs: {why}"));
+                    flips.report();
                     self.flips = None;
                 }
             }
