@@ -11,7 +11,7 @@
 //! * [`virtio_iommu::VirtioIommu`] maps memory for them: [`translated::Translated`] is a [`Platform`] that does so once, [`mapper::Mapper`] a
 //!   data path's way to do so for each buffer.
 //! * [`net_port::NetPort`] and [`peer::PeerPort`] are the data paths: rings and buffers only, no device. Both are a [`Port`], so a workload
-//!   does not know which end it runs at; the upper bound of the benchmarks puts the two on both sides of one piece of memory.
+//!   does not know which end it runs at, nor whether its frames are [`watch`]ed; the upper bound of the benchmarks puts the two on both sides of one piece of memory.
 #![no_std]
 
 extern crate alloc;
@@ -37,6 +37,7 @@ pub mod vhost_pci;
 pub mod vhost_user;
 pub mod virtio_iommu;
 pub mod virtio_pci;
+pub mod watch;
 pub mod wide;
 
 pub use platform::{Dma, Event, MsiMessage, Platform, Vectors};

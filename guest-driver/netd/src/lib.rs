@@ -3,8 +3,9 @@
 //! * [`machine::Machine`] is the [`Platform`](guest_driver::Platform) of a process: one PCI function, reached through the files of [`sysfs`] or
 //!   through [`vfio`], with memory for the device from an [`Arena`](dma::Arena).
 //! * [`serve`] runs the driver of `guest_driver` over it: the control path, the sleeping and the waking, the coming and going of the peer.
-//! * [`work`] is what becomes of the frames: a [`tap`], or nothing but measurements.
+//! * [`work`] is what becomes of the frames: a [`tap`], or nothing but measurements. [`capture`] writes them to a file as they pass.
 
+pub mod capture;
 pub mod dma;
 pub mod machine;
 pub mod pci;

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use clap::{ArgGroup, Parser, ValueEnum};
 use guest_driver::vhost_pci::{DEVICE_TYPE, Offer, VhostPci};
 use guest_driver::virtio_pci::{self, DEVICE_BASE, VENDOR};
+use vhost_pci_netd::capture::{Capture, CaptureFile};
 use vhost_pci_netd::dma::{self, Arena};
 use vhost_pci_netd::machine::Machine;
 use vhost_pci_netd::pci::{self, Address, Function};
@@ -51,6 +52,9 @@ struct Args {
     /// Print a line of counters (JSON) to stdout so often, and not only at the end
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..))]
     stats: Option<u32>,
+    /// Write the frames that pass, either way, to this file (pcapng), which is made anew: their first snaplen bytes (all if not given), and no more than count
+    #[arg(long, value_name = "FILE[,snaplen=N][,count=N]")]
+    capture: Option<CaptureFile>,
 }
 
 const EXIT_STATUS: &str = "\
@@ -104,6 +108,8 @@ enum Error {
     ShutDown(Address, virtio_pci::Error),
     #[error("cannot wait for signals: {0}")]
     Signals(io::Error),
+    #[error("--capture: {0}")]
+    Capture(io::Error),
 }
 
 fn main() -> ExitCode {
@@ -192,6 +198,10 @@ fn open(args: &Args) -> Result<Machine, Error> {
 
 /// Serves as many queue pairs as there is work for.
 fn start(args: &Args, mut works: Vec<impl Work>) -> Result<Stats, Error> {
+    let interface = format!("vhost-pci {}", args.device);
+    let capture = args.capture.as_ref();
+    let capture = capture.map(|file| Capture::create(file, &interface));
+    let capture = capture.transpose().map_err(Error::Capture)?;
     let mut machine = open(args)?;
     let function = machine.function();
     guest_driver::bulk::detect();
@@ -219,7 +229,15 @@ fn start(args: &Args, mut works: Vec<impl Work>) -> Result<Stats, Error> {
         }
     };
     note(&format!("serving {}", args.device));
-    let served = serve(&mut device, &mut works, &waiter, &options, print, limited());
+    let served = serve(
+        &mut device,
+        &mut works,
+        &waiter,
+        &options,
+        capture,
+        print,
+        limited(),
+    );
     // In any case: the device must not write to memory that is about to be somebody else's.
     let down = device.shut_down();
     let stats = served?;
@@ -249,6 +267,8 @@ mod tests {
             "netd --device 00:01.0 --io mac-swap --via vfio --mode irq --count 5 --seconds 1 --stats 1",
             "netd --device 00:01.0 --io source --size 1518",
             "netd --device 00:01.0 --tap tap0 --queues 16",
+            "netd --device 00:01.0 --io drop --capture f",
+            "netd --device 00:01.0 --tap tap0 --capture f,snaplen=96,count=1000",
         ] {
             assert!(parse(good).is_ok(), "{good}");
         }
@@ -262,6 +282,12 @@ mod tests {
             "netd --device 00:01.0 --tap tap0 --queues 17",
             "netd --device 00:01.0 --io source --size 59",
             "netd --device 00:01.0 --io source --size 1519",
+            "netd --device 00:01.0 --io drop --capture ,count=1",
+            "netd --device 00:01.0 --io drop --capture f,count=0",
+            "netd --device 00:01.0 --io drop --capture f,snaplen=262145",
+            "netd --device 00:01.0 --io drop --capture f,snaplen",
+            "netd --device 00:01.0 --io drop --capture f,count=1,count=2",
+            "netd --device 00:01.0 --io drop --capture f,frames=1",
         ] {
             assert!(parse(bad).is_err(), "{bad}");
         }

@@ -7,7 +7,9 @@ use guest_driver::Port;
 use guest_driver::port::{self, Either};
 use guest_driver::vhost_pci::{Link, VhostPci, VhostPciPort};
 use guest_driver::virtio_pci;
+use guest_driver::watch::Watched;
 
+use crate::capture::Capture;
 use crate::stats::{Report, Stats};
 use crate::wait::Waiter;
 use crate::work::{Stop, Work};
@@ -115,12 +117,13 @@ impl Device for VhostPci {
 }
 
 /// Serves each queue pair with the work of its number, until that is done, the time is over, or a signal comes. Every report, the last one too, goes to `report`; `note` gets a line for whoever watches when the
-/// link changes.
+/// link changes, or the capture fails, which ends it and nothing else.
 pub fn serve<D: Device, W: Work>(
     device: &mut D,
     works: &mut [W],
     waiter: &Waiter,
     options: &Options,
+    capture: Option<Capture>,
     mut report: impl FnMut(&Report),
     mut note: impl FnMut(&str),
 ) -> Result<Stats, Error> {
@@ -131,6 +134,7 @@ pub fn serve<D: Device, W: Work>(
         device,
         works,
         waiter,
+        capture,
         stats: Stats::default(),
         malformed: 0,
         up: false,
@@ -140,6 +144,9 @@ pub fn serve<D: Device, W: Work>(
     served.count_malformed();
     let up = served.up;
     served.set_link(false, &mut |_| ());
+    if let Some(Err(why)) = served.capture.take().map(Capture::finish) {
+        note(&lost_capture(&why));
+    }
     let stats = served.stats;
     report(&Report::new(&stats, start.elapsed(), up, true));
     result.map(|()| stats)
@@ -149,6 +156,7 @@ struct Served<'a, D, W> {
     device: &'a mut D,
     works: &'a mut [W],
     waiter: &'a Waiter,
+    capture: Option<Capture>,
     stats: Stats,
     /// What earlier data paths found malformed.
     malformed: u64,
@@ -215,7 +223,11 @@ impl<D: Device, W: Work> Served<'_, D, W> {
                 for work in &mut *self.works {
                     work.refresh();
                 }
+                if let Some(capture) = &mut self.capture {
+                    capture.flush();
+                }
             }
+            self.look_after_capture(note);
             let sleep =
                 !moved && self.may_sleep(options.mode, now - *idle_since.get_or_insert(now));
             if sleep || now >= next_look {
@@ -308,13 +320,33 @@ impl<D: Device, W: Work> Served<'_, D, W> {
             else {
                 break;
             };
-            match work.turn(port, &mut self.stats) {
+            let turn = match &mut self.capture {
+                None => work.turn(port, &mut self.stats),
+                Some(watch) => work.turn(&mut Watched { port, watch }, &mut self.stats),
+            };
+            match turn {
                 Ok(any) => moved |= any,
                 Err(Stop::Nic(error)) => return Err(Error::Nic(error)),
                 Err(Stop::Port(why)) => return self.doubt(why, note),
             }
         }
         Ok(moved)
+    }
+
+    /// Ends a capture that has all frames, or cannot go on.
+    fn look_after_capture(&mut self, note: &mut impl FnMut(&str)) {
+        let Some(capture) = &mut self.capture else {
+            return;
+        };
+        let ended = match capture.check() {
+            Ok(true) => return,
+            Ok(false) => self.capture.take().map_or(Ok(()), Capture::finish),
+            Err(why) => Err(why),
+        };
+        self.capture = None;
+        if let Err(why) = ended {
+            note(&lost_capture(&why));
+        }
     }
 
     /// Rings that make no sense: the peer is gone, as the device is about to say, or has broken a rule.
@@ -369,6 +401,10 @@ impl<D: Device, W: Work> Served<'_, D, W> {
         let malformed = &mut self.stats.dropped.malformed;
         *malformed = (self.malformed + self.device.malformed()).max(*malformed);
     }
+}
+
+fn lost_capture(why: &io::Error) -> String {
+    format!("--capture: {why}; there are no more frames in it")
 }
 
 /// The data path for the work of a pair. What comes for a pair that is not in use goes over the first.

@@ -11,6 +11,9 @@ use guest_driver::joined::{self, JoinConfig, JoinedBackEnd, JoinedFrontEnd, Sile
 use guest_driver::net_port::Shape;
 use guest_driver::port::{self, Frame, Port, Slot};
 use guest_driver::virtio_pci::Notify;
+use pcap_parser::parse_block_le;
+use pcap_parser::pcapng::Block;
+use pcap_parser::traits::PcapNGPacketBlock;
 use virtqueue::linear::Linear;
 use virtqueue::net::{GUEST_OFFLOADS, HOST_OFFLOADS, Offloads};
 
@@ -232,4 +235,34 @@ pub(crate) fn packets(kernel: &UnixDatagram) -> Vec<Vec<u8>> {
         got.push(buffer[..len].to_vec());
     }
     got
+}
+
+/// The frames of a pcapng file as another parser reads it: when, whether to the peer, how long, and what was kept.
+pub(crate) fn captured(bytes: &[u8]) -> Vec<(u64, bool, usize, Vec<u8>)> {
+    let mut rest = bytes;
+    let mut frames = Vec::new();
+    while let Ok((behind, block)) = parse_block_le(rest) {
+        rest = behind;
+        let Block::EnhancedPacket(packet) = block else {
+            continue;
+        };
+        let time = u64::from(packet.ts_high) << 32 | u64::from(packet.ts_low);
+        let flags = packet.options.iter().find(|option| option.code.0 == 2);
+        let out = match flags.and_then(|flags| flags.as_bytes().ok()) {
+            Some([1, 0, 0, 0]) => false,
+            Some([2, 0, 0, 0]) => true,
+            other => panic!("{other:?}"),
+        };
+        let len = packet.origlen.try_into().unwrap();
+        frames.push((time, out, len, packet.packet_data().to_vec()));
+    }
+    frames
+}
+
+/// Only how long they are.
+pub(crate) fn lens_in(bytes: &[u8]) -> Vec<usize> {
+    captured(bytes)
+        .into_iter()
+        .map(|(_, _, len, _)| len)
+        .collect()
 }

@@ -1,6 +1,8 @@
 //! The loop over joined rings; a peer that comes and goes as a test says.
 
 use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::slice;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -10,6 +12,7 @@ use guest_driver::virtio_pci::Notify;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
+use crate::capture::CaptureFile;
 use crate::testing::*;
 use crate::wait::Interrupts;
 use crate::work::{Bridge, Drop};
@@ -182,9 +185,20 @@ fn beside<W: Work + Send>(
 
 /// The same with work for each pair.
 fn several_beside<W: Work + Send, const N: usize>(
+    rig: (Puppet, Waiter, Hands),
+    works: [W; N],
+    mode: Mode,
+    test: impl FnOnce(&Hands),
+) -> (Stats, Vec<String>) {
+    captured_beside(rig, works, mode, None, test)
+}
+
+/// The same with a capture.
+fn captured_beside<W: Work + Send, const N: usize>(
     (mut puppet, waiter, hands): (Puppet, Waiter, Hands),
     mut works: [W; N],
     mode: Mode,
+    capture: Option<Capture>,
     test: impl FnOnce(&Hands),
 ) -> (Stats, Vec<String>) {
     thread::scope(|scope| {
@@ -196,6 +210,7 @@ fn several_beside<W: Work + Send, const N: usize>(
                 &mut works,
                 &waiter,
                 &options(mode),
+                capture,
                 |_| (),
                 note,
             );
@@ -425,7 +440,15 @@ fn to_wait_for_interrupts_is_refused_where_there_are_none() {
     let (mut puppet, waiter, _hands) = rig(false);
     let work = Drop::new(None);
     let options = options(Mode::Irq);
-    let result = serve(&mut puppet, &mut [work], &waiter, &options, |_| (), |_| ());
+    let result = serve(
+        &mut puppet,
+        &mut [work],
+        &waiter,
+        &options,
+        None,
+        |_| (),
+        |_| (),
+    );
     assert!(matches!(result, Err(Error::NoInterrupts)));
 }
 
@@ -468,6 +491,7 @@ fn it_ends_when_the_time_is_over_and_the_last_report_says_so() {
         &mut [Drop::new(None)],
         &waiter,
         &limited,
+        None,
         report,
         |_| (),
     )
@@ -494,8 +518,69 @@ fn it_ends_when_the_count_is_reached() {
         &mut [work],
         &waiter,
         &options(Mode::Poll),
+        None,
         |_| (),
         |_| (),
     );
     assert_eq!(stats.unwrap().from_peer.frames, 2);
+}
+
+/// A file for a test.
+fn scratch(name: &str) -> PathBuf {
+    std::env::temp_dir().join(format!("netd-{name}-{}", std::process::id()))
+}
+
+fn capture_to(path: &Path, limits: &str) -> Option<Capture> {
+    let file: CaptureFile = format!("{}{limits}", path.display()).parse().unwrap();
+    Some(Capture::create(&file, "test").unwrap())
+}
+
+#[test]
+fn a_reader_of_the_capture_sees_frames_while_it_serves_in_every_mode() {
+    for (mode, interrupts) in MODES {
+        let path = scratch("live");
+        let capture = capture_to(&path, ",count=3");
+        let work = [Drop::new(None)];
+        let (stats, notes) = captured_beside(rig(interrupts), work, mode, capture, |hands| {
+            let mut front = hands.connect(&JoinConfig::default());
+            for number in 1..4 {
+                let lens: Vec<_> = (1..=number).map(|number| 100 * number).collect();
+                assert_eq!(send(&mut front, &[frame(number, 100 * number)]), 1);
+                until(|| lens_in(&std::fs::read(&path).unwrap()) == lens);
+            }
+            // One more than it may have.
+            assert_eq!(send(&mut front, &[frame(4, 400)]), 1);
+            until(|| front.drained().unwrap());
+        });
+        assert_eq!(stats.from_peer.frames, 4);
+        assert_eq!(notes, ["link up"], "{mode:?}");
+        assert_eq!(lens_in(&std::fs::read(&path).unwrap()), [100, 200, 300]);
+        std::fs::remove_file(&path).unwrap();
+    }
+}
+
+#[test]
+fn a_full_disk_costs_the_capture_with_one_line_and_no_frame() {
+    let capture = capture_to(Path::new("/dev/full"), "");
+    let (nic, kernel) = socket();
+    let work = [Bridge::new(nic, None)];
+    let (stats, notes) = captured_beside(rig(true), work, Mode::Poll, capture, |hands| {
+        let mut front = hands.connect(&JoinConfig::default());
+        for number in 0..200 {
+            let sent = frame(number, 1514);
+            assert_eq!(send(&mut front, slice::from_ref(&sent)), 1);
+            let mut got = Vec::new();
+            until(|| {
+                got.extend(packets(&kernel));
+                !got.is_empty()
+            });
+            assert_eq!(got, [packet(&sent)]);
+        }
+    });
+    assert_eq!(stats.from_peer.frames, 200);
+    let [up, why] = &notes[..] else {
+        panic!("{notes:?}");
+    };
+    assert_eq!(up, "link up");
+    assert!(why.starts_with("--capture: ") && why.contains("No space left"));
 }
