@@ -6,6 +6,7 @@
 
 extern crate alloc;
 
+pub mod capture;
 pub mod command;
 mod flows;
 pub mod frame;

@@ -21,10 +21,10 @@ use crate::study::windows::Churned;
 use crate::workload::{Receiver, Stopped};
 use crate::{Link, Mode, Outcome, Payload, Run, Source, Work, attempt, execute};
 
-struct Thread<P> {
-    end: End,
-    port: P,
-    start: Instant,
+pub struct Thread<P> {
+    pub end: End,
+    pub port: P,
+    pub start: Instant,
 }
 
 impl<P: Port> Link for Thread<P> {

@@ -1,6 +1,9 @@
 extern crate std;
 use super::*;
+use guest_driver::net_port::TxShape;
+use guest_driver::vhost_pci::Offer;
 use std::vec::Vec;
+use virtqueue::net::{GUEST_OFFLOADS, HOST_OFFLOADS};
 
 #[test]
 fn a_run_command_takes_every_key() {
@@ -328,6 +331,13 @@ fn the_command_line_keeps_what_it_knows_and_reports_the_rest() {
     });
     assert_eq!(unknown, ["tx=fast", "rx_buffer=127", "rx_buffer=1531"]);
     assert_eq!(Boot::parse("work=control", |_| ()).run, None);
+    let boot = Boot::parse("capture=1000 snaplen=96", |word| panic!("{word}"));
+    assert_eq!((boot.capture.frames, boot.capture.snaplen), (1000, 96));
+    assert_eq!(Boot::parse("", |_| ()).capture.frames, 0);
+    let mut unknown = Vec::new();
+    let words = "capture=65537 capture=-1 snaplen=0 snaplen=16385";
+    Boot::parse(words, |word| unknown.push(word));
+    assert_eq!(unknown, words.split(' ').collect::<Vec<_>>());
     let boot = Boot::parse("queues=4 work=both", |word| panic!("{word}"));
     assert_eq!((boot.queues, boot.run.map(|run| run.queues)), (4, Some(4)));
 }

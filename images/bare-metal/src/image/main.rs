@@ -14,6 +14,7 @@ use alloc::rc::Rc;
 use core::cell::RefCell;
 use core::fmt;
 
+use bare_metal::capture::{self, CaptureRecord, Log};
 use bare_metal::command::{BadWord, Boot, IommuMode};
 use bare_metal::record::{Done, ResultRecord};
 use bare_metal::workload::Stopped;
@@ -41,6 +42,8 @@ const EXIT_FAILED: u8 = 101;
 const DOMAIN: u32 = 1;
 /// How long the IOMMU may take: it waits for a peer that has to be cut off.
 const PATIENCE_MS: u64 = 20_000;
+/// How long the control channel may take no record of a captured frame.
+const CAPTURE_MS: u64 = 5000;
 
 /// Prints a line for people.
 #[macro_export]
@@ -202,7 +205,7 @@ fn serve<C: Connection>(machine: &Machine, mut link: C, boot: &Boot) -> ! {
             announce(&link, up, boot.tsc_khz);
         }
         if let Some(run) = boot.run.filter(|_| up) {
-            match run_workload(&mut link, &run) {
+            match run_workload(&mut link, &run, boot) {
                 // The next connection is served like the first.
                 Ok(_) if run.work == Work::Respond => continue,
                 Ok(outcome) => exit(if outcome.is_clean() {
@@ -222,7 +225,7 @@ fn serve<C: Connection>(machine: &Machine, mut link: C, boot: &Boot) -> ! {
                 Ok(None) => {}
                 Ok(Some(Command::Run(run))) => {
                     // It has been reported.
-                    let _ = run_workload(&mut link, &run);
+                    let _ = run_workload(&mut link, &run, boot);
                 }
                 Ok(Some(command @ (Command::ResetRings | Command::ResetDevice))) => {
                     let (name, reset) = match command {
@@ -271,9 +274,13 @@ fn announce<C: Connection>(link: &C, up: bool, tsc_khz: u64) {
 }
 
 /// Runs a workload and reports it, also where it could not be finished.
-fn run_workload<C: Connection>(link: &mut C, run: &Run) -> Result<Outcome, Stopped> {
+fn run_workload<C: Connection>(link: &mut C, run: &Run, boot: &Boot) -> Result<Outcome, Stopped> {
     let mut outcome = Outcome::default();
-    let result = bare_metal::attempt(link, run, &mut outcome).map_err(|why| link.explain(why));
+    let result = match boot.capture.frames {
+        0 => bare_metal::attempt(link, run, &mut outcome),
+        _ => recorded(link, run, &mut outcome, boot),
+    };
+    let result = result.map_err(|why| link.explain(why));
     console::record(format_args!("{}", ResultRecord(run, &outcome)));
     summary(run, &outcome);
     match result {
@@ -288,6 +295,37 @@ fn run_workload<C: Connection>(link: &mut C, run: &Run) -> Result<Outcome, Stopp
             Err(stopped)
         }
     }
+}
+
+/// Runs a workload, and reports the frames that passed.
+#[inline(never)]
+fn recorded<C: Connection>(
+    link: &mut C,
+    run: &Run,
+    outcome: &mut Outcome,
+    boot: &Boot,
+) -> Result<(), Stopped> {
+    let Some(mut log) = Log::new(boot.capture, arch::now) else {
+        error(format_args!("no memory for a capture of so many frames"));
+        return bare_metal::attempt(link, run, outcome);
+    };
+    let result = capture::attempt(link, run, outcome, &mut log);
+    let header = CaptureRecord {
+        id: run.id,
+        frames: log.len(),
+        tsc_khz: boot.tsc_khz,
+        now: arch::now(),
+    };
+    console::record(format_args!("{header}"));
+    for frame in log.frames() {
+        // Nobody reads them: the others are not waited for.
+        if !console::wait_for_room(CAPTURE_MS * boot.tsc_khz) {
+            error(format_args!("frames of the capture could not be reported"));
+            break;
+        }
+        console::record(format_args!("{frame}"));
+    }
+    result
 }
 
 fn error(what: fmt::Arguments) {
