@@ -14,9 +14,9 @@ use bare_metal::frame::MAX_SEGMENT;
 
 use crate::child::{Output, VmProcess};
 use crate::cli::iommu::Iommus;
-use crate::cli::machine;
 use crate::cli::rings::{Layout, RingSetup, Switch, queue_size};
 use crate::cli::{Direction, Mode, PairArgs};
+use crate::cli::{capture, machine};
 use crate::exit::{self, Failure, usage};
 use crate::sys::{self, Signals};
 use crate::tempdir::TempDir;
@@ -68,6 +68,9 @@ fn vm_flags(memory: &str, core: Option<usize>) -> Vec<OsString> {
     args.extend(core.map(|core| format!("--cpus=count=1,affinity={core}").into()));
     args
 }
+
+/// What is in front of a VM's name in the names of its files, back-end first.
+pub const ENDS: [&str; 2] = ["back", "front"];
 
 /// A network device that connects to whoever listens at `socket`.
 fn net_flag(socket: &Path, rings: &RingSetup) -> OsString {
@@ -136,6 +139,18 @@ fn cmdlines(args: &PairArgs, rings: &RingSetup) -> [String; 2] {
     lines
 }
 
+/// What else each VM is told, back-end first.
+fn more_flags(args: &PairArgs) -> Result<[Vec<OsString>; 2], Failure> {
+    let captures = args.capture.as_deref().map(capture::run_flags);
+    let captures = captures.transpose()?.unwrap_or_default();
+    let [back, front] = ENDS.map(|end| args.vms.run_flags(end, 0));
+    let mut all = [back?, front?];
+    for (flags, capture) in all.iter_mut().zip(captures) {
+        flags.extend(capture);
+    }
+    Ok(all)
+}
+
 /// Boots both VMs and waits for their ends; returns the exit code.
 pub fn run(args: &PairArgs) -> Result<u8> {
     if args.linux {
@@ -161,6 +176,9 @@ pub fn run(args: &PairArgs) -> Result<u8> {
     let [back, front] = cmdlines(args, &rings);
     back_args.push(format!("--cmdline={back}").into());
     front_args.push(format!("--cmdline={front}").into());
+    let [back, front] = more_flags(args)?;
+    back_args.extend(back);
+    front_args.extend(front);
     let start = |name, prefix, args: &[OsString]| {
         VmProcess::start(name, args, Stdio::null(), Output::Show(prefix))
     };

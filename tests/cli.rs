@@ -123,6 +123,35 @@ fn each_wrong_argument_is_one_line_that_names_it_and_exit_code_3() {
             &["--rx-buffer", "127", "128..=1530"],
         ),
         (&["pair", "--count", "0"], &["--count", "0"]),
+        (
+            &["pair", "--seccomp", "maybe"],
+            &["--seccomp", "maybe", "on, log, off"],
+        ),
+        (
+            &["bench", "--seccomp", "maybe"],
+            &["--seccomp", "maybe", "on, log, off"],
+        ),
+        (&["pair", "--metrics", "unix:"], &["--metrics", "unix:PATH"]),
+        (
+            &["bench", "--metrics", "d,interval=9"],
+            &["--metrics", "interval=9"],
+        ),
+        (
+            &["isolation", "--metrics", "d,interval=9"],
+            &["--metrics", "interval=9"],
+        ),
+        (
+            &["pair", "--capture", "frames=5"],
+            &["--capture", "back=FILE or front=FILE"],
+        ),
+        (
+            &["pair", "--linux", "--capture", "back=f"],
+            &["--capture", "--linux"],
+        ),
+        (
+            &["run", "--capture", "f,count=5"],
+            &["--capture", "'count'"],
+        ),
         (&["bench", "--sizes", "64,65550"], &["--sizes", "65550"]),
         (&["bench", "--batches", "257"], &["--batches", "257"]),
         (
@@ -272,6 +301,10 @@ fn the_help_names_every_key_and_its_default() {
         "--metrics",
         "interval=MS",
         "format=lines|prometheus",
+        "--capture",
+        "frames=N",
+        "[default: 1000]",
+        "snaplen=BYTES",
         "--seccomp",
         "Exit status:",
     ] {
@@ -302,6 +335,11 @@ fn every_command_explains_its_flags_and_exit_codes() {
                 "--rx-buffer",
                 "--iommu",
                 "--iommu-back",
+                "--capture",
+                "back=FILE",
+                "--metrics",
+                "unix:DIR",
+                "--seccomp",
             ],
         ),
         (
@@ -318,6 +356,8 @@ fn every_command_explains_its_flags_and_exit_codes() {
                 "--memory",
                 "--cores",
                 "--json",
+                "--metrics",
+                "--seccomp",
                 "--ring",
                 "--in-order",
                 "--event-idx",

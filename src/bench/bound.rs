@@ -352,6 +352,7 @@ mod tests {
                 prefault: false,
                 dma: 0,
             },
+            vms: crate::cli::vms::VmsArgs::default(),
         })
     }
 

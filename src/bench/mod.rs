@@ -29,9 +29,11 @@ use crate::cli::bench::{BenchArgs, Sweep};
 use crate::cli::frames::How;
 use crate::cli::iommu::Iommu;
 use crate::cli::rings::{Layout, RingSetup, USUAL_SIZE};
+use crate::cli::vms::VmsArgs;
 use crate::cli::{Path, machine};
 use crate::exit;
 use crate::json::{JsonFile, text_out};
+use crate::pair;
 use crate::sys::{self, Signals};
 
 use pairs::{Lab, Measured, measure};
@@ -70,6 +72,8 @@ pub struct Setup {
     pub rings: RingSetup,
     /// Memory of each VM.
     pub memory: MemoryConfig,
+    /// How the VMs' processes run.
+    pub vms: VmsArgs,
 }
 
 /// Measures, prints, and returns the exit code.
@@ -86,8 +90,11 @@ pub fn run(args: &BenchArgs) -> Result<u8> {
             cores: args.both.cores(&allowed)?,
             rings: args.ring_setup()?,
             memory: machine::memory(&args.both.memory)?,
+            vms: args.vms.clone(),
         })
     };
+    // Before anything is booted.
+    args.vms.run_flags(pair::ENDS[0], 0)?;
     let second = match &other {
         Some(other) => {
             args.one_kind()?;

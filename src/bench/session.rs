@@ -5,6 +5,7 @@ use std::ffi::OsString;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::rc::Rc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
@@ -99,7 +100,10 @@ impl Session {
         for args in &mut args[with_rings..] {
             args.push(format!("--cmdline={}", words.trim()).into());
         }
-        for args in &args {
+        static PAIRS: AtomicU32 = AtomicU32::new(0);
+        let number = PAIRS.fetch_add(1, Ordering::Relaxed);
+        for (args, end) in args.iter_mut().zip(pair::ENDS) {
+            args.extend(setup.vms.run_flags(end, number)?);
             called("run", args);
         }
         let start = |side: usize| Guest::start(NAMES[side], &args[side]);

@@ -11,6 +11,7 @@ use super::frames::{How, Payload, Size, Source};
 use super::iommu::{BackArgs, Iommu};
 use super::machine::BothArgs;
 use super::rings::{Layout, Ring, RingArgs, RingSetup, Switch, Tx, USUAL_SIZE, queue_size};
+use super::vms::VmsArgs;
 use super::{Cli, Command, Direction, Mode, Path, one_line};
 use crate::exit::{Failure, usage};
 
@@ -192,6 +193,8 @@ pub struct BenchArgs {
     pub back: BackArgs,
     #[command(flatten)]
     pub both: BothArgs,
+    #[command(flatten)]
+    pub vms: VmsArgs,
     /// Write everything that was measured to this file (schema_version 1), or to stdout: then what is for people goes to stderr
     #[arg(long, value_name = "FILE", num_args = 0..=1, default_missing_value = crate::json::STDOUT)]
     pub json: Option<PathBuf>,

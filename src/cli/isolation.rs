@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 
+use super::vms::VmsArgs;
+
 /// What the back-end's window shows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -51,6 +53,8 @@ pub struct IsolationArgs {
     /// Host cores: the back-end's virtual CPU runs on A, the front-end's on B
     #[arg(long, value_name = "A:B")]
     pub cores: Option<String>,
+    #[command(flatten)]
+    pub vms: VmsArgs,
     /// Write the report to this file (schema_version 1), or to stdout: then what is for people goes to stderr
     #[arg(long, value_name = "FILE", num_args = 0..=1, default_missing_value = crate::json::STDOUT)]
     pub json: Option<PathBuf>,

@@ -12,12 +12,13 @@ use devices::virtio_blk::BlkConfig;
 use devices::virtio_iommu::IommuConfig;
 use devices::virtio_net::tap::{Server, TapConfig, is_interface_name};
 use devices::virtio_net::{MAX_QUEUE_PAIRS, NetConfig, RingFeatures};
-use vmm::{Console, HugePages, Kernel, MemoryConfig, Seccomp, VmConfig};
+use vmm::{Console, HugePages, Kernel, MemoryConfig, VmConfig};
 
 use super::keys::{
     FRONT_END_LISTEN, FRONT_END_SOCKET, Key, KeyList, Missing, number, size, switch,
 };
-use super::metrics;
+use super::vms::SeccompArg;
+use super::{capture, metrics};
 use crate::exit::{Failure, usage};
 
 static MEMORY: KeyList = KeyList {
@@ -283,28 +284,6 @@ pub enum ConsoleArg {
     Output,
 }
 
-/// How the threads of a VM's process are confined.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub enum SeccompArg {
-    /// It ends the process (SIGSYS, exit status 159 in a shell); files are closed to it by Landlock, too
-    #[default]
-    On,
-    /// It is carried out and put into the kernel's log
-    Log,
-    /// It is carried out
-    Off,
-}
-
-impl SeccompArg {
-    fn mode(self) -> Seccomp {
-        match self {
-            Self::On => Seccomp::On,
-            Self::Log => Seccomp::Log,
-            Self::Off => Seccomp::Off,
-        }
-    }
-}
-
 /// `run`.
 #[derive(Debug, Args)]
 pub struct RunArgs {
@@ -350,6 +329,9 @@ pub struct RunArgs {
     #[arg(long, value_name = "FILE|unix:PATH[,KEY=VALUE,…]",
         help = metrics::METRICS.help("Where all counters go as lines of JSON: a file, or whoever connects to a socket (docs/metrics.md)"))]
     pub metrics: Option<String>,
+    #[arg(long, value_name = "FILE[,KEY=VALUE,…]",
+        help = capture::CAPTURE.help("Where the frames go that the built-in guest sends and receives first, when the workload has ended: a file, made anew (pcapng)"))]
+    pub capture: Option<String>,
     /// What becomes of a system call that the VM's threads have no use for
     #[arg(long, value_enum, value_name = "HOW", default_value = "on")]
     pub seccomp: SeccompArg,
@@ -663,11 +645,24 @@ impl RunArgs {
             )));
         }
         let has_device = !(net.is_empty() && taps.is_empty() && vhost_pci.is_empty());
+        let interface = match vhost_pci.is_empty() {
+            true => "front-end",
+            false => "back-end",
+        };
+        let capture = self.capture.as_deref();
+        let capture = capture.map(|text| capture::parse(text, interface));
+        let capture = capture.transpose()?;
         let (kernel, cmdline) = if self.kernel.as_os_str() == "builtin" {
+            let words = capture.as_ref().map(capture::guest_words);
+            let given = format!("{}{}", self.cmdline, words.unwrap_or_default());
             (
                 Kernel::Image(crate::image::builtin()),
-                builtin_cmdline(&self.cmdline, has_device, self.control_fd.is_some()),
+                builtin_cmdline(&given, has_device, self.control_fd.is_some()),
             )
+        } else if capture.is_some() {
+            return Err(usage(
+                "--capture: it is the built-in guest that does that; Linux has tcpdump, and vhost-pci-netd --capture",
+            ));
         } else {
             (Kernel::Path(self.kernel.clone()), self.cmdline.clone())
         };
@@ -693,6 +688,7 @@ impl RunArgs {
             },
             control: None,
             metrics: self.metrics.as_deref().map(metrics::parse).transpose()?,
+            capture,
             seccomp: self.seccomp.mode(),
             iommu: self.iommu.as_deref().map(iommu).transpose()?,
         })
@@ -794,6 +790,8 @@ mod tests {
             "--rng",
             "--console",
             "output",
+            "--capture",
+            "f,frames=7,snaplen=96",
             "--cmdline",
             "work=sink verify=off",
         ])
@@ -811,7 +809,9 @@ mod tests {
         assert_eq!(config.net[0].iotlb_timeout, Duration::from_millis(250));
         assert_eq!(config.vhost_pci[0].miss_timeout, Duration::ZERO);
         assert_eq!(config.vhost_pci[0].files, Files::Unsealed);
-        assert_eq!(config.cmdline, "work=sink verify=off");
+        let words = "work=sink verify=off capture=7 snaplen=96";
+        assert_eq!(config.cmdline, words);
+        assert_eq!(config.capture.unwrap().interface, "back-end");
         assert!(matches!(config.console, Console::Output));
     }
 
@@ -927,6 +927,8 @@ mod tests {
             (&["--metrics", "m,format=x"], "--metrics: format=x: "),
             (&["--metrics", "m,interval=9"], "--metrics: interval=9: "),
             (&["--metrics", "m,x=9"], "--metrics: unknown key 'x'"),
+            (&["--capture", "f,frames=0"], "--capture: frames=0: "),
+            (&["--capture", "f", "--kernel", "k"], "--capture: it is the"),
             (&["--disk", ""], "--disk: the key 'path' is missing"),
             (
                 &["--disk", "path=a,readonly=yes"],

@@ -53,3 +53,17 @@ pub fn parse(text: &str) -> Result<MetricsConfig, Failure> {
     };
     Ok(MetricsConfig { target, interval })
 }
+
+/// The same for a file or socket of this name in the directory that is given in its place.
+pub fn inside(text: &str, name: &str) -> Result<String, Failure> {
+    let (directory, keys) = text.split_once(',').unwrap_or((text, ""));
+    let inside = match directory {
+        "" | "unix:" => directory.to_owned(),
+        _ => format!("{directory}/{name}"),
+    };
+    let text = match keys {
+        "" => inside,
+        _ => format!("{inside},{keys}"),
+    };
+    parse(&text).map(|_| text)
+}

@@ -1,6 +1,7 @@
 //! The command line.
 
 pub mod bench;
+pub mod capture;
 pub mod frames;
 pub mod iommu;
 pub mod isolation;
@@ -10,6 +11,7 @@ pub mod metrics;
 pub mod plot;
 pub mod relay;
 pub mod rings;
+pub mod vms;
 
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
@@ -199,6 +201,11 @@ pub struct PairArgs {
     pub back: iommu::BackArgs,
     #[command(flatten)]
     pub both: machine::BothArgs,
+    #[command(flatten)]
+    pub vms: vms::VmsArgs,
+    #[arg(long, value_name = "KEY=VALUE,…", conflicts_with = "linux",
+        help = capture::BOTH.help("Files for the frames that each guest sends and receives first, when the workload has ended (pcapng); at least one of them"))]
+    pub capture: Option<String>,
     /// Boot Linux in both VMs (images/linux/build makes the images), with the front-end's console on standard input and output
     #[arg(long, conflicts_with_all = ["direction", "count", "seconds", "size", "batch", "mode"])]
     pub linux: bool,

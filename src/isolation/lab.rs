@@ -11,9 +11,11 @@ use anyhow::{Context, anyhow};
 use crate::bench::record::{Done, Record, VmmStats, WorkResult};
 use crate::cli::isolation::Mode;
 use crate::cli::rings::{Layout, Ring, RingSetup};
+use crate::cli::vms::VmsArgs;
 use crate::exit::Failure;
 use crate::guest::Guest;
 use crate::host;
+use crate::pair;
 use crate::sys::{self, Signals};
 use crate::tempdir::TempDir;
 
@@ -58,6 +60,8 @@ pub struct Study {
     pub rounds: u64,
     /// The back-end's core, the front-end's.
     pub cores: [usize; 2],
+    /// How the VMs' processes run.
+    pub vms: VmsArgs,
     /// Absent in tests.
     pub signals: Option<Signals>,
 }
@@ -281,7 +285,10 @@ impl<'a> Lab<'a> {
         } else {
             self.guard = None;
         }
-        self.sides[side] = Some(Guest::start(NAMES[side], &self.run_args(side))?);
+        let mut args = self.run_args(side);
+        let more = self.study.vms.run_flags(pair::ENDS[side], 0);
+        args.extend(more.map_err(anyhow::Error::from)?);
+        self.sides[side] = Some(Guest::start(NAMES[side], &args)?);
         Ok(())
     }
 

@@ -20,6 +20,7 @@ use crate::cli::isolation::{IsolationArgs, Mode};
 use crate::cli::machine::BothArgs;
 use crate::exit::{self, Failure};
 use crate::json::{JsonFile, text_out};
+use crate::pair;
 use crate::sys::{self, Signals};
 
 use lab::{Lab, Scene, Study, Tried, Trouble};
@@ -132,11 +133,14 @@ pub fn run(args: &IsolationArgs) -> Result<u8> {
         cores: args.cores.clone(),
     };
     let cores = both.cores(&allowed)?;
+    // Before anything is booted.
+    args.vms.run_flags(pair::ENDS[0], 0)?;
     let json = args.json.as_deref().map(JsonFile::create).transpose()?;
     let study = Study {
         mode: args.mode,
         rounds: args.rounds,
         cores,
+        vms: args.vms.clone(),
         signals: Some(Signals::install().context("cannot handle signals")?),
     };
     let started = Instant::now();

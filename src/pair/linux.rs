@@ -7,7 +7,7 @@ use std::process::Stdio;
 
 use anyhow::{Context, Result, bail};
 
-use super::{iommus, rings, vm_args};
+use super::{iommus, more_flags, rings, vm_args};
 use crate::child::{Output, VmProcess};
 use crate::cli::PairArgs;
 use crate::cli::iommu::Iommu;
@@ -87,6 +87,9 @@ fn both(args: &PairArgs, directory: &Path, images: &[PathBuf; 2]) -> Result<[Vec
             vm.push(text);
         }
         vm.push(format!("--cmdline={cmdline}").into());
+    }
+    for (vm, more) in vms.iter_mut().zip(more_flags(args)?) {
+        vm.extend(more);
     }
     Ok(vms)
 }

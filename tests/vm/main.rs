@@ -1,6 +1,7 @@
 //! Real VMs. These tests need /dev/kvm and two cores, and fail with a line that says so where there are none.
 
 mod bench;
+mod capture;
 #[path = "../common/mod.rs"]
 mod common;
 mod faults;

@@ -153,6 +153,61 @@ fn a_file_gets_lines_until_the_end_and_what_the_guest_reports() {
 }
 
 #[test]
+fn both_vms_of_a_pair_can_be_watched() {
+    let _machine = machine();
+    let dir = Dir::new();
+    let target = format!("unix:{},interval=50", dir.path().display());
+    let mut running = start(&["pair", "--seconds", "600", "--metrics", &target]);
+    running.wait_for_stdout("front-end | guest: connected");
+    let [back, front] = ["back.metrics", "front.metrics"].map(|name| dir.file(name));
+    for (socket, kind) in [(&back, "window"), (&front, "net")] {
+        let line = BufReader::new(connect(socket)).lines().next().unwrap();
+        let line: Value = serde_json::from_str(&line.unwrap()).unwrap();
+        assert_eq!(line["devices"][0]["kind"], kind);
+    }
+    run(&["top", &back, &front]).expect_code(0);
+    running.signal("TERM");
+    running.end().expect_code(143);
+    assert!(dir.is_empty(), "a socket is left");
+}
+
+#[test]
+fn every_pair_of_a_bench_has_metrics_of_its_own() {
+    let _machine = machine();
+    let dir = Dir::new();
+    let json = dir.file("json");
+    let directory = dir.path().to_str().unwrap();
+    let figures = [
+        "bench",
+        "--sizes",
+        "64",
+        "--batches",
+        "32",
+        "--samples",
+        "1",
+    ];
+    let more = [
+        "--ms",
+        "20",
+        "--directions",
+        "be-to-fe",
+        "--iommu",
+        "off,static",
+    ];
+    let watched = ["--metrics", directory, "--seccomp", "off", "--json", &json];
+    run(&[&figures[..], &more, &watched].concat()).expect_code(0);
+    for name in ["back", "front", "back-2", "front-2"] {
+        let text = fs::read_to_string(dir.file(&format!("{name}.metrics"))).unwrap();
+        let last: Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
+        let guest = &last["guest"];
+        let frames = guest["tx_frames"].as_u64().max(guest["rx_frames"].as_u64());
+        assert!(frames > Some(0), "{name}: {last}");
+    }
+    let text = fs::read_to_string(json).unwrap();
+    assert_eq!(text.matches("--seccomp=off").count(), 4, "{text}");
+}
+
+#[test]
 fn a_full_disk_costs_the_metrics_and_not_the_vm() {
     let _machine = machine();
     let dir = Dir::new();

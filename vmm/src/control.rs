@@ -16,13 +16,14 @@ use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use log::{debug, warn};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::capture::Inbox;
 use crate::metrics::Reports;
 use crate::serial::{Output, Uart};
 use crate::signals::wait_writable;
 use crate::sys::{context, lock};
 
 /// The longest line in either direction, its newline included.
-const LINE_LIMIT: usize = 64 << 10;
+pub(crate) const LINE_LIMIT: usize = 64 << 10;
 /// How much waits for the socket's reader at most.
 const OUTPUT_LIMIT: usize = 1 << 20;
 const CHUNK: usize = 4096;
@@ -146,12 +147,16 @@ impl Outbox {
 pub(crate) struct ControlOutput {
     pub(crate) outbox: Option<Arc<Outbox>>,
     pub(crate) reports: Option<Arc<Reports>>,
+    pub(crate) capture: Option<Arc<Inbox>>,
 }
 
 impl Write for ControlOutput {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         if let Some(reports) = &self.reports {
             reports.take(bytes);
+        }
+        if let Some(capture) = &self.capture {
+            capture.take(bytes);
         }
         if let Some(outbox) = &self.outbox {
             bytes.iter().for_each(|byte| outbox.guest_byte(*byte));
@@ -166,10 +171,11 @@ impl Write for ControlOutput {
 
 impl Output for ControlOutput {
     fn has_room(&self) -> bool {
-        self.outbox.as_ref().is_none_or(|outbox| {
+        let outbox = self.outbox.as_ref().is_none_or(|outbox| {
             let state = lock(&outbox.state);
             state.closed || state.ready.len() + LINE_LIMIT <= OUTPUT_LIMIT
-        })
+        });
+        outbox && self.capture.as_ref().is_none_or(|inbox| inbox.has_room())
     }
 }
 

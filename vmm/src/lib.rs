@@ -6,6 +6,7 @@
 mod acpi;
 mod boot;
 mod bus;
+mod capture;
 mod console;
 mod control;
 mod doorbells;
@@ -42,6 +43,7 @@ use devices::virtio_net::tap::{self, TapConfig};
 pub use acpi::Error as AcpiError;
 pub use boot::{Error as BootError, Kernel};
 pub use bus::POWER_OFF_PORT;
+pub use capture::CaptureConfig;
 pub use host::Error as MachineError;
 pub use memory::{Error as MemoryError, HugePages, MemoryConfig};
 pub use metrics::{MetricsConfig, MetricsTarget};
@@ -83,6 +85,8 @@ pub struct VmConfig {
     pub control: Option<OwnedFd>,
     /// Who gets to know what it does, and how often.
     pub metrics: Option<MetricsConfig>,
+    /// Where the frames go that the built-in guest reports.
+    pub capture: Option<CaptureConfig>,
     /// What becomes of system calls that its threads have no use for.
     pub seccomp: Seccomp,
 }

@@ -7,7 +7,7 @@ mod snapshot;
 use std::path::PathBuf;
 use std::time::Duration;
 
-pub(crate) use guest::Reports;
+pub(crate) use guest::{Reports, number};
 pub(crate) use server::Server;
 pub(crate) use snapshot::{Group, Sources};
 

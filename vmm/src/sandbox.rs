@@ -39,6 +39,8 @@ pub(crate) enum Thread {
     Devices,
     /// What hands out metrics.
     Metrics,
+    /// What writes captured frames.
+    Capture,
     /// A tap's rings.
     Tap,
     /// A disk's file.

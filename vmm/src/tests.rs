@@ -35,6 +35,7 @@ fn config(kernel: Kernel) -> VmConfig {
         console: Console::Output,
         control: None,
         metrics: None,
+        capture: None,
         // It would stay on the test's thread.
         seccomp: Seccomp::Off,
     }

@@ -79,6 +79,7 @@ pub fn setup() -> Setup {
             prefault: true,
             dma: 0,
         },
+        vms: crate::cli::vms::VmsArgs::default(),
     }
 }
 

@@ -24,6 +24,7 @@ fn setup(size: u16) -> Option<Setup> {
             prefault: false,
             dma: 0,
         },
+        vms: crate::cli::vms::VmsArgs::default(),
     })
 }
 

@@ -44,6 +44,7 @@ fn setup() -> Setup {
             prefault: false,
             dma: 0,
         },
+        vms: crate::cli::vms::VmsArgs::default(),
     }
 }
 

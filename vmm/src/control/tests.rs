@@ -13,6 +13,7 @@ fn output(outbox: Arc<Outbox>) -> ControlOutput {
     ControlOutput {
         outbox: Some(outbox),
         reports: None,
+        capture: None,
     }
 }
 

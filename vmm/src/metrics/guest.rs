@@ -79,7 +79,7 @@ impl State {
 }
 
 /// The number of the first field of that name.
-fn number(line: &str, name: &str) -> Option<u64> {
+pub(crate) fn number(line: &str, name: &str) -> Option<u64> {
     let (_, behind) = line.split_once(&format!("\"{name}\":"))?;
     let end = behind.find(|c: char| !c.is_ascii_digit());
     behind.get(..end.unwrap_or(behind.len()))?.parse().ok()

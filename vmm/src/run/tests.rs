@@ -39,6 +39,7 @@ fn config(directory: &TempDir, iommu: IommuConfig) -> VmConfig {
         console: Console::Output,
         control: None,
         metrics: None,
+        capture: None,
         // It would stay on the test's thread.
         seccomp: Seccomp::Off,
     }

@@ -11,10 +11,11 @@ use vmm_sys_util::tempdir::TempDir;
 
 use super::*;
 
-const ALL: [Thread; 6] = [
+const ALL: [Thread; 7] = [
     Thread::Main,
     Thread::Devices,
     Thread::Metrics,
+    Thread::Capture,
     Thread::Tap,
     Thread::Disk,
     Thread::Vcpu,
