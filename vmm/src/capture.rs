@@ -1,27 +1,33 @@
-//! `--capture`: the frames that the built-in guest says it sent and received (docs/bare-metal.md), as a pcapng file. Its control channel brings them; a thread of
-//! its own reads them and writes the file.
+//! `--capture`: the frames that the built-in guest says it sent and received (docs/bare-metal.md), as a pcapng file. A record on the control channel says where
+//! in its memory they are; they are copied out before the guest goes on, and a thread of its own writes the file.
 //!
-//! What a guest writes is its word, and may be anything: a line that is no record of a frame is left out, and there are never more frames, nor more bytes of
-//! one, than were asked for.
+//! What a guest says is its word, and may be anything: what is no frame is left out, no more is copied at a time than what was asked for can take, and the file
+//! never has more frames, nor more bytes of one, than were asked for.
 
 use std::fs::File;
 use std::io;
 use std::path::PathBuf;
-use std::sync::{Arc, Condvar, Mutex, PoisonError, mpsc};
+use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::thread::{self, JoinHandle};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use log::warn;
 use pcapng::{Capture, Direction, Limits, SNAPLEN};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use crate::control::LINE_LIMIT;
 use crate::metrics::number;
 use crate::sandbox::Thread;
-use crate::sys::{context, lock};
+use crate::sys::context;
 use crate::{Error, Seccomp};
 
-/// How much waits for the thread at most.
-const WAITING_LIMIT: usize = 1 << 20;
+/// The longest line that is looked at.
+const LINE_LIMIT: usize = 4096;
+/// What a record of captured frames begins with.
+const RECORD: &str = "{\"record\":\"capture\",";
+/// Bytes in front of those of a frame: le64 ticks, le32 length, le16 how many bytes of it follow, le16 1 where the guest sent it.
+const HEAD: usize = 16;
+/// Reports that wait for the thread.
+const WAITING: usize = 1;
 
 /// Where captured frames go, and which.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -36,59 +42,95 @@ pub struct CaptureConfig {
     pub snaplen: u32,
 }
 
-/// What the guest wrote and the thread has not read.
-#[derive(Default)]
-pub(crate) struct Inbox {
-    state: Mutex<Waiting>,
-    wake: Condvar,
+impl CaptureConfig {
+    /// Bytes of a guest's memory that so many frames take.
+    fn most(&self) -> u64 {
+        u64::from(self.frames) * (HEAD as u64 + u64::from(self.snaplen))
+    }
 }
 
-#[derive(Default)]
-struct Waiting {
+/// The frames of a workload, as the guest had them in its memory.
+pub(crate) struct Report {
+    clock: Clock,
     bytes: Vec<u8>,
-    ended: bool,
 }
 
-impl Inbox {
-    /// What the guest writes. A guest that writes though there is no room loses it.
-    pub(crate) fn take(&self, bytes: &[u8]) {
-        let mut state = lock(&self.state);
-        if state.bytes.len() + bytes.len() <= WAITING_LIMIT {
-            state.bytes.extend_from_slice(bytes);
-            self.wake.notify_one();
+/// What listens to the control channel, on the thread of the vCPU that writes there.
+pub(crate) struct Listener {
+    memory: GuestMemoryMmap,
+    most: u64,
+    line: Vec<u8>,
+    overlong: bool,
+    to: SyncSender<Option<Report>>,
+    /// Whether it was said that something is left out.
+    complained: bool,
+}
+
+impl Listener {
+    /// What the guest writes.
+    pub(crate) fn take(&mut self, bytes: &[u8]) {
+        for &byte in bytes {
+            if byte == b'\n' {
+                let line = std::mem::take(&mut self.line);
+                if !std::mem::replace(&mut self.overlong, false) {
+                    self.hear(&line);
+                }
+            } else if self.line.len() == LINE_LIMIT {
+                self.overlong = true;
+            } else {
+                self.line.push(byte);
+            }
         }
     }
 
-    /// Whether a line is sure to be taken.
-    pub(crate) fn has_room(&self) -> bool {
-        lock(&self.state).bytes.len() + LINE_LIMIT <= WAITING_LIMIT
+    fn hear(&mut self, line: &[u8]) {
+        let line = std::str::from_utf8(line).ok();
+        let Some(line) = line.filter(|line| line.starts_with(RECORD)) else {
+            return;
+        };
+        let Some(report) = self.report(line) else {
+            return self.complain("the guest's record of frames makes no sense");
+        };
+        if let Err(mpsc::TrySendError::Full(_)) = self.to.try_send(Some(report)) {
+            self.complain("the guest reports frames faster than they are written");
+        }
     }
 
-    fn end(&self) {
-        lock(&self.state).ended = true;
-        self.wake.notify_one();
+    /// Copies what a record is about; `None` where it is about nothing.
+    fn report(&self, line: &str) -> Option<Report> {
+        let clock = clock(line, now())?;
+        let at = GuestAddress(number(line, "at")?);
+        let len = number(line, "len").filter(|&len| len <= self.most)?;
+        let mut bytes = vec![0; usize::try_from(len).ok()?];
+        self.memory.read_slice(&mut bytes, at).ok()?;
+        Some(Report { clock, bytes })
     }
 
-    /// What has come; `None` when that was all.
-    fn next(&self) -> Option<Vec<u8>> {
-        let state = lock(&self.state);
-        let waits = |state: &mut Waiting| state.bytes.is_empty() && !state.ended;
-        let state = self.wake.wait_while(state, waits);
-        let mut state = state.unwrap_or_else(PoisonError::into_inner);
-        let bytes = std::mem::take(&mut state.bytes);
-        (!bytes.is_empty()).then_some(bytes)
+    fn complain(&mut self, what: &str) {
+        if !self.complained {
+            warn!("--capture: {what}; it is left out");
+        }
+        self.complained = true;
     }
+}
+
+/// The file, open, and what the thread is told.
+pub(crate) struct Opened {
+    frames: Frames<File>,
+    most: u64,
+    to: SyncSender<Option<Report>>,
+    from: Receiver<Option<Report>>,
 }
 
 /// The running thread.
 pub(crate) struct Recorder {
-    inbox: Arc<Inbox>,
+    to: SyncSender<Option<Report>>,
     handle: Option<JoinHandle<()>>,
 }
 
 impl Recorder {
     /// Opens the file.
-    pub(crate) fn open(config: &CaptureConfig) -> Result<Frames<File>, Error> {
+    pub(crate) fn open(config: &CaptureConfig) -> Result<Opened, Error> {
         let file = pcapng::create(&config.path);
         let file =
             file.map_err(|e| context(&format!("--capture: {}", config.path.display()), e))?;
@@ -96,29 +138,36 @@ impl Recorder {
             snaplen: config.snaplen,
             frames: config.frames.into(),
         };
-        Ok(Frames::new(file, config.interface, limits))
+        let (to, from) = mpsc::sync_channel(WAITING);
+        Ok(Opened {
+            frames: Frames::new(file, config.interface, limits),
+            most: config.most(),
+            to,
+            from,
+        })
     }
 
     /// Starts the thread.
-    pub(crate) fn spawn(
-        mut frames: Frames<File>,
-        inbox: Arc<Inbox>,
-        seccomp: Seccomp,
-    ) -> Result<Self, Error> {
+    pub(crate) fn spawn(opened: Opened, seccomp: Seccomp) -> Result<Self, Error> {
         let (ready, was_ready) = mpsc::channel();
-        let from = Arc::clone(&inbox);
+        let Opened {
+            mut frames,
+            to,
+            from,
+            ..
+        } = opened;
         let handle = thread::Builder::new()
             .name("capture".into())
             .spawn(move || {
                 let _ = ready.send(seccomp.enter(Thread::Capture));
-                while let Some(bytes) = from.next() {
-                    frames.take(&bytes);
+                while let Ok(Some(report)) = from.recv() {
+                    frames.take(&report);
                 }
                 frames.finish();
             })
             .map_err(|e| context("the thread of --capture", e))?;
         let recorder = Self {
-            inbox,
+            to,
             handle: Some(handle),
         };
         if let Ok(result) = was_ready.recv() {
@@ -128,10 +177,24 @@ impl Recorder {
     }
 }
 
+impl Opened {
+    /// What listens for it to the guest with this memory.
+    pub(crate) fn listener(&self, memory: &GuestMemoryMmap) -> Listener {
+        Listener {
+            memory: memory.clone(),
+            most: self.most,
+            line: Vec::new(),
+            overlong: false,
+            to: self.to.clone(),
+            complained: false,
+        }
+    }
+}
+
 impl Drop for Recorder {
     /// Ends the thread when it has written what has come.
     fn drop(&mut self) {
-        self.inbox.end();
+        let _ = self.to.send(None);
         if let Some(handle) = self.handle.take() {
             let _ = handle.join();
         }
@@ -155,15 +218,12 @@ impl Clock {
     }
 }
 
-/// The guest's records on their way into the file.
-pub(crate) struct Frames<W: io::Write> {
+/// The guest's frames on their way into the file.
+struct Frames<W: io::Write> {
     /// Absent when it has failed.
     file: Option<Capture<W>>,
     snaplen: usize,
-    line: Vec<u8>,
-    overlong: bool,
-    clock: Option<Clock>,
-    /// Whether it was said that there are records of frames that make no sense.
+    /// Whether it was said that there are frames that make no sense.
     complained: bool,
 }
 
@@ -172,26 +232,20 @@ impl<W: io::Write> Frames<W> {
         Self {
             file: Some(Capture::new(out, interface, limits)),
             snaplen: limits.snaplen as usize,
-            line: Vec::new(),
-            overlong: false,
-            clock: None,
             complained: false,
         }
     }
 
-    /// What the guest wrote.
-    fn take(&mut self, bytes: &[u8]) {
-        for part in bytes.split_inclusive(|&byte| byte == b'\n') {
-            self.overlong |= self.line.len() + part.len() > LINE_LIMIT;
-            if self.overlong {
-                self.line.clear();
-            } else {
-                self.line.extend_from_slice(part);
-            }
-            if part.ends_with(b"\n") {
-                let line = std::mem::take(&mut self.line);
-                if !std::mem::replace(&mut self.overlong, false) {
-                    self.record(&line);
+    /// Writes the frames of a workload, up to what makes no sense.
+    fn take(&mut self, report: &Report) {
+        let mut rest = &report.bytes[..];
+        while !rest.is_empty() {
+            match self.frame(report.clock, rest) {
+                Some(behind) => rest = behind,
+                None if self.complained => break,
+                None => {
+                    warn!("--capture: frames of the guest make no sense; they are left out");
+                    self.complained = true;
                 }
             }
         }
@@ -199,42 +253,30 @@ impl<W: io::Write> Frames<W> {
         self.check(flushed);
     }
 
-    fn record(&mut self, line: &[u8]) {
-        let Ok(line) = std::str::from_utf8(line) else {
-            return;
-        };
-        if line.starts_with("{\"record\":\"capture\",") {
-            self.clock = clock(line, now());
-        } else if line.starts_with("{\"record\":\"frame\",") && self.frame(line).is_none() {
-            if !self.complained {
-                warn!("--capture: the guest's records of frames make no sense");
-            }
-            self.complained = true;
-        }
-    }
-
-    /// Writes the frame of a record; `None` where it is none.
-    fn frame(&mut self, line: &str) -> Option<()> {
-        let time = self.clock?.time(number(line, "ticks")?)?;
-        let direction = match number(line, "sent")? {
+    /// Writes the first frame, and returns what is behind it; `None` where it is none.
+    fn frame<'a>(&mut self, clock: Clock, bytes: &'a [u8]) -> Option<&'a [u8]> {
+        let (ticks, bytes) = bytes.split_first_chunk()?;
+        let (len, bytes) = bytes.split_first_chunk()?;
+        let (kept, bytes) = bytes.split_first_chunk()?;
+        let (sent, bytes) = bytes.split_first_chunk()?;
+        let time = clock.time(u64::from_le_bytes(*ticks))?;
+        let len = u32::from_le_bytes(*len);
+        let len = usize::try_from(len).ok().filter(|_| len <= SNAPLEN)?;
+        let (kept, behind) = bytes.split_at_checked(u16::from_le_bytes(*kept).into())?;
+        let direction = match u16::from_le_bytes(*sent) {
             0 => Direction::Inbound,
             1 => Direction::Outbound,
             _ => return None,
         };
-        let len = number(line, "len").filter(|&len| len <= SNAPLEN.into())?;
-        let len = usize::try_from(len).ok()?;
-        let (_, digits) = line.split_once("\"bytes\":\"")?;
-        let (digits, _) = digits.split_once('"')?;
-        let bytes = hexadecimal(digits)?;
-        if bytes.len() != len.min(self.snaplen) {
+        if kept.len() != len.min(self.snaplen) {
             return None;
         }
         let settled = self.file.as_mut().map(|file| {
-            file.frame(time, direction, len, |to| to.copy_from_slice(&bytes));
+            file.frame(time, direction, len, |to| to.copy_from_slice(kept));
             file.settle(true)
         });
         self.check(settled);
-        Some(())
+        Some(behind)
     }
 
     /// A file that cannot be written costs the capture, and not the VM.
@@ -266,15 +308,6 @@ fn now() -> u64 {
     since.map_or(0, |since| {
         u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
     })
-}
-
-/// Bytes from two digits each.
-fn hexadecimal(digits: &str) -> Option<Vec<u8>> {
-    let digit = |byte: u8| char::from(byte).to_digit(16);
-    let (pairs, rest) = digits.as_bytes().as_chunks::<2>();
-    let byte = |&[high, low]: &[u8; 2]| u8::try_from(digit(high)? << 4 | digit(low)?).ok();
-    let bytes = pairs.iter().map(byte).collect();
-    if rest.is_empty() { bytes } else { None }
 }
 
 #[cfg(test)]

@@ -16,14 +16,14 @@ use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use log::{debug, warn};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::capture::Inbox;
+use crate::capture::Listener;
 use crate::metrics::Reports;
 use crate::serial::{Output, Uart};
 use crate::signals::wait_writable;
 use crate::sys::{context, lock};
 
 /// The longest line in either direction, its newline included.
-pub(crate) const LINE_LIMIT: usize = 64 << 10;
+const LINE_LIMIT: usize = 64 << 10;
 /// How much waits for the socket's reader at most.
 const OUTPUT_LIMIT: usize = 1 << 20;
 const CHUNK: usize = 4096;
@@ -147,7 +147,7 @@ impl Outbox {
 pub(crate) struct ControlOutput {
     pub(crate) outbox: Option<Arc<Outbox>>,
     pub(crate) reports: Option<Arc<Reports>>,
-    pub(crate) capture: Option<Arc<Inbox>>,
+    pub(crate) capture: Option<Listener>,
 }
 
 impl Write for ControlOutput {
@@ -155,7 +155,7 @@ impl Write for ControlOutput {
         if let Some(reports) = &self.reports {
             reports.take(bytes);
         }
-        if let Some(capture) = &self.capture {
+        if let Some(capture) = &mut self.capture {
             capture.take(bytes);
         }
         if let Some(outbox) = &self.outbox {
@@ -171,11 +171,10 @@ impl Write for ControlOutput {
 
 impl Output for ControlOutput {
     fn has_room(&self) -> bool {
-        let outbox = self.outbox.as_ref().is_none_or(|outbox| {
+        self.outbox.as_ref().is_none_or(|outbox| {
             let state = lock(&outbox.state);
             state.closed || state.ready.len() + LINE_LIMIT <= OUTPUT_LIMIT
-        });
-        outbox && self.capture.as_ref().is_none_or(|inbox| inbox.has_room())
+        })
     }
 }
 

@@ -28,7 +28,7 @@ use log::{debug, info, warn};
 use crate::acpi::{self, Description, Translated};
 use crate::boot::{self, Kernel};
 use crate::bus::Bus;
-use crate::capture::{Inbox, Recorder};
+use crate::capture::Recorder;
 use crate::console::{ConsoleOutput, RawTerminal, Stdin};
 use crate::control::{Control, ControlOutput, Outbox, Stats};
 use crate::host::{Machine, open_kvm};
@@ -71,11 +71,12 @@ pub fn run(config: VmConfig) -> Result<Outcome, Error> {
     let metrics = config.metrics.as_ref().map(Server::open).transpose()?;
     let reports = metrics.as_ref().map(|_| Arc::new(Reports::default()));
     let capture = config.capture.as_ref().map(Recorder::open).transpose()?;
-    let captured = capture.as_ref().map(|_| Arc::new(Inbox::default()));
     let control_output = ControlOutput {
         outbox: outbox.clone(),
         reports: reports.clone(),
-        capture: captured.clone(),
+        capture: capture
+            .as_ref()
+            .map(|opened| opened.listener(machine.memory())),
     };
     let com2 = Uart::new(line(vm, COM2_IRQ)?, control_output)?;
     let bus = Arc::new(Bus {
@@ -171,9 +172,8 @@ pub fn run(config: VmConfig) -> Result<Outcome, Error> {
     let metrics = metrics
         .map(|(opened, sources)| Server::spawn(opened, sources, &stop, seccomp))
         .transpose()?;
-    let capture = capture.zip(captured);
     let capture = capture
-        .map(|(frames, inbox)| Recorder::spawn(frames, inbox, seccomp))
+        .map(|opened| Recorder::spawn(opened, seccomp))
         .transpose()?;
     seccomp.enter(Thread::Main)?;
     let result = supervise(&stop, &signals, &devices, || {

@@ -8,7 +8,7 @@
 use alloc::boxed::Box;
 use alloc::vec;
 use alloc::vec::Vec;
-use core::fmt::{self, Write};
+use core::fmt;
 use core::ops::{Deref, DerefMut};
 use core::ptr::NonNull;
 
@@ -24,7 +24,7 @@ use crate::{Outcome, Run};
 
 /// Most frames of a capture.
 pub const MAX_FRAMES: usize = 1 << 16;
-/// Most bytes of a frame that are kept: a record is a line of twice as many, which is no longer than 64 KiB.
+/// Most bytes of a frame that are kept.
 pub const MAX_SNAPLEN: usize = 16 << 10;
 
 /// How much is recorded.
@@ -46,24 +46,17 @@ impl Default for Limits {
     }
 }
 
-/// A frame that passed.
-#[derive(Clone, Copy, Debug)]
-struct Entry {
-    ticks: u64,
-    sent: bool,
-    len: usize,
-    /// Where the bytes that are kept of it end; they begin where those of the one before end.
-    end: usize,
-}
+/// Bytes in front of those of a frame: le64 ticks, le32 length, le16 how many bytes of it follow, le16 1 where this end sent it.
+const HEAD: usize = 16;
 
-/// What is recorded. All its memory is taken at the beginning.
+/// What is recorded, in one piece: of each frame a head and the bytes that are kept. All its memory is taken at the beginning.
 #[derive(Debug)]
 pub struct Log {
     limits: Limits,
-    entries: Vec<Entry>,
     bytes: Vec<u8>,
-    /// Entries that stay, whatever becomes of the present burst.
-    settled: usize,
+    frames: usize,
+    /// How many frames stay, whatever becomes of the present burst, and where the last of them ends.
+    settled: (usize, usize),
     /// Frames are built here.
     room: Box<[u8]>,
     now: fn() -> u64,
@@ -73,60 +66,53 @@ impl Log {
     /// An empty one, with times from this clock; `None` where there is not enough memory.
     #[must_use]
     pub fn new(limits: Limits, now: fn() -> u64) -> Option<Self> {
-        let (mut entries, mut bytes) = (Vec::new(), Vec::new());
-        entries.try_reserve_exact(limits.frames).ok()?;
-        let most = limits.frames.checked_mul(limits.snaplen)?;
+        let most = HEAD.checked_add(limits.snaplen)?;
+        let most = most.checked_mul(limits.frames)?;
+        let mut bytes = Vec::new();
         bytes.try_reserve_exact(most).ok()?;
         Some(Self {
             limits,
-            entries,
             bytes,
-            settled: 0,
+            frames: 0,
+            settled: (0, 0),
             room: vec![0; MAX_LARGE_FRAME].into_boxed_slice(),
             now,
         })
     }
 
-    /// How many frames it has.
+    /// What is recorded.
     #[must_use]
-    pub fn len(&self) -> usize {
-        self.entries.len()
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
     }
 
-    /// Whether it has none.
+    /// The record that says where it is; `now` is what the clock shows.
     #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.entries.is_empty()
-    }
-
-    /// The frames, in the order in which they passed.
-    pub fn frames(&self) -> impl Iterator<Item = FrameRecord<'_>> {
-        let mut start = 0;
-        self.entries.iter().map(move |entry| {
-            let bytes = self.bytes.get(start..entry.end).unwrap_or(&[]);
-            start = entry.end;
-            FrameRecord {
-                entry: *entry,
-                bytes,
-            }
-        })
+    pub fn record(&self, id: u16, tsc_khz: u64) -> CaptureRecord {
+        CaptureRecord {
+            id,
+            frames: self.frames,
+            tsc_khz,
+            now: (self.now)(),
+            at: self.bytes.as_ptr().addr() as u64,
+            len: self.bytes.len(),
+        }
     }
 
     /// Adds a frame of `len` bytes; `fill` writes those that are kept.
     fn add(&mut self, sent: bool, len: usize, fill: impl FnOnce(&mut [u8])) {
-        if self.entries.len() == self.limits.frames {
+        if self.frames == self.limits.frames {
             return;
         }
+        self.frames += 1;
+        let kept = len.min(self.limits.snaplen);
+        let low = |number: usize| number as u64;
+        let rest = low(len) | low(kept) << 32 | u64::from(sent) << 48;
+        self.bytes.extend_from_slice(&(self.now)().to_le_bytes());
+        self.bytes.extend_from_slice(&rest.to_le_bytes());
         let start = self.bytes.len();
-        let end = start + len.min(self.limits.snaplen);
-        self.bytes.resize(end, 0);
+        self.bytes.resize(start + kept, 0);
         fill(self.bytes.get_mut(start..).unwrap_or(&mut []));
-        self.entries.push(Entry {
-            ticks: (self.now)(),
-            sent,
-            len,
-            end,
-        });
     }
 }
 
@@ -153,26 +139,23 @@ impl Watch for Log {
     }
 
     fn end(&mut self, whole: bool) {
-        if !whole {
-            self.entries.truncate(self.settled);
-            let end = self.entries.last().map_or(0, |last| last.end);
-            self.bytes.truncate(end);
+        if whole {
+            self.settled = (self.frames, self.bytes.len());
         }
-        self.settled = self.entries.len();
+        self.frames = self.settled.0;
+        self.bytes.truncate(self.settled.1);
     }
 }
 
-/// The record in front of those of a workload's frames. Their times are ticks before `now`.
+/// Where the frames of a workload are in the guest's memory: whoever reads the record copies them before the guest goes on. Their times are ticks before `now`.
 #[derive(Clone, Copy, Debug)]
 pub struct CaptureRecord {
-    /// Of the workload.
-    pub id: u16,
-    /// How many records of frames come.
-    pub frames: usize,
-    /// Ticks in a millisecond.
-    pub tsc_khz: u64,
-    /// What the clock shows.
-    pub now: u64,
+    id: u16,
+    frames: usize,
+    tsc_khz: u64,
+    now: u64,
+    at: u64,
+    len: usize,
 }
 
 impl fmt::Display for CaptureRecord {
@@ -182,37 +165,13 @@ impl fmt::Display for CaptureRecord {
             frames,
             tsc_khz,
             now,
+            at,
+            len,
         } = self;
         write!(
             f,
-            "{{\"record\":\"capture\",\"id\":{id},\"frames\":{frames},\"tsc_khz\":{tsc_khz},\"now\":{now}}}"
+            "{{\"record\":\"capture\",\"id\":{id},\"frames\":{frames},\"tsc_khz\":{tsc_khz},\"now\":{now},\"at\":{at},\"len\":{len}}}"
         )
-    }
-}
-
-/// The record of a frame.
-#[derive(Clone, Copy, Debug)]
-pub struct FrameRecord<'a> {
-    entry: Entry,
-    bytes: &'a [u8],
-}
-
-impl fmt::Display for FrameRecord<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Entry {
-            ticks, sent, len, ..
-        } = self.entry;
-        let sent = u8::from(sent);
-        write!(
-            f,
-            "{{\"record\":\"frame\",\"ticks\":{ticks},\"sent\":{sent},\"len\":{len},\"bytes\":\""
-        )?;
-        for byte in self.bytes {
-            for digit in [byte >> 4, byte & 15] {
-                f.write_char(char::from_digit(digit.into(), 16).unwrap_or('0'))?;
-            }
-        }
-        f.write_str("\"}")
     }
 }
 

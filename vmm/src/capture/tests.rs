@@ -35,142 +35,178 @@ fn written(frames: &Frames<Vec<u8>>) -> Vec<(u64, u8, u32, Vec<u8>)> {
     all
 }
 
-const HEADER: &str =
-    "{\"record\":\"capture\",\"id\":1,\"frames\":2,\"tsc_khz\":2000,\"now\":9000}\n";
+const CLOCK: Clock = Clock {
+    ticks: 9000,
+    tsc_khz: 2000,
+    time: 1_700_000_000_000_000_000,
+};
 
-fn record(ticks: u64, sent: u8, len: usize, bytes: &str) -> String {
-    format!(
-        "{{\"record\":\"frame\",\"ticks\":{ticks},\"sent\":{sent},\"len\":{len},\"bytes\":\"{bytes}\"}}\n"
-    )
-}
-
-#[test]
-fn frames_are_in_the_file_with_their_time_direction_and_length_whatever_pieces_they_come_in() {
-    let text = [
-        "{\"record\":\"ready\",\"role\":\"back-end\"}\n",
-        HEADER,
-        &record(1000, 1, 3, "00Ff7a"),
-        &record(9000, 0, 1518, "0102030405060708"),
-        "{\"record\":\"result\",\"id\":1}\n",
+/// A frame as the guest has it in its memory.
+fn raw(ticks: u64, len: u32, sent: u16, bytes: &[u8]) -> Vec<u8> {
+    let kept = u16::try_from(bytes.len()).unwrap();
+    let head = [&ticks.to_le_bytes()[..], &len.to_le_bytes()];
+    [
+        head.concat(),
+        [kept, sent].map(u16::to_le_bytes).concat(),
+        bytes.to_vec(),
     ]
-    .concat();
-    for piece in [1, 7, 100_000] {
-        let mut frames = frames();
-        let before = now();
-        for piece in text.as_bytes().chunks(piece) {
-            frames.take(piece);
-        }
-        let all = written(&frames);
-        let [first, second] = &all[..] else {
-            panic!("{all:?}");
-        };
-        assert_eq!(
-            (first.1, first.2, &first.3[..]),
-            (2, 3, &[0, 0xff, 0x7a][..])
-        );
-        let bytes = [1, 2, 3, 4, 5, 6, 7, 8];
-        assert_eq!((second.1, second.2, &second.3[..]), (1, 1518, &bytes[..]));
-        // The last was sent as the record was written, the first 8000 ticks of half a microsecond before.
-        assert_eq!(second.0 - first.0, 4_000_000);
-        assert!((before..=now()).contains(&second.0));
-        assert!(!frames.complained);
+    .concat()
+}
+
+fn report(bytes: Vec<u8>) -> Report {
+    Report {
+        clock: CLOCK,
+        bytes,
     }
 }
 
 #[test]
-fn what_is_no_record_of_a_frame_is_left_out_and_the_next_one_is_not() {
-    // Without a clock, with one that stands, and with one of before 1970.
-    for clock in [
-        "",
-        "{\"record\":\"capture\",\"tsc_khz\":0,\"now\":5}\n",
-        "{\"record\":\"capture\",\"tsc_khz\":1000}\n",
-        "{\"record\":\"capture\",\"tsc_khz\":1,\"now\":18446744073709551615}\n",
-    ] {
-        let mut frames = frames();
-        frames.take([clock, &record(1, 0, 1, "00")].concat().as_bytes());
-        assert_eq!(written(&frames), [], "{clock}");
-        assert!(frames.complained);
-    }
+fn frames_are_in_the_file_with_their_time_direction_and_length() {
+    let mut frames = frames();
+    let both = [
+        raw(1000, 3, 1, &[0, 0xff, 0x7a]),
+        raw(9000, 1518, 0, &[1, 2, 3, 4, 5, 6, 7, 8]),
+    ];
+    frames.take(&report(both.concat()));
+    // The second passed as the record was written, the first 8000 ticks of half a microsecond before.
+    let time = CLOCK.time;
+    assert_eq!(
+        written(&frames),
+        [
+            (time - 4_000_000, 2, 3, vec![0, 0xff, 0x7a]),
+            (time, 1, 1518, vec![1, 2, 3, 4, 5, 6, 7, 8])
+        ]
+    );
+    assert!(!frames.complained);
+    // Of the next workload there is one more, and then the file has all that it may have.
+    frames.take(&report([raw(1, 1, 0, &[7]), raw(1, 1, 0, &[8])].concat()));
+    assert_eq!(written(&frames).len(), 3);
+}
+
+#[test]
+fn what_is_no_frame_is_left_out_with_all_behind_it() {
+    let good = raw(1, 1, 0, &[0x2a]);
     let bad = [
         // Not yet.
-        record(9001, 0, 1, "00"),
-        record(1, 2, 1, "00"),
-        record(1, 0, 1, ""),
-        record(1, 0, 1, "0"),
-        record(1, 0, 1, "000"),
-        record(1, 0, 1, "0g"),
-        record(1, 0, 1, "+1"),
-        record(1, 0, 2, "00"),
-        record(1, 0, 9, "000102030405060708"),
-        record(1, 0, (1 << 18) + 1, "0001020304050607"),
-        record(1, 0, 1, "00").replace("\"len\":1,", ""),
-        record(1, 0, 1, "00").replace("\"ticks\":1,", "\"ticks\":99999999999999999999,"),
-        record(1, 0, 1, "00").replace("\"}", ""),
-        record(1, 0, 8, &"é".repeat(8)),
-        record(1, 0, 8, &"00".repeat(LINE_LIMIT)),
+        raw(9001, 1, 0, &[0]),
+        raw(1, 1, 2, &[0]),
+        raw(1, 1, 0, &[]),
+        raw(1, 0, 0, &[0]),
+        raw(1, 2, 0, &[0]),
+        raw(1, 9, 0, &[0; 9]),
+        raw(1, (1 << 18) + 1, 0, &[0; 8]),
+        raw(1, u32::MAX, 0, &[0; 8]),
+        // Cut short.
+        raw(1, 8, 0, &[0; 8])[..HEAD + 7].to_vec(),
+        raw(1, 8, 0, &[])[..HEAD - 1].to_vec(),
+        vec![0],
     ];
-    for line in &bad {
+    for bytes in bad {
         let mut frames = frames();
-        frames.take(HEADER.as_bytes());
-        frames.take(line.as_bytes());
-        frames.take(b"\xff\xfe\n\n{\n");
-        assert_eq!(written(&frames), [], "{line}");
-        assert_eq!(frames.complained, line.len() < LINE_LIMIT, "{line}");
-        frames.take(record(1, 0, 1, "2a").as_bytes());
-        assert_eq!(written(&frames)[0].3, [0x2a]);
+        let cut = bytes.len() < HEAD + 8;
+        let behind = if cut { &[][..] } else { &good };
+        frames.take(&report([&good, &bytes[..], behind].concat()));
+        assert!(frames.complained, "{bytes:?}");
+        assert_eq!(written(&frames)[0].3, [0x2a], "{bytes:?}");
+        assert_eq!(written(&frames).len(), 1, "{bytes:?}");
     }
-    // Random bytes, and random changes of what is right.
-    let good = [HEADER, &record(1000, 1, 3, "00ff7a")].concat();
+    // Clocks that no guest can have had.
+    for clock in [
+        Clock { time: 1, ..CLOCK },
+        Clock {
+            ticks: u64::MAX,
+            tsc_khz: 1,
+            ..CLOCK
+        },
+        Clock { ticks: 0, ..CLOCK },
+    ] {
+        let mut frames = frames();
+        let bytes = good.clone();
+        frames.take(&Report { clock, bytes });
+        assert_eq!(written(&frames), [], "{clock:?}");
+    }
     let mut seed = 1_u64;
     let mut next = |below: usize| {
         seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
         usize::try_from(seed >> 33).unwrap() % below
     };
     for _ in 0..20_000 {
-        let mut text = good.clone().into_bytes();
+        let mut bytes = [raw(1000, 3, 1, &[1, 2, 3]), raw(7, 8, 0, &[9; 8])].concat();
         for _ in 0..next(4) {
-            let at = next(text.len());
-            text[at] = next(256).to_le_bytes()[0];
+            let at = next(bytes.len());
+            bytes[at] = next(256).to_le_bytes()[0];
         }
+        bytes.truncate(next(bytes.len() + 1));
         let mut frames = frames();
-        frames.take(&text);
+        frames.take(&report(bytes));
         for (time, way, len, bytes) in written(&frames) {
-            assert!(time <= now() && [1, 2].contains(&way));
+            assert!(time <= CLOCK.time && [1, 2].contains(&way));
             assert_eq!(bytes.len(), len.min(LIMITS.snaplen) as usize);
         }
     }
 }
 
 #[test]
-fn a_guest_that_reports_without_end_fills_neither_the_disk_nor_the_memory() {
-    let mut frames = frames();
-    frames.take(HEADER.as_bytes());
-    for _ in 0..1000 {
-        frames.take(record(1, 0, 1, "00").as_bytes());
+fn only_a_record_of_what_is_in_the_guests_memory_is_heard() {
+    const SIZE: u64 = 1 << 20;
+    let region = (GuestAddress(0), usize::try_from(SIZE).unwrap());
+    let memory = GuestMemoryMmap::from_ranges(&[region]).unwrap();
+    let config = CaptureConfig {
+        path: "/dev/null".into(),
+        interface: "x",
+        frames: 3,
+        snaplen: 8,
+    };
+    let opened = Recorder::open(&config).unwrap();
+    let mut listener = opened.listener(&memory);
+    memory.write_slice(&[7; 100], GuestAddress(0x1000)).unwrap();
+    let record = |at: u64, len: u64| {
+        format!(
+            "{RECORD}\"id\":1,\"frames\":2,\"tsc_khz\":1000,\"now\":5,\"at\":{at},\"len\":{len}}}\n"
+        )
+    };
+    for bad in [
+        record(0x1000, 73),
+        record(SIZE - 71, 72),
+        record(SIZE, 1),
+        record(u64::MAX, 72),
+        record(u64::MAX - 71, 72),
+        record(0, u64::MAX),
+        record(0x1000, 72).replace("\"at\"", "\"it\""),
+        record(0x1000, 72).replace("1000", "0"),
+        record(0x1000, 72).replace(":5,", ":99999999999999999999,"),
+    ] {
+        listener.complained = false;
+        listener.take(bad.as_bytes());
+        assert!(listener.complained, "{bad}");
     }
-    assert_eq!(written(&frames).len(), 3);
-    let len = frames.file.as_ref().unwrap().get_ref().len();
-    frames.take(&vec![b'x'; 10 * LINE_LIMIT]);
-    assert!(frames.line.len() <= LINE_LIMIT);
-    assert_eq!(frames.file.as_ref().unwrap().get_ref().len(), len);
-
-    let inbox = Inbox::default();
-    assert!(inbox.has_room());
-    for _ in 0..1000 {
-        inbox.take(&[b'x'; 4096]);
+    // What is something else is nobody's mistake.
+    listener.complained = false;
+    listener.take(b"{\"record\":\"result\"}\n\xff\xfe\n\n{\n");
+    listener.take(&[b'x'; 10 * LINE_LIMIT]);
+    listener.take(record(0x1000, 72).as_bytes());
+    assert!(!listener.complained && listener.line.len() <= LINE_LIMIT);
+    assert!(opened.from.try_recv().is_err());
+    for piece in record(0x1000, 72).as_bytes().chunks(7) {
+        listener.take(piece);
     }
-    assert!(!inbox.has_room());
-    inbox.end();
-    assert!(inbox.next().unwrap().len() <= WAITING_LIMIT);
-    assert!(inbox.next().is_none() && inbox.has_room());
+    // One waits; the next is too many.
+    assert!(!listener.complained);
+    listener.take(record(0x1000, 72).as_bytes());
+    assert!(listener.complained);
+    let report = opened.from.try_recv().unwrap().unwrap();
+    assert_eq!(report.bytes, [7; 72]);
+    assert!((report.clock.ticks, report.clock.tsc_khz) == (5, 1000));
+    assert!(opened.from.try_recv().is_err());
 }
 
 #[test]
 fn a_full_disk_costs_the_capture_and_the_guest_is_listened_to_all_the_same() {
     let full = pcapng::create(Path::new("/dev/full")).unwrap();
     let mut frames = Frames::new(full, "x", LIMITS);
-    frames.take(HEADER.as_bytes());
-    assert!(frames.file.is_none());
-    frames.take(record(1, 0, 1, "00").as_bytes());
+    for _ in 0..2 {
+        frames.take(&report(raw(1, 1, 0, &[0])));
+        assert!(frames.file.is_none());
+    }
     frames.finish();
 }

@@ -9,7 +9,6 @@ const COM2: u16 = 0x2f8;
 const INTERRUPT_ENABLE: u16 = 1;
 const LINE_STATUS: u16 = 5;
 const DATA_READY: u8 = 1;
-const TRANSMITTER_EMPTY: u8 = 1 << 5;
 
 /// Longest line that goes out in one piece, and longest command that comes in.
 const LINE: usize = 1024;
@@ -66,25 +65,10 @@ pub fn record(args: fmt::Arguments) {
     write_line(COM2, args);
 }
 
-fn status() -> u8 {
+fn data_ready() -> bool {
     let mut status = [0];
     arch::read_port(COM2 + LINE_STATUS, &mut status);
-    status[0]
-}
-
-fn data_ready() -> bool {
-    status() & DATA_READY != 0
-}
-
-/// Waits until a record can be written that the reader will not miss; `false` where that takes longer than so many ticks. For those that come in great numbers.
-pub fn wait_for_room(ticks: u64) -> bool {
-    let until = arch::now() + ticks;
-    while status() & TRANSMITTER_EMPTY == 0 {
-        if arch::now() >= until {
-            return false;
-        }
-    }
-    true
+    status[0] & DATA_READY != 0
 }
 
 /// Whether input interrupted since the last time, and is still to be read.

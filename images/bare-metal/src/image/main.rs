@@ -14,7 +14,7 @@ use alloc::rc::Rc;
 use core::cell::RefCell;
 use core::fmt;
 
-use bare_metal::capture::{self, CaptureRecord, Log};
+use bare_metal::capture::{self, Log};
 use bare_metal::command::{BadWord, Boot, IommuMode};
 use bare_metal::record::{Done, ResultRecord};
 use bare_metal::workload::Stopped;
@@ -42,8 +42,6 @@ const EXIT_FAILED: u8 = 101;
 const DOMAIN: u32 = 1;
 /// How long the IOMMU may take: it waits for a peer that has to be cut off.
 const PATIENCE_MS: u64 = 20_000;
-/// How long the control channel may take no record of a captured frame.
-const CAPTURE_MS: u64 = 5000;
 
 /// Prints a line for people.
 #[macro_export]
@@ -310,21 +308,8 @@ fn recorded<C: Connection>(
         return bare_metal::attempt(link, run, outcome);
     };
     let result = capture::attempt(link, run, outcome, &mut log);
-    let header = CaptureRecord {
-        id: run.id,
-        frames: log.len(),
-        tsc_khz: boot.tsc_khz,
-        now: arch::now(),
-    };
-    console::record(format_args!("{header}"));
-    for frame in log.frames() {
-        // Nobody reads them: the others are not waited for.
-        if !console::wait_for_room(CAPTURE_MS * boot.tsc_khz) {
-            error(format_args!("frames of the capture could not be reported"));
-            break;
-        }
-        console::record(format_args!("{frame}"));
-    }
+    // Who reads the record has copied the frames when it is written.
+    console::record(format_args!("{}", log.record(run.id, boot.tsc_khz)));
     result
 }
 
