@@ -1,4 +1,4 @@
-//! A hostile peer's bytes on a vhost-user socket.
+//! A hostile peer's bytes and descriptors on a vhost-user socket.
 #![no_main]
 
 use devices::fuzz_bodies::fuzz_messages;

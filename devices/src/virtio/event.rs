@@ -13,7 +13,7 @@ pub fn from_owned(fd: OwnedFd) -> EventFd {
 }
 
 /// The descriptor of an eventfd, as a peer would send it.
-#[cfg(test)]
+#[cfg(any(test, feature = "fuzzing"))]
 pub(crate) fn into_owned(event: EventFd) -> OwnedFd {
     // SAFETY: as in `from_owned`, the other way round.
     unsafe { OwnedFd::from_raw_fd(event.into_raw_fd()) }
