@@ -7,9 +7,9 @@ use std::os::unix::net::UnixStream;
 use std::process::Stdio;
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow};
 
-use crate::bench::record::Record;
+use crate::bench::record::{Lines, Record};
 use crate::child::{Output, VmProcess};
 use crate::exit::{self, Failure};
 use crate::sys;
@@ -18,14 +18,12 @@ use crate::sys;
 const WRITE: Duration = Duration::from_secs(5);
 /// How long a VM may take to end after its control channel closed.
 const LAST_WORDS: Duration = Duration::from_secs(1);
-/// No record is longer.
-const LINE_LIMIT: usize = 64 << 10;
 
 /// One VM, seen through its control channel. Dropping it ends it.
 pub struct Guest {
     name: &'static str,
     stream: UnixStream,
-    buffer: Vec<u8>,
+    lines: Lines,
     /// Absent in tests, which play the guest themselves.
     pub process: Option<VmProcess>,
 }
@@ -56,7 +54,7 @@ impl Guest {
         Self {
             name,
             stream,
-            buffer: Vec::new(),
+            lines: Lines::default(),
             process: None,
         }
     }
@@ -107,23 +105,7 @@ impl Guest {
             Err(error) if error.kind() == ErrorKind::ConnectionReset => return Ok(None),
             Err(error) => return Err(error).context("cannot read a control channel"),
         };
-        self.buffer.extend(chunk.iter().take(got));
-        let mut records = Vec::new();
-        while let Some(end) = self.buffer.iter().position(|&byte| byte == b'\n') {
-            let line: Vec<u8> = self.buffer.drain(..=end).collect();
-            let line = line.trim_ascii();
-            if line.is_empty() {
-                continue;
-            }
-            let record = serde_json::from_slice(line).with_context(|| {
-                format!("a guest sent no record: {}", String::from_utf8_lossy(line))
-            })?;
-            records.push(record);
-        }
-        ensure!(
-            self.buffer.len() <= LINE_LIMIT,
-            "a guest sent a line of more than {LINE_LIMIT} bytes"
-        );
-        Ok(Some(records))
+        let got = chunk.get(..got).unwrap_or_default();
+        self.lines.take(got).map(Some)
     }
 }

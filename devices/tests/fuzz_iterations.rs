@@ -1,77 +1,317 @@
-//! The bodies of the fuzz targets of the devices for a fixed number of pseudo-random byte strings, without a fuzzer.
+//! The bodies of the fuzz targets of the devices for a fixed number of byte strings, without a fuzzer; and what the strings are made from.
 
-use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+#[path = "../../fuzz/iterations.rs"]
+mod iterations;
 
-use devices::fuzz_bodies::{fuzz_function, fuzz_iommu, fuzz_messages};
+use devices::fuzz_bodies::{
+    fuzz_back_end, fuzz_front_end, fuzz_function, fuzz_iommu, fuzz_messages,
+};
+use iterations::{iterate, seeds};
 
-/// The strings are the same in each run.
-const SEED: u64 = 0x6465_7669_6365_7321;
 /// How many strings a body gets.
-const ITERATIONS: u64 = if cfg!(debug_assertions) { 500 } else { 10_000 };
-/// Longest string.
-const LONGEST: u64 = 2048;
+const ITERATIONS: usize = if cfg!(debug_assertions) { 500 } else { 5_000 };
 
-/// SplitMix64.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ z >> 31
-    }
-
-    fn byte(&mut self) -> u8 {
-        self.next().to_le_bytes()[0]
-    }
+/// Words of a payload, as the bodies read them: what a page starts at, two small numbers, two bytes, all 64 bits.
+fn page(number: u8) -> Vec<u8> {
+    vec![0x40 | number]
 }
 
-fn iterate(name: &str, body: fn(&[u8]), shape: fn(&mut Random, &mut [u8])) {
-    let mut random = Random(SEED);
-    for n in 0..ITERATIONS {
-        // Some of small numbers only: they are choices of the body more often than they are data.
-        let mask = if random.next().is_multiple_of(4) {
-            0x0f
-        } else {
-            0xff
-        };
-        let len = random.next() % LONGEST;
-        let mut data: Vec<u8> = (0..len).map(|_| random.byte() & mask).collect();
-        shape(&mut random, &mut data);
-        if let Err(failure) = catch_unwind(AssertUnwindSafe(|| body(&data))) {
-            eprintln!("{name}, string {n}, fails: {data:02x?}");
-            resume_unwind(failure);
-        }
-    }
+fn pair(low: u8, high: u8) -> Vec<u8> {
+    vec![0x80 | low | high << 3]
 }
 
-/// Headers of messages one behind the other, most of which are whole, so that there is more than one.
-fn conversation(random: &mut Random, data: &mut [u8]) {
-    let mut at = 0;
-    while let Some(header) = data.get_mut(at..at + 12) {
-        let size = random.byte() % 80;
-        let request = random.byte() % 45;
-        header.copy_from_slice(&[request, 0, 0, 0, 1 | request & 12, 0, 0, 0, size, 0, 0, 0]);
-        if random.byte() == 0 {
-            header[usize::from(random.byte() % 12)] ^= 0x80;
-        }
-        at += 12 + usize::from(size);
-    }
+fn half(low: u8, high: u8) -> Vec<u8> {
+    vec![0xc0, low, high]
+}
+
+fn word(value: u64) -> Vec<u8> {
+    [&[0xff][..], &value.to_le_bytes()].concat()
+}
+
+/// A message that wants an answer, with `fds` descriptors of this kind: memory, eventfd, socket.
+fn said(request: u8, words: &[Vec<u8>], fds: u8, kind: u8) -> Vec<u8> {
+    let count = u8::try_from(words.len()).unwrap();
+    let head = vec![request, 8, count];
+    [head, words.concat(), vec![kind << 5 | fds]].concat()
+}
+
+fn join(parts: &[Vec<u8>]) -> Vec<u8> {
+    parts.concat()
 }
 
 #[test]
 fn a_function_survives_any_access_and_stays_what_it_is() {
-    iterate("function", fuzz_function, |_, _| {});
+    /// Kinds of accesses.
+    const CONFIG: u8 = 0;
+    const COMMON: u8 = 2;
+    const BAR: u8 = 4;
+    const MEMORY: u8 = 6;
+    const TURN: u8 = 7;
+    let start = |device: u8, features: u8, descriptor: [u8; 8], flags: u8| {
+        let op = |kind: u8| kind * 5 + device;
+        let common = |offset: u8, exponent: u8, data: &[u8]| {
+            [&[op(COMMON), offset, exponent][..], data].concat()
+        };
+        let memory = |offset: u16, data: &[u8]| {
+            let [low, high] = offset.to_le_bytes();
+            let len = u8::try_from(data.len()).unwrap();
+            [&[op(MEMORY), low, high, len][..], data].concat()
+        };
+        let rings = |offset: u64| (0x10_0000 + offset).to_le_bytes();
+        join(&[
+            // Not behind the IOMMU.
+            vec![1],
+            vec![op(CONFIG), 4, 0, 1, 6, 0],
+            common(20, 0, &[1]),
+            common(20, 0, &[3]),
+            common(8, 2, &[1, 0, 0, 0]),
+            common(12, 2, &[features, 0, 0, 0]),
+            common(20, 0, &[11]),
+            common(22, 1, &[0, 0]),
+            common(24, 1, &[16, 0]),
+            common(32, 3, &rings(0)),
+            common(40, 3, &rings(0x1000)),
+            common(48, 3, &rings(0x2000)),
+            common(26, 1, &[1, 0]),
+            common(28, 1, &[1, 0]),
+            vec![op(BAR), 0x10, 0x80, 8, 0, 0, 0xe0, 0xfe, 0, 0, 0, 0],
+            memory(0, &rings(0x4000)),
+            memory(8, &descriptor),
+            memory(16, &rings(0x5000)),
+            memory(24, &[1, 2, 0, 0, 2, 0, 2, 0]),
+            memory(32, &rings(0x6000)),
+            memory(40, &[1, 0, 0, 0, 2, 0, 0, 0]),
+            memory(0x4000, &[flags, 0, 0, 0, 0, 0, 0, 0, 1]),
+            memory(0x1000, &[0, 0, 1, 0, 0, 0]),
+            common(20, 0, &[15]),
+            vec![op(TURN)],
+            vec![op(BAR), 0, 0x40, 2, 0, 0],
+            vec![op(TURN)],
+            common(58, 1, &[1, 0]),
+            common(20, 0, &[0]),
+            vec![op(TURN)],
+        ])
+    };
+    seeds(
+        "function",
+        &[
+            ("iommu", start(0, 1, [16, 0, 0, 0, 1, 0, 1, 0], 1)),
+            ("vhost-pci", start(1, 1, [12, 0, 0, 0, 2, 0, 0, 0], 1)),
+            ("net", start(2, 1, [64, 0, 0, 0, 2, 0, 0, 0], 0)),
+            ("blk-read", start(3, 1, [16, 0, 0, 0, 1, 0, 1, 0], 0)),
+            ("blk-flush", start(3, 1, [16, 0, 0, 0, 1, 0, 2, 0], 4)),
+            ("rng", start(4, 1, [64, 0, 0, 0, 2, 0, 0, 0], 0)),
+        ],
+    );
+    iterate("function", ITERATIONS, fuzz_function);
 }
 
 #[test]
 fn a_virtio_iommu_answers_whatever_it_is_asked() {
-    iterate("iommu", fuzz_iommu, |_, _| {});
+    const ENDPOINT: u8 = 4;
+    let request = |kind: u8, words: &[&[u8]]| {
+        let count = u8::try_from(words.len()).unwrap();
+        [&[kind, count][..], &words.concat(), &[0, 255]].concat()
+    };
+    // Of an even number of pages, that far.
+    let end: [u8; 5] = [0xff, 0xff, 0x1f, 0x01, 0];
+    let attach = request(1, &[&[1], &[ENDPOINT], &[0], &[0]]);
+    let map = |flags: u8| {
+        let virt: [&[u8]; 4] = [&[0x10], &[0], &end, &[0]];
+        request(
+            3,
+            &[&[&[1][..]], &virt[..], &[&[0x20], &[0], &[flags]]].concat(),
+        )
+    };
+    let unmap = request(4, &[&[1], &[0x10], &[0], &end, &[0], &[0]]);
+    let detach = request(2, &[&[1], &[ENDPOINT], &[0], &[0]]);
+    let probe = request(5, &[&[ENDPOINT], &[0]]);
+    seeds(
+        "iommu",
+        &[
+            (
+                "attach",
+                join(&[probe.clone(), attach.clone(), detach.clone()]),
+            ),
+            (
+                "map",
+                join(&[attach.clone(), map(3), map(1), unmap.clone()]),
+            ),
+            (
+                "detach",
+                join(&[attach.clone(), map(1), detach, map(1), attach]),
+            ),
+            ("unmap", join(&[unmap, probe])),
+        ],
+    );
+    iterate("iommu", ITERATIONS, fuzz_iommu);
 }
 
 #[test]
 fn a_connection_hands_out_whole_messages_whatever_is_sent() {
-    iterate("messages", fuzz_messages, |_, _| {});
-    iterate("messages", fuzz_messages, conversation);
+    /// A piece: how many descriptors, and whether it is looked at yet.
+    fn piece(fds: u8, bytes: &[u8]) -> Vec<u8> {
+        let len = u8::try_from(bytes.len() - 1).unwrap();
+        [&[fds, len][..], bytes].concat()
+    }
+    const TWO_FILES: u8 = 162;
+    const MORE: u8 = 3;
+    let message = |request: u8, words: &[u64]| {
+        let payload: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+        let size = u8::try_from(payload.len()).unwrap();
+        [&[request, 0, 0, 0, 9, 0, 0, 0, size, 0, 0, 0][..], &payload].concat()
+    };
+    let table = message(5, &[2, 0, 4096, 0, 0, 4096, 4096, 4096, 4096]);
+    let features = message(2, &[1 << 30]);
+    let (head, tail) = table.split_at(20);
+    seeds(
+        "messages",
+        &[
+            (
+                "features",
+                join(&[piece(0, &message(1, &[])), piece(0, &features)]),
+            ),
+            ("table", piece(TWO_FILES, &table)),
+            (
+                "pieces",
+                join(&[
+                    piece(TWO_FILES, head),
+                    piece(MORE, tail),
+                    piece(0, &features),
+                ]),
+            ),
+            (
+                "vrings",
+                join(&[
+                    piece(0, &message(9, &[0; 5])),
+                    piece(0x81, &message(12, &[1])),
+                ]),
+            ),
+            ("iotlb", piece(0, &message(22, &[4096, 4096, 8192, 0x203]))),
+            (
+                "areas",
+                join(&[
+                    piece(0, &message(6, &[4096, 0])),
+                    piece(0, &message(32, &[4096; 3])),
+                ]),
+            ),
+        ],
+    );
+    iterate("messages", ITERATIONS, fuzz_messages);
+}
+
+#[test]
+fn nothing_of_a_front_end_stays_whatever_it_says_and_its_driver_answers() {
+    let say =
+        |request, words: &[Vec<u8>], fds, kind| [vec![0], said(request, words, fds, kind)].concat();
+    // The driver answers, agreeing to all that it is asked.
+    let answer = vec![4, 0, 0];
+    let small = |number: u8| vec![number];
+    let begin = join(&[
+        say(1, &[], 0, 0),
+        say(15, &[], 0, 0),
+        answer.clone(),
+        say(16, &[word(0x922b)], 0, 0),
+        say(2, &[word(7 << 32 | 1 << 30 | 1 << 26)], 0, 0),
+        answer.clone(),
+    ]);
+    let region = [small(0), page(16), small(0), small(0)];
+    let table = say(5, &[&[small(1)][..], &region[..]].concat(), 1, 0);
+    let update = |kind| say(22, &[page(2), page(1), page(4), half(3, kind)], 0, 0);
+    let ring = join(&[
+        say(8, &[pair(0, 4)], 0, 0),
+        say(10, &[pair(0, 0)], 0, 0),
+        say(9, &[pair(0, 0), page(1), page(2), page(3), small(0)], 0, 0),
+        say(13, &[small(0)], 1, 1),
+        say(12, &[small(0)], 1, 1),
+        say(18, &[pair(0, 1)], 0, 0),
+        answer.clone(),
+        vec![7, 0],
+        say(11, &[pair(0, 0)], 0, 0),
+        answer.clone(),
+    ]);
+    let touch = vec![6, 0x20, 0, 0, 7];
+    seeds(
+        "front_end",
+        &[
+            (
+                "ring",
+                join(&[
+                    begin.clone(),
+                    table.clone(),
+                    answer.clone(),
+                    ring,
+                    touch.clone(),
+                ]),
+            ),
+            (
+                "translations",
+                join(&[
+                    begin.clone(),
+                    say(21, &[], 1, 2),
+                    table,
+                    update(2),
+                    answer.clone(),
+                    touch,
+                    update(3),
+                    answer.clone(),
+                    vec![7, 0],
+                ]),
+            ),
+            (
+                "slots",
+                join(&[
+                    begin.clone(),
+                    say(36, &[], 0, 0),
+                    say(37, &[&[small(0)][..], &region[..]].concat(), 1, 0),
+                    answer.clone(),
+                    say(38, &[&[small(0)][..], &region[..]].concat(), 0, 0),
+                    answer.clone(),
+                ]),
+            ),
+            (
+                "areas",
+                join(&[
+                    begin,
+                    say(6, &[page(8), small(0)], 1, 0),
+                    answer.clone(),
+                    say(31, &[small(0), small(0), half(1, 0)], 0, 0),
+                    say(32, &[page(1), small(0), half(1, 0)], 1, 0),
+                    answer,
+                    vec![5, 1, 4, 1, 1],
+                ]),
+            ),
+        ],
+    );
+    iterate("front_end", ITERATIONS / 2, fuzz_front_end);
+}
+
+#[test]
+fn nobody_waits_for_a_back_end_whatever_it_says() {
+    const ANSWER: [u8; 3] = [1, 0, 0];
+    const START: [u8; 2] = [4, 0];
+    let started = [&ANSWER[..], &ANSWER, &START, &ANSWER, &ANSWER].concat();
+    let miss = said(1, &[page(1), page(1), vec![0], half(1, 1)], 0, 0);
+    let unasked = said(1, &[vec![1]], 0, 0);
+    seeds(
+        "back_end",
+        &[
+            ("started", started.clone()),
+            (
+                "translations",
+                [&started[..], &[6, 1], &ANSWER, &[7, 1], &ANSWER].concat(),
+            ),
+            ("miss", [&started[..], &[3], &miss, &ANSWER].concat()),
+            (
+                "reset",
+                [&started[..], &[5, 0], &ANSWER, &START, &ANSWER].concat(),
+            ),
+            ("unasked", [&[0], &unasked[..], &ANSWER].concat()),
+            (
+                "wrong",
+                [&ANSWER[..], &[1, 0, 0xe0, 1, 0x40], &START].concat(),
+            ),
+        ],
+    );
+    iterate("back_end", ITERATIONS, fuzz_back_end);
 }

@@ -1,6 +1,11 @@
 //! `bench`: throughput and latency from VM to VM, beside the upper bound.
 
 mod bound;
+#[cfg(test)]
+mod fuzz_body;
+#[cfg(test)]
+#[path = "../../fuzz/iterations.rs"]
+mod iterations;
 mod pairs;
 mod peers;
 mod plan;

@@ -63,7 +63,7 @@ pub struct VmSample {
 /// What a sample under a load has besides: the rate, and what went wrong when the whole load was measured.
 fn of_load(result: &mut SampleResult, rate: Option<u64>, whole: &SampleResult) -> Option<f64> {
     result.faults += whole.faults;
-    result.verified += whole.verified;
+    result.verified = result.verified.saturating_add(whole.verified);
     result.timed &= whole.timed;
     rate.map(|rate| rate as f64 / 1e6)
 }
@@ -183,7 +183,7 @@ impl Measured {
         let third = lab.probe()?;
         self.faults += vm.result.faults;
         self.bound_faults += bound.result.faults;
-        self.verified += vm.result.verified;
+        self.verified = self.verified.saturating_add(vm.result.verified);
         let probes = [first, second, third];
         // Where windows come and go with every frame, or a relay takes part, other threads have work to do on the same cores: that is part of the figure.
         let judged = vm.shares.filter(|_| gated(&case));

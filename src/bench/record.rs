@@ -3,11 +3,42 @@
 use std::collections::BTreeMap;
 use std::ops::AddAssign;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::cli::Direction;
+
+/// No record is longer.
+const LINE_LIMIT: usize = 64 << 10;
+
+/// What has come of a line that has no end yet.
+#[derive(Debug, Default)]
+pub struct Lines(Vec<u8>);
+
+impl Lines {
+    /// The records that end in what has come now.
+    pub fn take(&mut self, bytes: &[u8]) -> Result<Vec<Record>> {
+        self.0.extend(bytes);
+        let mut records = Vec::new();
+        while let Some(end) = self.0.iter().position(|&byte| byte == b'\n') {
+            let line: Vec<u8> = self.0.drain(..=end).collect();
+            let line = line.trim_ascii();
+            if line.is_empty() {
+                continue;
+            }
+            let record = serde_json::from_slice(line).with_context(|| {
+                format!("a guest sent no record: {}", String::from_utf8_lossy(line))
+            })?;
+            records.push(record);
+        }
+        ensure!(
+            self.0.len() <= LINE_LIMIT,
+            "a guest sent a line of more than {LINE_LIMIT} bytes"
+        );
+        Ok(records)
+    }
+}
 
 /// One line from a guest, or from its VMM.
 #[derive(Debug, Deserialize)]
@@ -155,11 +186,17 @@ impl Faults {
 
 impl AddAssign for Faults {
     fn add_assign(&mut self, other: Self) {
-        self.lost += other.lost;
-        self.duplicated += other.duplicated;
-        self.reordered += other.reordered;
-        self.corrupted += other.corrupted;
-        self.timeouts += other.timeouts;
+        // Guests count these, and may say anything.
+        let all = [
+            (&mut self.lost, other.lost),
+            (&mut self.duplicated, other.duplicated),
+            (&mut self.reordered, other.reordered),
+            (&mut self.corrupted, other.corrupted),
+            (&mut self.timeouts, other.timeouts),
+        ];
+        for (sum, more) in all {
+            *sum = sum.saturating_add(more);
+        }
     }
 }
 
@@ -206,7 +243,7 @@ impl SampleResult {
         );
         let mut sample = Self::default();
         for end in ends {
-            sample.verified += end.verified;
+            sample.verified = sample.verified.saturating_add(end.verified);
             sample.faults += Faults {
                 lost: end.lost,
                 duplicated: end.duplicated,
@@ -227,7 +264,7 @@ impl SampleResult {
         // Where nobody sends, one frame goes over before that.
         sample.timed = direction != Direction::Idle || front.verified > 0;
         for end in receivers {
-            sample.frames += end.rx_frames;
+            sample.frames = sample.frames.saturating_add(end.rx_frames);
             if end.rx_frames > 0 && end.rx_ticks > 0 {
                 sample.mpps += end.rx_frames as f64 / end.rx_ticks as f64 * tsc_khz as f64 / 1000.0;
             } else {
@@ -254,6 +291,8 @@ impl SampleResult {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::bench::fuzz_body::fuzz_records;
+    use crate::bench::iterations;
     use clap::ValueEnum;
 
     fn receiver(frames: u64, ticks: u64) -> WorkResult {
@@ -294,6 +333,30 @@ mod tests {
     }
 
     #[test]
+    fn whatever_a_guest_writes_is_records_or_an_error() {
+        let file =
+            |piece: u8, lines: &[&str]| [&[piece], lines.join("\n").as_bytes(), b"\n"].concat();
+        let result = r#"{"record":"result","id":1,"work":"sink","rx_frames":3,"rx_bytes":192,"rx_ticks":9,"verified":4,"lost":0,"timeout":0,"rtt":{"count":1,"p50":2},"churn":{"count":1,"max":5}}"#;
+        let ready = r#"{"record":"ready","role":"back-end","tsc_khz":2596000,"features":1}"#;
+        let done = r#"{"record":"done","command":"map","status":0,"times":{"count":1}}"#;
+        let error = r#"{"record":"error","what":"no device"}"#;
+        let vmm = r#"{"record":"vmm","vcpus":[{"tid":42,"exits":{"io_in":1},"kvm":{"exits":5}}],"window":{"reads":0}}"#;
+        iterations::seeds(
+            "records",
+            &[
+                ("run", file(255, &[ready, result, result])),
+                (
+                    "study",
+                    file(7, &[ready, done, error, r#"{"record":"down"}"#]),
+                ),
+                ("vmm", file(64, &[vmm, r#"{"record":"of-tomorrow"}"#])),
+            ],
+        );
+        let count = if cfg!(debug_assertions) { 2000 } else { 20_000 };
+        iterations::iterate("records", count, fuzz_records);
+    }
+
+    #[test]
     fn the_rate_is_the_receivers_and_both_directions_add_up() {
         // 2 GHz: 2,000,000 ticks are a millisecond.
         let ends = [receiver(10_000, 2_000_000), receiver(30_000, 2_000_000)];
@@ -327,6 +390,18 @@ mod tests {
         };
         assert_eq!(sample.faults, want);
         assert!(sample.faults.any());
+    }
+
+    #[test]
+    fn a_guest_that_counts_to_the_end_of_numbers_is_believed_and_no_more() {
+        let most = WorkResult {
+            verified: u64::MAX,
+            lost: u64::MAX,
+            ..receiver(u64::MAX, 1)
+        };
+        let sample = SampleResult::new(Direction::Both, &[most.clone(), most], 1).unwrap();
+        let counts = [sample.verified, sample.frames, sample.faults.lost];
+        assert_eq!(counts, [u64::MAX; 3]);
     }
 
     #[test]

@@ -397,7 +397,7 @@ fn under_churn(
         let third = session.probe()?;
         for sample in [&without, &with] {
             faults += sample.result.faults;
-            verified += sample.result.verified;
+            verified = sample.result.verified.saturating_add(verified);
         }
         let probes = [first, second, third];
         let disturbed = without.shares.into_iter().flatten().any(had_not_its_core);

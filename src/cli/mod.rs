@@ -2,6 +2,7 @@
 
 pub mod bench;
 pub mod capture;
+mod direction;
 pub mod frames;
 pub mod iommu;
 pub mod isolation;
@@ -21,6 +22,8 @@ use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use serde::Serialize;
 
 use crate::exit;
+
+pub use direction::Direction;
 
 /// Bytes of a frame.
 const FRAMES: RangeInclusive<i64> = MIN_FRAME as i64..=MAX_FRAME as i64;
@@ -67,55 +70,6 @@ pub enum Command {
     /// Say what this host is missing or what slows it down, and how to mend it
     #[command(after_help = exit::HELP)]
     Doctor(DoctorArgs),
-}
-
-/// Which way frames go between the two VMs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, ValueEnum, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Direction {
-    /// The back-end VM sends into the front-end's rx buffers
-    BeToFe,
-    /// The back-end VM receives from the front-end's tx buffers
-    FeToBe,
-    /// Both at once
-    Both,
-    /// The back-end VM sends one frame at a time, the front-end sends it back
-    RoundTrip,
-    /// The back-end VM sends bursts, the front-end sends each frame back
-    Echo,
-    /// Nobody sends, both VMs wait
-    Idle,
-}
-
-impl Direction {
-    /// As it is written on the command line and in the JSON.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::BeToFe => "be-to-fe",
-            Self::FeToBe => "fe-to-be",
-            Self::Both => "both",
-            Self::RoundTrip => "round-trip",
-            Self::Echo => "echo",
-            Self::Idle => "idle",
-        }
-    }
-
-    /// Whether frames go one way, or both independently of each other.
-    pub fn is_stream(self) -> bool {
-        matches!(self, Self::BeToFe | Self::FeToBe | Self::Both)
-    }
-
-    /// The guests' workloads: the back-end's, the front-end's.
-    pub fn work(self) -> [&'static str; 2] {
-        match self {
-            Self::BeToFe => ["source", "sink"],
-            Self::FeToBe => ["sink", "source"],
-            Self::Both => ["both", "both"],
-            Self::RoundTrip => ["round-trip", "echo"],
-            Self::Echo => ["both", "echo"],
-            Self::Idle => ["source", "sink"],
-        }
-    }
 }
 
 /// How frames get from one VM to the other.

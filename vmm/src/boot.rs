@@ -135,7 +135,19 @@ pub fn load(
             .load(&mut file)
         }
     }?;
+    describe(memory, ram_size, &loaded, initrd, cmdline)?;
+    Ok(Entry { rip: loaded.entry })
+}
 
+/// Writes what a kernel that was loaded finds in memory.
+fn describe(
+    memory: &GuestMemoryMmap,
+    ram_size: u64,
+    loaded: &Loaded,
+    initrd: Option<&Path>,
+    cmdline: &str,
+) -> Result<(), Error> {
+    let end = ram_size.min(LOW_RAM_END);
     let mut params = boot_params {
         hdr: loaded.header,
         acpi_rsdp_addr: layout::RSDP,
@@ -175,8 +187,7 @@ pub fn load(
     }
     memory.write_obj(params, GuestAddress(ZERO_PAGE))?;
     memory.write_slice(&RESET, GuestAddress(layout::RESET_VECTOR))?;
-    write_tables(memory)?;
-    Ok(Entry { rip: loaded.entry })
+    write_tables(memory)
 }
 
 /// The 32-bit value of an address or length that lies below 4 GiB.
@@ -498,5 +509,7 @@ pub fn set_registers(vcpu: &VcpuFd, entry: Entry) -> io::Result<()> {
     vcpu.set_regs(&regs).map_err(|e| kvm("KVM_SET_REGS", e))
 }
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzz_body;
 #[cfg(test)]
 mod tests;

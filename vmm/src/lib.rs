@@ -10,6 +10,8 @@ mod capture;
 mod console;
 mod control;
 mod doorbells;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz_bodies;
 mod host;
 mod interrupts;
 mod layout;

@@ -2,6 +2,9 @@ use std::io::Write;
 
 use vm_memory::GuestAddress;
 
+#[path = "../../../fuzz/iterations.rs"]
+mod iterations;
+
 use super::*;
 use crate::testing::{CODE, elf, image};
 
@@ -41,6 +44,29 @@ fn bzimage() -> Vec<u8> {
     put(0x260, &0x20_0000u32.to_le_bytes());
     put(1024, &[0xA5; 4096]);
     image
+}
+
+#[test]
+fn a_kernel_is_refused_or_lies_where_it_may_whatever_its_headers_say() {
+    let mut short: Vec<u8> = bzimage().into_iter().take(512 * 2 + 0x210).collect();
+    short[0x1F4..0x1F6].copy_from_slice(&[0x21, 0]);
+    // As low as it may lie, and no longer than there is room for.
+    short[0x258..0x260].copy_from_slice(&HIMEM_START.to_le_bytes());
+    let seeds = [("elf", elf(b"\xF4code")), ("bzimage", short)];
+    for (name, bytes) in &seeds {
+        let memory = memory();
+        let loader = Loader {
+            memory: &memory,
+            end: 8 << 20,
+            name: "of bytes".into(),
+        };
+        if let Err(error) = loader.load(&mut io::Cursor::new(bytes)) {
+            panic!("{name}: {error}");
+        }
+    }
+    iterations::seeds("kernel", &seeds);
+    let count = if cfg!(debug_assertions) { 2000 } else { 20_000 };
+    iterations::iterate("kernel", count, fuzz_body::fuzz_kernel);
 }
 
 #[test]
