@@ -682,6 +682,8 @@ impl Drop for SlotWindow {
     }
 }
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzz_body;
 #[cfg(test)]
 mod measure;
 #[cfg(test)]

@@ -1,3 +1,6 @@
+#[path = "../../../fuzz/iterations.rs"]
+mod iterations;
+
 use std::fs::File;
 use std::os::fd::AsRawFd;
 
@@ -293,3 +296,40 @@ fn what_a_vcpu_hides_comes_back_though_the_window_was_cleared_and_moved_meanwhil
 
 pub(super) mod native;
 mod unsealed;
+
+#[test]
+fn a_window_shows_what_its_model_shows_whatever_a_peer_maps() {
+    iterations::seeds(
+        "window",
+        &[
+            // Map a page that is written and read, read, write, place, hide, show, unmap.
+            (
+                "sealed",
+                vec![
+                    0, 0, 3, 1, 0, 2, 6, 3, 0, 4, 8, 3, 0, 4, 10, 0, 0, 12, 3, 0, 13, 0, 0, 4, 3, 0,
+                ],
+            ),
+            (
+                "across",
+                vec![
+                    0, 0, 14, 7, 0, 0, 10, 1, 0, 6, 15, 0, 255, 5, 16, 1, 2, 16, 0, 0, 3, 11, 16,
+                    2, 15,
+                ],
+            ),
+            (
+                "cut",
+                vec![
+                    1, 0, 2, 3, 1, 0, 6, 2, 0, 0, 14, 1, 2, 6, 4, 0, 0, 14, 7, 0, 0, 4, 0, 1, 4,
+                ],
+            ),
+            (
+                "patch",
+                vec![
+                    1, 10, 0, 0, 1, 5, 1, 1, 2, 11, 9, 0, 11, 9, 1, 0, 9, 2, 0, 3,
+                ],
+            ),
+        ],
+    );
+    let count = if cfg!(debug_assertions) { 200 } else { 2_000 };
+    iterations::iterate("window", count, fuzz_body::fuzz_window);
+}
