@@ -4,12 +4,12 @@
 mod iterations;
 
 use devices::fuzz_bodies::{
-    fuzz_back_end, fuzz_front_end, fuzz_function, fuzz_iommu, fuzz_messages,
+    fuzz_back_end, fuzz_disk, fuzz_front_end, fuzz_function, fuzz_iommu, fuzz_messages, fuzz_tap,
 };
 use iterations::{iterate, seeds};
 
 /// How many strings a body gets.
-const ITERATIONS: usize = if cfg!(debug_assertions) { 500 } else { 5_000 };
+const ITERATIONS: usize = if cfg!(debug_assertions) { 300 } else { 5_000 };
 
 /// Words of a payload, as the bodies read them: what a page starts at, two small numbers, two bytes, all 64 bits.
 fn page(number: u8) -> Vec<u8> {
@@ -314,4 +314,82 @@ fn nobody_waits_for_a_back_end_whatever_it_says() {
         ],
     );
     iterate("back_end", ITERATIONS, fuzz_back_end);
+}
+
+#[test]
+fn a_tap_gets_whole_packets_with_headers_that_fit_whatever_a_driver_sends() {
+    let header = |flags: u8, kind: u8, size: u8| [flags, kind, 54, 0, size, 1, 34, 0, 16, 0, 0, 0];
+    let frame = [0x55; 100];
+    let send = |header: [u8; 12], frame: &[u8]| {
+        let len = u8::try_from(frame.len()).unwrap();
+        [&[0, 1, 0, 12][..], &header, &[0, len], frame].concat()
+    };
+    let receive = [&[4, 72][..], &header(0, 0, 0), &frame[..60]].concat();
+    seeds(
+        "tap",
+        &[
+            ("sent", [&[0][..], &send(header(0, 0, 0), &frame)].concat()),
+            (
+                "partial",
+                [&[0][..], &send(header(1, 0, 0), &frame)].concat(),
+            ),
+            (
+                "segments",
+                [&[0][..], &send(header(1, 1, 1), &frame)].concat(),
+            ),
+            (
+                "short",
+                [&[0][..], &send(header(0, 0, 0), &frame[..5])].concat(),
+            ),
+            ("received", [&[0, 3, 0, 0x80][..], &receive].concat()),
+            (
+                "reset",
+                [&[0, 3, 0, 0x80, 6, 1, 3, 0, 0x80, 6, 0][..], &receive].concat(),
+            ),
+            (
+                "broken",
+                [
+                    &[0, 5, 1, 0, 0x10, 4, 0, 0, 99, 0][..],
+                    &send(header(0, 0, 0), &frame),
+                ]
+                .concat(),
+            ),
+        ],
+    );
+    iterate("tap", ITERATIONS, fuzz_tap);
+}
+
+#[test]
+fn a_disk_answers_whatever_it_is_asked_and_keeps_its_length() {
+    const WRITE: u8 = 1;
+    // 16 bytes, one, a sector.
+    let header = |kind: u8, sector: u8| {
+        [&[0, 16 << 3, 9][..], &[kind, 0, 0, 0, 0, 0, 0, 0, sector]].concat()
+    };
+    let status = [0, 8 << 3 | WRITE, 0];
+    let data = |direction: u8| [0, 1 << 3 | direction, 0];
+    let ask = |kind, direction| [&[2][..], &header(kind, 3), &data(direction), &status].concat();
+    seeds(
+        "disk",
+        &[
+            ("read", ask(0, WRITE)),
+            ("write", [ask(1, 0), ask(0, WRITE)].concat()),
+            ("flush", [&[1][..], &header(4, 0), &status].concat()),
+            ("id", ask(8, WRITE)),
+            ("unknown", ask(11, WRITE)),
+            (
+                "nowhere",
+                [&[2][..], &header(0, 1), &[0xff, 9, 0], &status].concat(),
+            ),
+            (
+                "no-status",
+                [&[0][..], &header(4, 0), &ask(0, WRITE)].concat(),
+            ),
+            (
+                "table",
+                [&[0, 0, 0x26, 17][..], &[0; 17], &ask(0, WRITE)].concat(),
+            ),
+        ],
+    );
+    iterate("disk", ITERATIONS, fuzz_disk);
 }

@@ -14,6 +14,9 @@ mod doorbells;
 pub mod fuzz_bodies;
 mod host;
 mod interrupts;
+#[cfg(test)]
+#[path = "../../fuzz/iterations.rs"]
+mod iterations;
 mod layout;
 mod memory;
 mod metrics;

@@ -158,7 +158,7 @@ fn answer(
         let number = |value| Some(Message::reply(request, &U64(value)));
         let reply = match request {
             requests::GET_FEATURES => {
-                number(u64::MAX & !(u64::from(value) << 27) | VHOST_USER_F_PROTOCOL_FEATURES)
+                number(!(u64::from(value) << 27) | VHOST_USER_F_PROTOCOL_FEATURES)
             }
             // Those that there are, but some.
             requests::GET_PROTOCOL_FEATURES => number(0x1_ffff & !(u64::from(value) << 5)),

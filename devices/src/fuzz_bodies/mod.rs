@@ -2,17 +2,21 @@
 //! breaks what it promises, and end with the string.
 
 mod back_end;
+mod disk;
 mod front_end;
 mod function;
 mod iommu;
 mod messages;
 mod said;
+mod tap;
 
 pub use back_end::fuzz_back_end;
+pub use disk::fuzz_disk;
 pub use front_end::fuzz_front_end;
 pub use function::fuzz_function;
 pub use iommu::fuzz_iommu;
 pub use messages::fuzz_messages;
+pub use tap::fuzz_tap;
 
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;

@@ -2,10 +2,8 @@ use std::io::Write;
 
 use vm_memory::GuestAddress;
 
-#[path = "../../../fuzz/iterations.rs"]
-mod iterations;
-
 use super::*;
+use crate::iterations;
 use crate::testing::{CODE, elf, image};
 
 const RAM: u64 = 32 << 20;

@@ -13,7 +13,7 @@ use crate::host::open_kvm;
 
 /// Where the pages lie that are mapped and unmapped, in the window: around the end of a chunk.
 const START: u64 = CHUNK - 16 * PAGE_SIZE;
-const PAGES: usize = 32;
+const PAGES: u8 = 32;
 /// Of a file.
 const FILE_PAGES: u64 = 8;
 const SIZE: u64 = 2 * CHUNK;
@@ -70,8 +70,8 @@ impl Input<'_> {
 
     /// Some of the pages: the first, and how many.
     fn pages(&mut self) -> (u64, u64) {
-        let first = self.below(PAGES as u8);
-        (first, (1 + self.below(8)).min(PAGES as u64 - first))
+        let first = self.below(PAGES);
+        (first, (1 + self.below(8)).min(u64::from(PAGES) - first))
     }
 }
 
@@ -93,7 +93,7 @@ pub fn fuzz_window(data: &[u8]) {
     let windows = Windows::new(Arc::new(Slots::new(Arc::clone(vm))));
     let window = windows.add(SIZE, kind).expect("a window");
     let files = files();
-    let mut model: [Option<Shown>; PAGES] = [None; PAGES];
+    let mut model: [Option<Shown>; PAGES as usize] = [None; PAGES as usize];
     let mut base = None;
     // Where an owner has cut its file off, what is mapped of it may be gone or not.
     let cut = Cell::new(false);
@@ -123,9 +123,9 @@ pub fn fuzz_window(data: &[u8]) {
                 let good = file != NO_MEMORY
                     && page + count <= FILE_PAGES
                     && (file != UNSEALED || kind == Files::Unsealed);
-                let certain = !(cut.get() && file == UNSEALED)
-                    && !model[wanted.clone()].iter().any(uncertain);
-                if certain {
+                let uncertain =
+                    cut.get() && file == UNSEALED || model[wanted.clone()].iter().any(uncertain);
+                if !uncertain {
                     assert_eq!(result.is_ok(), free && good, "{result:?}");
                 }
                 if result.is_ok() {

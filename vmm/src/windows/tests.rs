@@ -1,12 +1,10 @@
-#[path = "../../../fuzz/iterations.rs"]
-mod iterations;
-
 use std::fs::File;
 use std::os::fd::AsRawFd;
 
 use devices::host::{Files, Host, Permission, Window};
 
 use super::*;
+use crate::iterations;
 use crate::testing::{Monitor, memfd, region};
 
 const BAR: u64 = 0xC000_0000;

@@ -191,6 +191,16 @@ impl TapNet {
         Self::with_port(config, port, host)
     }
 
+    /// Over a descriptor that carries one frame a read and a write, in the place of a tap.
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub(crate) fn over(
+        config: TapConfig,
+        fd: std::os::fd::OwnedFd,
+        host: Arc<dyn Host>,
+    ) -> Result<Arc<Self>, Error> {
+        Self::with_port(config, Port::stand_in(fd), host)
+    }
+
     fn with_port(config: TapConfig, port: Port, host: Arc<dyn Host>) -> Result<Arc<Self>, Error> {
         let counters = Arc::<Counters>::default();
         let engine: Box<dyn Engine> = match config.server {

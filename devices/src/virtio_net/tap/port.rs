@@ -138,7 +138,7 @@ impl Port {
     }
 
     /// Any descriptor that carries one frame a read and a write.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fuzzing"))]
     pub(super) fn stand_in(fd: OwnedFd) -> Self {
         Self {
             file: fd.into(),
