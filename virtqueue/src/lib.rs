@@ -34,7 +34,7 @@ pub mod rss;
 pub mod split;
 #[cfg(any(test, feature = "fuzzing"))]
 mod test_memory;
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests;
 
 use core::fmt;

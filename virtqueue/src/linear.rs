@@ -161,7 +161,7 @@ impl Region for LinearRegion {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 pub(crate) mod tests {
     use std::boxed::Box;
     use std::vec::Vec;

@@ -73,7 +73,7 @@ impl Fake {
         self.shared.borrow().bytes[at..at + N].try_into().unwrap()
     }
 
-    #[cfg(test)]
+    #[cfg(all(test, not(loom)))]
     pub fn peek_u16(&self, addr: u64) -> u16 {
         u16::from_le_bytes(self.peek(addr))
     }

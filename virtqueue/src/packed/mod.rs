@@ -9,7 +9,7 @@
 
 mod device;
 mod driver;
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests;
 
 pub use device::Device;

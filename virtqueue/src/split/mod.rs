@@ -6,7 +6,7 @@
 
 mod device;
 mod driver;
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests;
 
 pub use device::Device;
