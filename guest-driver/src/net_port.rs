@@ -15,7 +15,7 @@ use virtqueue::{Buffer, DriverRing, Used};
 
 use crate::bulk;
 use crate::mapper::{Fixed, Mapper};
-use crate::port::{Error as PortError, Frame, GROUP, MAX_BURST, MAX_FRAME, Port, Slot};
+use crate::port::{Error as PortError, Frame, GROUP, MAX_BURST, MAX_FRAME, Notices, Port, Slot};
 use crate::virtio_iommu;
 use crate::virtio_pci::{Error, Notify};
 
@@ -94,6 +94,7 @@ struct Half<D, N, M> {
     ptr: *mut u8,
     /// Which buffer a descriptor id stands for while it is with the device.
     buffer_of: Vec<u16>,
+    notices: Notices,
 }
 
 impl<D: DriverRing, N: Notify, M: Mapper> Half<D, N, M> {
@@ -107,6 +108,7 @@ impl<D: DriverRing, N: Notify, M: Mapper> Half<D, N, M> {
             addr,
             ptr,
             buffer_of: vec![0; buffers],
+            notices: Notices::default(),
         })
     }
 
@@ -167,9 +169,17 @@ impl<D: DriverRing, N: Notify, M: Mapper> Half<D, N, M> {
 
     #[inline(always)]
     fn publish(&mut self) {
-        if self.ring.publish() {
+        let wanted = self.ring.publish();
+        self.tell(wanted);
+    }
+
+    /// A burst is over; the device wants to be notified of it, or not.
+    #[inline(always)]
+    fn tell(&mut self, wanted: bool) {
+        if wanted {
             self.doorbell.notify();
         }
+        self.notices.count(wanted);
     }
 }
 
@@ -645,5 +655,9 @@ impl<D: DriverRing, N: Notify, M: Mapper> Port for NetPort<D, N, M> {
     fn disarm(&mut self) {
         self.rx.ring.disable_calls();
         self.tx.ring.disable_calls();
+    }
+
+    fn notices(&self) -> [Notices; 2] {
+        [self.tx.notices, self.rx.notices]
     }
 }

@@ -18,7 +18,7 @@ use virtqueue::{Buffer, Chain, DeviceRing, Error as RingError, Region as _};
 use crate::bulk;
 use crate::dirty::PortLog;
 use crate::inflight::Record;
-use crate::port::{Error, Frame, GROUP, MAX_BURST, MAX_FRAME, Port, Slot};
+use crate::port::{Error, Frame, GROUP, MAX_BURST, MAX_FRAME, Notices, Port, Slot};
 use crate::virtio_pci::Notify;
 
 /// Most buffers that a burst's chains can have.
@@ -177,6 +177,8 @@ pub struct PeerPort<V, N> {
     log: Option<PortLog>,
     generation: Option<Generation>,
     dropped: u64,
+    /// Of the ring that sends, of the one that receives.
+    notices: [Notices; 2],
     /// Where checksums or segmentation were negotiated, all frames go another way.
     offload: Option<Box<offload::Offload>>,
 }
@@ -212,6 +214,7 @@ impl<V: DeviceRing, N: Notify> PeerPort<V, N> {
             log: None,
             generation: None,
             dropped: 0,
+            notices: Default::default(),
             offload: offload::Offload::new(features),
         };
         port.disarm();
@@ -393,9 +396,11 @@ impl<V: DeviceRing, N: Notify> PeerPort<V, N> {
     /// Frames were looked at, and their chains put back.
     #[inline(always)]
     fn received(&mut self) {
-        if self.from_peer.publish() {
+        let wanted = self.from_peer.publish();
+        if wanted {
             self.from_peer.call.notify();
         }
+        self.notices[1].count(wanted);
         if let Some(log) = &self.log {
             log.ring(1);
         }
@@ -527,8 +532,12 @@ impl<V: DeviceRing, N: Notify> Port for PeerPort<V, N> {
         }
         self.to_peer.ring.unget(self.taken - self.at);
         (self.at, self.taken) = (0, 0);
-        if self.to_peer.publish() {
+        let wanted = self.to_peer.publish();
+        if wanted {
             self.to_peer.call.notify();
+        }
+        if sent > 0 {
+            self.notices[0].count(wanted);
         }
         if let Some(log) = &self.log {
             log.ring(0);
@@ -619,5 +628,9 @@ impl<V: DeviceRing, N: Notify> Port for PeerPort<V, N> {
         self.from_peer.ring.disable_kicks();
         self.to_peer.ring.disable_kicks();
         self.log_rings();
+    }
+
+    fn notices(&self) -> [Notices; 2] {
+        self.notices
     }
 }

@@ -394,6 +394,42 @@ impl From<virtio_iommu::Error> for Error {
     }
 }
 
+/// What became of the notifications of a ring at this end: those that its bursts gave (kicks of a driver, calls of a device), and bursts behind which the other end
+/// had asked for none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Notices {
+    /// The other end was notified.
+    pub given: u64,
+    /// It did not want to be.
+    pub suppressed: u64,
+}
+
+impl Notices {
+    /// Counts a burst.
+    #[inline(always)]
+    pub(crate) fn count(&mut self, wanted: bool) {
+        self.given += u64::from(wanted);
+        self.suppressed += u64::from(!wanted);
+    }
+
+    /// What was counted since it was so; all of it where it was counted anew.
+    #[must_use]
+    pub fn since(self, before: Self) -> Self {
+        let since = |now: u64, before| now.checked_sub(before).unwrap_or(now);
+        Self {
+            given: since(self.given, before.given),
+            suppressed: since(self.suppressed, before.suppressed),
+        }
+    }
+}
+
+impl core::ops::AddAssign for Notices {
+    fn add_assign(&mut self, other: Self) {
+        self.given += other.given;
+        self.suppressed += other.suppressed;
+    }
+}
+
 /// One end of a connection that carries Ethernet frames.
 ///
 /// Both bursts make what they did visible to the peer with one store, and notify it at most once. After an
@@ -443,6 +479,11 @@ pub trait Port {
 
     /// Asks for no more interrupts.
     fn disarm(&mut self);
+
+    /// What became of the notifications: of the ring that sends, of the one that receives.
+    fn notices(&self) -> [Notices; 2] {
+        Default::default()
+    }
 }
 
 /// One of two kinds of port, chosen when the device is set up: the choice costs a branch a burst.
@@ -521,6 +562,13 @@ impl<A: Port, B: Port> Port for Either<A, B> {
         match self {
             Self::Split(port) => port.disarm(),
             Self::Packed(port) => port.disarm(),
+        }
+    }
+
+    fn notices(&self) -> [Notices; 2] {
+        match self {
+            Self::Split(port) => port.notices(),
+            Self::Packed(port) => port.notices(),
         }
     }
 }

@@ -433,3 +433,85 @@ fn a_ring_whose_kicks_do_not_arrive_is_never_slept_on() {
         assert!(front.arm(true, false), "a frame is there already");
     }
 }
+
+/// Counts how often it was rung.
+#[derive(Clone, Default)]
+struct Bell(std::sync::Arc<core::sync::atomic::AtomicU64>);
+
+impl Bell {
+    fn rung(&self) -> u64 {
+        self.0.load(core::sync::atomic::Ordering::Relaxed)
+    }
+}
+
+impl crate::virtio_pci::Notify for Bell {
+    fn notify(&self) {
+        self.0.fetch_add(1, core::sync::atomic::Ordering::Relaxed);
+    }
+}
+
+#[test]
+fn each_burst_is_counted_as_one_that_notified_or_one_that_was_not_to() {
+    use virtqueue::net::{GUEST_OFFLOADS, HOST_OFFLOADS};
+    let all = [0, HOST_OFFLOADS | GUEST_OFFLOADS];
+    for (packed, offloads) in [
+        (false, all[0]),
+        (true, all[0]),
+        (false, all[1]),
+        (true, all[1]),
+    ] {
+        let config = JoinConfig {
+            packed,
+            size: 64,
+            shape: Shape {
+                mergeable: true,
+                offloads,
+                ..Shape::default()
+            },
+            ..JoinConfig::default()
+        };
+        let bed = Bed::new(joined::memory_needed(&config).unwrap());
+        let bells = [Bell::default(), Bell::default()];
+        let [kicks, calls] = bells.clone();
+        let (mut front, mut back) =
+            joined::join(bed.memory, START, &config, kicks, calls, true).unwrap();
+        let frames = vec![vec![7; 60]; 3];
+        let turn = |front: &mut JoinedFrontEnd<Bell>, back: &mut JoinedBackEnd<Bell>| {
+            for _ in 0..5 {
+                assert_eq!(send(front, &frames), 3);
+                assert_eq!(receive(back, 8), frames);
+                assert_eq!(send(back, &frames), 3);
+                assert_eq!(receive(front, 8), frames);
+                // Nothing to do is no burst.
+                assert!(receive(back, 8).is_empty() && receive(front, 8).is_empty());
+            }
+        };
+        let before = [front.notices(), back.notices()];
+        front.disarm();
+        back.disarm();
+        turn(&mut front, &mut back);
+        let since = |now: [crate::port::Notices; 2], before: [crate::port::Notices; 2]| {
+            [0, 1].map(|i| {
+                let since = now[i].since(before[i]);
+                (since.given, since.suppressed)
+            })
+        };
+        for (now, before) in [front.notices(), back.notices()].into_iter().zip(before) {
+            assert_eq!(since(now, before), [(0, 5); 2], "{config:?}");
+        }
+        // And where the other side asks for them, each is what was rung.
+        let rung = [&bells[0], &bells[1]].map(Bell::rung);
+        let before = [front.notices(), back.notices()];
+        for _ in 0..4 {
+            front.arm(true, true);
+            back.arm(true, true);
+            turn(&mut front, &mut back);
+        }
+        for (i, now) in [front.notices(), back.notices()].into_iter().enumerate() {
+            let [sent, received] = since(now, before[i]);
+            assert_eq!(sent.0 + received.0, bells[i].rung() - rung[i], "{config:?}");
+            assert!(sent.0 > 0, "{config:?}");
+            assert_eq!((sent.0 + sent.1, received.0 + received.1), (20, 20));
+        }
+    }
+}

@@ -4,7 +4,7 @@ use core::ops::DerefMut;
 
 use virtqueue::net::Header;
 
-use crate::port::{Error, Frame, Offloads, Port, Slot};
+use crate::port::{Error, Frame, Notices, Offloads, Port, Slot};
 
 /// Who sees the frames of a port.
 pub trait Watch {
@@ -103,5 +103,9 @@ impl<P: DerefMut<Target: Port + Sized>, W: Watch> Port for Watched<P, W> {
 
     fn disarm(&mut self) {
         self.port.disarm();
+    }
+
+    fn notices(&self) -> [Notices; 2] {
+        self.port.notices()
     }
 }

@@ -10,7 +10,7 @@ use guest_driver::virtio_pci;
 use guest_driver::watch::Watched;
 
 use crate::capture::Capture;
-use crate::stats::{Report, Stats};
+use crate::stats::{Queue, Report, Stats};
 use crate::wait::Waiter;
 use crate::work::{Stop, Work};
 
@@ -130,12 +130,14 @@ pub fn serve<D: Device, W: Work>(
     if options.mode == Mode::Irq && !waiter.has_interrupts() {
         return Err(Error::NoInterrupts);
     }
+    let queues = vec![Queue::default(); works.len()];
     let mut served = Served {
         device,
         works,
         waiter,
         capture,
         stats: Stats::default(),
+        queues,
         malformed: 0,
         up: false,
     };
@@ -148,7 +150,8 @@ pub fn serve<D: Device, W: Work>(
         note(&lost_capture(&why));
     }
     let stats = served.stats;
-    report(&Report::new(&stats, start.elapsed(), up, true));
+    let counters = (&stats, &served.queues[..]);
+    report(&Report::new(counters, start.elapsed(), up, true));
     result.map(|()| stats)
 }
 
@@ -158,6 +161,8 @@ struct Served<'a, D, W> {
     waiter: &'a Waiter,
     capture: Option<Capture>,
     stats: Stats,
+    /// What each pair moved.
+    queues: Vec<Queue>,
     /// What earlier data paths found malformed.
     malformed: u64,
     up: bool,
@@ -216,7 +221,8 @@ impl<D: Device, W: Work> Served<'_, D, W> {
             {
                 *at = now + every;
                 self.count_malformed();
-                report(&Report::new(&self.stats, now - start, self.up, false));
+                let counters = (&self.stats, &self.queues[..]);
+                report(&Report::new(counters, now - start, self.up, false));
             }
             if now >= next_refresh {
                 next_refresh = now + LONGEST_SLEEP;
@@ -277,7 +283,7 @@ impl<D: Device, W: Work> Served<'_, D, W> {
     fn sleep(&mut self, longest: Duration) -> io::Result<crate::wait::Woken> {
         let mut ready = false;
         for (index, work) in self.works.iter().enumerate() {
-            if let Some(port) = port_for(self.device, index) {
+            if let Some((_, port)) = port_for(self.device, index) {
                 let wants = work.wants();
                 ready |= port.arm(wants.frames, wants.room);
             }
@@ -315,15 +321,25 @@ impl<D: Device, W: Work> Served<'_, D, W> {
     fn turn(&mut self, note: &mut impl FnMut(&str)) -> Result<bool, Error> {
         let mut moved = false;
         for index in 0..self.works.len() {
-            let (Some(work), Some(port)) =
+            let (Some(work), Some((pair, port))) =
                 (self.works.get_mut(index), port_for(self.device, index))
             else {
                 break;
             };
+            let before = (self.stats, port.notices());
             let turn = match &mut self.capture {
                 None => work.turn(port, &mut self.stats),
-                Some(watch) => work.turn(&mut Watched { port, watch }, &mut self.stats),
+                Some(watch) => work.turn(
+                    &mut Watched {
+                        port: &mut *port,
+                        watch,
+                    },
+                    &mut self.stats,
+                ),
             };
+            if let Some(queue) = self.queues.get_mut(pair) {
+                queue.add((&before.0, &self.stats), before.1, port.notices());
+            }
             match turn {
                 Ok(any) => moved |= any,
                 Err(Stop::Nic(error)) => return Err(Error::Nic(error)),
@@ -407,14 +423,14 @@ fn lost_capture(why: &io::Error) -> String {
     format!("--capture: {why}; there are no more frames in it")
 }
 
-/// The data path for the work of a pair. What comes for a pair that is not in use goes over the first.
-fn port_for<D: Device>(device: &mut D, index: usize) -> Option<&mut D::Port> {
+/// The data path for the work of a pair, and which pair that is. What comes for a pair that is not in use goes over the first.
+fn port_for<D: Device>(device: &mut D, index: usize) -> Option<(usize, &mut D::Port)> {
     let index = if device.pair(index).is_some() {
         index
     } else {
         0
     };
-    device.pair(index)
+    device.pair(index).map(|port| (index, port))
 }
 
 #[cfg(test)]

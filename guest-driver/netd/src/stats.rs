@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use guest_driver::port::Notices;
 use serde::Serialize;
 
 /// Frames of one direction.
@@ -72,8 +73,57 @@ pub struct Stats {
     pub sleeps: u64,
 }
 
+/// One ring of the peer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Ring {
+    /// Its frames, as in [`Stats`].
+    #[serde(flatten)]
+    pub flow: Flow,
+    /// How often this end notified the peer.
+    pub notified: u64,
+    /// Bursts behind which the peer had asked for no notification.
+    pub suppressed: u64,
+}
+
+/// One queue pair of the peer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Queue {
+    /// From the peer, and taken.
+    pub from_peer: Ring,
+    /// Put into the peer's buffers.
+    pub to_peer: Ring,
+}
+
+impl Queue {
+    /// Adds what came between two looks at all counters, and at those of its data path (of the ring that sends, of the one that receives).
+    pub(crate) fn add(
+        &mut self,
+        (before, after): (&Stats, &Stats),
+        old: [Notices; 2],
+        new: [Notices; 2],
+    ) {
+        let [to_old, from_old] = old;
+        let [to_new, from_new] = new;
+        let (to_peer, from_peer) = (&mut self.to_peer, &mut self.from_peer);
+        to_peer.add([before.to_peer, after.to_peer], to_new.since(to_old));
+        from_peer.add(
+            [before.from_peer, after.from_peer],
+            from_new.since(from_old),
+        );
+    }
+}
+
+impl Ring {
+    fn add(&mut self, [before, after]: [Flow; 2], notices: Notices) {
+        self.flow.frames += after.frames - before.frames;
+        self.flow.bytes += after.bytes - before.bytes;
+        self.notified += notices.given;
+        self.suppressed += notices.suppressed;
+    }
+}
+
 /// One line of output.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize)]
 pub struct Report {
     /// Version of this schema.
     pub schema_version: u32,
@@ -86,18 +136,26 @@ pub struct Report {
     /// The counters.
     #[serde(flatten)]
     pub stats: Stats,
+    /// What each queue pair moved.
+    pub queues: Vec<Queue>,
 }
 
 impl Report {
     /// What there is to say now.
     #[must_use]
-    pub fn new(stats: &Stats, elapsed: Duration, link_up: bool, last: bool) -> Self {
+    pub fn new(
+        (stats, queues): (&Stats, &[Queue]),
+        elapsed: Duration,
+        link_up: bool,
+        last: bool,
+    ) -> Self {
         Self {
             schema_version: 1,
             seconds: (elapsed.as_secs_f64() * 1000.0).round() / 1000.0,
             link_up,
             last,
             stats: *stats,
+            queues: queues.to_vec(),
         }
     }
 }

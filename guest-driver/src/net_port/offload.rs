@@ -161,8 +161,9 @@ impl<D: DriverRing, N: Notify, M: Mapper> NetPort<D, N, M> {
                 notify |= self.tx.ring.publish();
             }
         }
-        if (sent > 0 && self.tx.ring.publish()) || notify {
-            self.tx.doorbell.notify();
+        if sent > 0 {
+            notify |= self.tx.ring.publish();
+            self.tx.tell(notify);
         }
         Ok(sent)
     }
@@ -315,8 +316,8 @@ impl<D: DriverRing, N: Notify, M: Mapper> NetPort<D, N, M> {
         if half.given > 0 {
             half.notify |= half.rx.ring.publish();
         }
-        if half.notify {
-            half.rx.doorbell.notify();
+        if frames > 0 || half.notify {
+            half.rx.tell(half.notify);
         }
         Ok(frames)
     }

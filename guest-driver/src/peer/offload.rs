@@ -255,8 +255,12 @@ impl<V: DeviceRing, N: Notify> PeerPort<V, N> {
                 }
             }
         }
-        if vring.publish() || notify {
+        let wanted = vring.publish() || notify;
+        if wanted {
             vring.call.notify();
+        }
+        if sent > 0 {
+            self.notices[0].count(wanted);
         }
         if let Some(log) = &self.log {
             log.ring(0);

@@ -19,6 +19,7 @@ pub mod study;
 pub mod workload;
 
 pub use command::{Address, Command, Mode, Payload, Run, Source, Study, Work};
+pub use pairs::notices;
 pub use record::Outcome;
 pub use workload::{Link, attempt, execute};
 

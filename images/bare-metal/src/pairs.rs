@@ -4,6 +4,7 @@
 use alloc::vec::Vec;
 
 use guest_driver::Port;
+use guest_driver::port::Notices;
 
 use crate::Run;
 use crate::record::{Outcome, Received, Sent};
@@ -192,4 +193,11 @@ pub(crate) fn outcome(flows: Vec<Flow>, timeout: bool, now: u64) -> Outcome {
         }
     }
     outcome
+}
+
+/// What became of the notifications of each of so many queue pairs (of the ring that sends, of the one that receives) since its port was made.
+pub fn notices<L: Link>(link: &mut L, queues: u16) -> Vec<[Notices; 2]> {
+    let pairs = 0..usize::from(queues);
+    let of = |pair| link.pair(pair).map(|port| port.notices());
+    pairs.map(of).map(Option::unwrap_or_default).collect()
 }

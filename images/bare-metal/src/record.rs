@@ -3,6 +3,8 @@
 use alloc::vec::Vec;
 use core::fmt;
 
+use guest_driver::port::Notices;
+
 use crate::Run;
 use crate::histogram::Histogram;
 use crate::study::windows::Churned;
@@ -114,6 +116,8 @@ pub struct Outcome {
     pub landed: Option<Landed>,
     /// The responder's account, where there was one.
     pub responded: Option<Responded>,
+    /// What became of the notifications of each queue pair: of the ring that sends, of the one that receives.
+    pub notices: Vec<[Notices; 2]>,
     /// Nothing came for too long.
     pub timeout: bool,
     /// It was cut short: the peer was gone, or broke a rule.
@@ -183,6 +187,41 @@ impl fmt::Display for Done<'_> {
         }
         f.write_str("}")
     }
+}
+
+/// Notifications: of all pairs together, and, where there are several, of each.
+fn notified(f: &mut fmt::Formatter<'_>, pairs: &[[Notices; 2]]) -> fmt::Result {
+    let mut all = [Notices::default(); 2];
+    for pair in pairs {
+        for (sum, &one) in all.iter_mut().zip(pair) {
+            *sum += one;
+        }
+    }
+    let fields = |f: &mut fmt::Formatter<'_>, pair: &[Notices; 2]| {
+        for (i, (ring, notices)) in ["tx", "rx"].iter().zip(pair).enumerate() {
+            let Notices { given, suppressed } = notices;
+            f.write_str(if i > 0 { "," } else { "" })?;
+            write!(
+                f,
+                "\"{ring}_notified\":{given},\"{ring}_suppressed\":{suppressed}"
+            )?;
+        }
+        Ok(())
+    };
+    if !pairs.is_empty() {
+        f.write_str(",")?;
+        fields(f, &all)?;
+    }
+    if pairs.len() > 1 {
+        f.write_str(",\"queues\":[")?;
+        for (i, pair) in pairs.iter().enumerate() {
+            f.write_str(if i > 0 { ",{" } else { "{" })?;
+            fields(f, pair)?;
+            f.write_str("}")?;
+        }
+        f.write_str("]")?;
+    }
+    Ok(())
 }
 
 /// The record of a run, as it goes out: `result`, or `stopped` where it was cut short.
@@ -270,6 +309,7 @@ impl fmt::Display for ResultRecord<'_> {
                 ",\"connections\":{connections},\"rx_bytes\":{rx_bytes},\"tx_bytes\":{tx_bytes}}}"
             )?;
         }
+        notified(f, &outcome.notices)?;
         write!(f, ",\"timeout\":{}}}", u8::from(outcome.timeout))
     }
 }

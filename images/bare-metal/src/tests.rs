@@ -10,7 +10,7 @@ use std::{format, thread};
 
 use guest_driver::joined::{self, JoinConfig, JoinedBackEnd, JoinedFrontEnd, Silent};
 use guest_driver::net_port::Shape;
-use guest_driver::port::Error;
+use guest_driver::port::{Error, Notices};
 use guest_driver::{Frame, Port, Slot};
 use virtqueue::linear::Linear;
 use virtqueue::net::{GUEST_OFFLOADS, HOST_OFFLOADS};
@@ -730,6 +730,22 @@ fn a_result_record_is_one_line_with_what_applies() {
             && !line.contains("tx_frames")
             && !line.contains('\n')
     );
+    let notices = |given, suppressed| Notices { given, suppressed };
+    let pairs = [
+        [notices(1, 2), notices(3, 4)],
+        [notices(10, 20), notices(30, 40)],
+    ];
+    let with = |notices: &[[Notices; 2]]| Outcome {
+        notices: notices.to_vec(),
+        ..Outcome::default()
+    };
+    let line = format!("{}", ResultRecord(&run(Work::Source), &with(&pairs[..1])));
+    let one =
+        r#","tx_notified":1,"tx_suppressed":2,"rx_notified":3,"rx_suppressed":4,"timeout":0}"#;
+    assert!(line.ends_with(one), "{line}");
+    let line = format!("{}", ResultRecord(&run(Work::Source), &with(&pairs)));
+    let two = r#","tx_notified":11,"tx_suppressed":22,"rx_notified":33,"rx_suppressed":44,"queues":[{"tx_notified":1,"tx_suppressed":2,"rx_notified":3,"rx_suppressed":4},{"tx_notified":10,"tx_suppressed":20,"rx_notified":30,"rx_suppressed":40}],"timeout":0}"#;
+    assert!(line.ends_with(two), "{line}");
     let line = format!("{}", ResultRecord(&run(Work::Source), &back));
     assert!(
         line.contains("\"tx_frames\":20000,\"tx_bytes\":1280000") && !line.contains("rx_frames")

@@ -9,7 +9,7 @@ use crate::sys::lock;
 const LINE_LIMIT: usize = 4096;
 
 /// The fields that are added up.
-const FIELDS: [&str; 9] = [
+const FIELDS: [&str; 13] = [
     "tx_frames",
     "tx_bytes",
     "tx_full",
@@ -19,6 +19,10 @@ const FIELDS: [&str; 9] = [
     "duplicated",
     "reordered",
     "corrupted",
+    "tx_notified",
+    "tx_suppressed",
+    "rx_notified",
+    "rx_suppressed",
 ];
 
 /// What it reported so far.
@@ -96,13 +100,16 @@ mod tests {
     #[test]
     fn runs_are_added_up_whatever_pieces_they_come_in() {
         let reports = Reports::default();
-        let line = b"{\"record\":\"result\",\"id\":1,\"work\":\"both\",\"tx_frames\":5,\"tx_bytes\":320,\"tx_ticks\":9,\"tx_full\":1,\"rx_frames\":7,\"rx_bytes\":448,\"lost\":0}\n";
+        let line = b"{\"record\":\"result\",\"id\":1,\"work\":\"both\",\"tx_frames\":5,\"tx_bytes\":320,\"tx_ticks\":9,\"tx_full\":1,\"rx_frames\":7,\"rx_bytes\":448,\"lost\":0,\"tx_notified\":3,\"tx_suppressed\":4,\"rx_notified\":5,\"rx_suppressed\":6,\"queues\":[{\"tx_notified\":1}]}\n";
         for piece in line.chunks(7) {
             reports.take(piece);
         }
         reports.take(b"{\"record\":\"ready\",\"tx_frames\":100}\n");
         reports.take(b"{\"record\":\"stopped\",\"rx_frames\":1,\"corrupted\":2}\n");
-        assert_eq!(sums(&reports), [2, 5, 320, 1, 8, 448, 0, 0, 0, 2]);
+        assert_eq!(
+            sums(&reports),
+            [2, 5, 320, 1, 8, 448, 0, 0, 0, 2, 3, 4, 5, 6]
+        );
     }
 
     #[test]
@@ -114,6 +121,8 @@ mod tests {
         reports.take(b"{\"record\":\"result\",\"tx_frames\":18446744073709551615}\n");
         reports.take(b"{\"record\":\"result\",\"tx_frames\":18446744073709551615\n");
         reports.take(b"\xff\xfe\n");
-        assert_eq!(sums(&reports), [3, u64::MAX, 0, 0, 0, 0, 0, 0, 0, 0]);
+        let mut expected = [0; 1 + FIELDS.len()];
+        expected[..2].copy_from_slice(&[3, u64::MAX]);
+        assert_eq!(sums(&reports), expected);
     }
 }

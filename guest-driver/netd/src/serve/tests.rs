@@ -13,6 +13,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
 use crate::capture::CaptureFile;
+use crate::stats::Ring;
 use crate::testing::*;
 use crate::wait::Interrupts;
 use crate::work::{Bridge, Drop};
@@ -203,7 +204,7 @@ fn captured_beside<W: Work + Send, const N: usize>(
 ) -> (Stats, Vec<String>) {
     thread::scope(|scope| {
         let served = scope.spawn(move || {
-            let mut notes = Vec::new();
+            let (mut notes, mut last) = (Vec::new(), Vec::new());
             let note = |text: &str| notes.push(text.to_string());
             let stats = serve(
                 &mut puppet,
@@ -211,10 +212,19 @@ fn captured_beside<W: Work + Send, const N: usize>(
                 &waiter,
                 &options(mode),
                 capture,
-                |_| (),
+                |report| last = report.queues.clone(),
                 note,
             );
-            (stats.unwrap(), notes)
+            let stats = stats.unwrap();
+            let sum = |ring: fn(&Queue) -> Ring| {
+                let frames = last.iter().map(|queue| ring(queue).flow.frames);
+                frames.sum::<u64>()
+            };
+            // The queues are all there is.
+            assert_eq!(sum(|queue| queue.from_peer), stats.from_peer.frames);
+            assert_eq!(sum(|queue| queue.to_peer), stats.to_peer.frames);
+            assert_eq!(last.len(), N);
+            (stats, notes)
         });
         let stop = hands.stop.clone();
         let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| test(&hands)));
@@ -503,6 +513,15 @@ fn it_ends_when_the_time_is_over_and_the_last_report_says_so() {
     assert_eq!(last["link_up"], true);
     assert_eq!(last["from_peer"]["frames"], 2);
     assert_eq!(last["from_peer"]["bytes"], 160);
+    let ring = &last["queues"][0]["from_peer"];
+    assert_eq!((&ring["frames"], &ring["bytes"]), (&2.into(), &160.into()));
+    let bursts = ring["notified"].as_u64().unwrap() + ring["suppressed"].as_u64().unwrap();
+    assert!([1, 2].contains(&bursts), "{ring}");
+    let other = &last["queues"][0]["to_peer"];
+    assert_eq!(
+        other.to_string(),
+        r#"{"bytes":0,"frames":0,"notified":0,"suppressed":0}"#
+    );
     assert!(last["seconds"].as_f64().unwrap() >= 0.2);
     assert!(last.get("checked").is_none(), "no sink, nothing checked");
 }

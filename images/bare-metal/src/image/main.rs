@@ -22,6 +22,7 @@ use bare_metal::{Command, Outcome, Run, Work};
 use guest_driver::mapper::{Fixed, Mapper, Pages};
 use guest_driver::net;
 use guest_driver::pci::{self, Function};
+use guest_driver::port::Notices;
 use guest_driver::translated::{Behind, Translated};
 use guest_driver::vhost_pci::{self, VhostPci};
 use guest_driver::virtio_iommu::{self, Shared, VirtioIommu, status};
@@ -274,10 +275,16 @@ fn announce<C: Connection>(link: &C, up: bool, tsc_khz: u64) {
 /// Runs a workload and reports it, also where it could not be finished.
 fn run_workload<C: Connection>(link: &mut C, run: &Run, boot: &Boot) -> Result<Outcome, Stopped> {
     let mut outcome = Outcome::default();
+    let before = bare_metal::notices(link, run.queues);
     let result = match boot.capture.frames {
         0 => bare_metal::attempt(link, run, &mut outcome),
         _ => recorded(link, run, &mut outcome, boot),
     };
+    let after = bare_metal::notices(link, run.queues);
+    let since = |([tx, rx], [old_tx, old_rx]): ([Notices; 2], [Notices; 2])| {
+        [tx.since(old_tx), rx.since(old_rx)]
+    };
+    outcome.notices = after.into_iter().zip(before).map(since).collect();
     let result = result.map_err(|why| link.explain(why));
     console::record(format_args!("{}", ResultRecord(run, &outcome)));
     summary(run, &outcome);
