@@ -7,6 +7,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::host::{Permission, SharedRegion};
 use crate::vhost_pci::backend::{Backend, Fault, Line, Machine, Refusal, Step};
+use crate::vhost_user::SingleMemoryRegion;
 
 /// Remembers what it shows; the map with this number fails.
 #[derive(Default)]
@@ -46,6 +47,25 @@ fn refusal(result: Result<Step, Fault>) -> Refusal {
         Err(Fault::Refused(_, refusal)) => refusal,
         other => panic!("not refused: {other:?}"),
     }
+}
+
+#[test]
+fn a_front_end_has_at_most_32_regions() {
+    let file = memory(0);
+    let mut books = Books::default();
+    let mut backend = Backend::new(WINDOW, QUEUES, false);
+    let agreed = U64(protocol_features::CONFIGURE_MEM_SLOTS);
+    let agree = Message::request(requests::SET_PROTOCOL_FEATURES, &agreed);
+    apply(&mut backend, &mut books, agree).unwrap();
+    let regions: Vec<_> = (0..33).map(|n| region(n * 0x2000, 0x1000)).collect();
+    let all = apply(&mut backend, &mut books, table(&regions, &file));
+    assert!(matches!(all, Err(Fault::Payload(..))), "{all:?}");
+    apply(&mut backend, &mut books, table(&regions[..32], &file)).unwrap();
+    let last = Message::request(requests::ADD_MEM_REG, &SingleMemoryRegion(regions[32]))
+        .with_fds(vec![fd(&file)]);
+    let one_more = apply(&mut backend, &mut books, last);
+    assert!(matches!(refusal(one_more), Refusal::TooMany));
+    assert_eq!(books.shown.len(), 32);
 }
 
 #[test]
