@@ -102,14 +102,20 @@ fn a_vm_that_dies_of_sigsys_is_told_from_others() {
 #[test]
 fn a_vm_holds_no_more_threads_and_descriptors_than_it_says() {
     let _machine = machine();
-    let dir = Dir::new();
-    let mut vms = pair_of(&dir, &[]);
-    expect_connected(&mut vms);
-    for vm in &vms {
-        let descriptors = fs::read_dir(format!("/proc/{}/fd", vm.pid()));
-        let descriptors = descriptors.unwrap().count();
-        assert_eq!(of_threads(vm.pid(), "Pid:").len(), THREADS);
-        assert!(descriptors <= DESCRIPTORS, "{descriptors}");
+    let own = filters(std::process::id())[0];
+    for (args, threads) in [
+        (&[][..], THREADS),
+        (&["--metrics", "/dev/null"], THREADS + 1),
+    ] {
+        let dir = Dir::new();
+        let mut vms = pair_of(&dir, args);
+        expect_connected(&mut vms);
+        for vm in &vms {
+            let descriptors = fs::read_dir(format!("/proc/{}/fd", vm.pid()));
+            let descriptors = descriptors.unwrap().count();
+            assert_eq!(filters(vm.pid()), vec![own + 1; threads], "{args:?}");
+            assert!(descriptors <= DESCRIPTORS, "{descriptors}");
+        }
     }
 }
 
