@@ -207,14 +207,22 @@ fn nothing_of_a_front_end_stays_whatever_it_says_and_its_driver_answers() {
     // The driver answers, agreeing to all that it is asked.
     let answer = vec![4, 0, 0];
     let small = |number: u8| vec![number];
-    let begin = join(&[
-        say(1, &[], 0, 0),
-        say(15, &[], 0, 0),
-        answer.clone(),
-        say(16, &[word(0x922b)], 0, 0),
-        say(2, &[word(7 << 32 | 1 << 30 | 1 << 26)], 0, 0),
-        answer.clone(),
-    ]);
+    // With a log, or with translations and a channel.
+    let begin = |log: bool| {
+        let (protocol, features) = match log {
+            true => (0x900b, 1 << 32 | 1 << 30 | 1 << 26),
+            false => (0x9029, 3 << 32 | 1 << 30),
+        };
+        join(&[
+            vec![u8::from(log)],
+            say(1, &[], 0, 0),
+            say(15, &[], 0, 0),
+            answer.clone(),
+            say(16, &[word(protocol)], 0, 0),
+            say(2, &[word(features)], 0, 0),
+            answer.clone(),
+        ])
+    };
     let region = [small(0), page(16), small(0), small(0)];
     let table = say(5, &[&[small(1)][..], &region[..]].concat(), 1, 0);
     let update = |kind| say(22, &[page(2), page(1), page(4), half(3, kind)], 0, 0);
@@ -237,7 +245,7 @@ fn nothing_of_a_front_end_stays_whatever_it_says_and_its_driver_answers() {
             (
                 "ring",
                 join(&[
-                    begin.clone(),
+                    begin(true),
                     table.clone(),
                     answer.clone(),
                     ring,
@@ -247,21 +255,22 @@ fn nothing_of_a_front_end_stays_whatever_it_says_and_its_driver_answers() {
             (
                 "translations",
                 join(&[
-                    begin.clone(),
+                    begin(false),
                     say(21, &[], 1, 2),
                     table,
                     update(2),
                     answer.clone(),
-                    touch,
+                    touch.clone(),
                     update(3),
                     answer.clone(),
+                    touch,
                     vec![7, 0],
                 ]),
             ),
             (
                 "slots",
                 join(&[
-                    begin.clone(),
+                    begin(true),
                     say(36, &[], 0, 0),
                     say(37, &[&[small(0)][..], &region[..]].concat(), 1, 0),
                     answer.clone(),
@@ -272,7 +281,7 @@ fn nothing_of_a_front_end_stays_whatever_it_says_and_its_driver_answers() {
             (
                 "areas",
                 join(&[
-                    begin,
+                    begin(true),
                     say(6, &[page(8), small(0)], 1, 0),
                     answer.clone(),
                     say(31, &[small(0), small(0), half(1, 0)], 0, 0),

@@ -1,16 +1,21 @@
 //! A vhost-pci device between a front-end and a driver.
 
+use std::io::{Read, Write};
+use std::thread;
+
 use vmm_sys_util::tempdir::TempDir;
 
 use super::said::{Files, message, payload};
 use super::*;
 use crate::pci::PciFunction;
 use crate::vhost_pci::{BACKEND_UP, FRONTEND_UP};
-use crate::vhost_user::{flags, requests};
+use crate::vhost_user::{backend_requests, flags, requests};
 use crate::virtio::F_VERSION_1;
 use crate::virtio::harness::{DEVICE, STATUS};
 
 const RING_SIZE: u16 = 32;
+/// Behind those of the configuration and of the two queues.
+const KICK_VECTOR: u16 = 3;
 /// The longest message.
 const ROOM: u32 = 4096;
 /// How often a device thread and a driver may have to take turns at what is left of a conversation.
@@ -23,7 +28,13 @@ pub fn fuzz_front_end(data: &[u8]) {
     let host = FakeHost::new();
     let directory = TempDir::new().expect("a directory");
     let socket = directory.as_path().join("s");
-    let config = vhost_pci(socket.clone(), SocketRole::Listen);
+    let config = VhostPciConfig {
+        // A vCPU that gets no answer costs time.
+        miss_timeout: Duration::from_millis(1),
+        // Translations are for devices without.
+        log: input.byte() & 1 != 0,
+        ..vhost_pci(socket.clone(), SocketRole::Listen)
+    };
     let device = VhostPci::new(config, None, host.clone()).expect("a configuration");
     let mut events: Events = EventManager::new().expect("epoll");
     events.add_subscriber(device.subscriber());
@@ -35,6 +46,10 @@ pub fn fuzz_front_end(data: &[u8]) {
     assert!(driver.negotiate(F_VERSION_1));
     driver.setup_queue(0, &rx, 1);
     driver.setup_queue(1, &tx, 2);
+    // Those of the front-end's rings.
+    for queue in 0..4 {
+        driver.set_vector(2 + 2 * queue, KICK_VECTOR + queue);
+    }
     driver.set_status(status::DRIVER_OK);
     (0..RING_SIZE).for_each(|_| rx.offer(ROOM));
     driver.notify(0);
@@ -100,10 +115,8 @@ pub fn fuzz_front_end(data: &[u8]) {
             }
             6 => {
                 let offset = u64::from(input.half()) << 8 | u64::from(input.byte());
-                let mut data = [0; 8];
-                let len = 1 + usize::from(input.byte() % 8);
-                function.bar_read(2, offset % WINDOW, &mut data[..len]);
-                function.bar_write(2, (offset + 8) % WINDOW, &data[..len]);
+                let how = input.byte();
+                touch(&function, offset % WINDOW, how, &mut events, &mut files);
             }
             _ => {
                 driver.notify(2 + u16::from(input.byte() % 4));
@@ -134,13 +147,42 @@ pub fn fuzz_front_end(data: &[u8]) {
     assert_eq!(records, [(0, 0x1000)], "a log or an area stays");
     assert_eq!(host.doorbells().len(), 2, "doorbells stay");
     let kicks = host.interrupts();
-    let left = kicks.iter().skip(3).map(|interrupt| interrupt.sources());
+    let left = kicks
+        .iter()
+        .skip(KICK_VECTOR.into())
+        .map(|interrupt| interrupt.sources());
     assert_eq!(left.sum::<usize>(), 0, "kicks stay");
     assert_eq!(
         driver.u8(STATUS) & status::NEEDS_RESET,
         0,
         "a front-end has broken the device"
     );
+}
+
+/// A vCPU reads or writes in the window; where the device asks the front-end where that leads, that says yes, no, or nothing.
+fn touch(function: &VirtioPci, offset: u64, how: u8, events: &mut Events, files: &mut Files) {
+    let len = 1 + usize::from(how % 8);
+    let answer = Message::reply(backend_requests::IOTLB_MSG, &U64(u64::from(how >> 4 & 1)));
+    let answer = [&answer.header()[..], &answer.payload].concat();
+    thread::scope(|scope| {
+        let vcpu = scope.spawn(|| {
+            let mut data = [0; 8];
+            match how & 8 {
+                0 => function.bar_read(2, offset, &mut data[..len]),
+                _ => function.bar_write(2, offset, &data[..len]),
+            }
+        });
+        while !vcpu.is_finished() {
+            turn(events);
+            for socket in &mut files.sockets {
+                if how & 0x20 == 0 && socket.read(&mut [0; 64]).is_ok_and(|len| len > 0) {
+                    // It may have been closed.
+                    let _ = socket.write_all(&answer);
+                }
+            }
+            thread::yield_now();
+        }
+    });
 }
 
 fn field(bytes: &[u8], at: usize) -> u32 {

@@ -93,7 +93,7 @@ fn vhost_pci(socket: std::path::PathBuf, role: SocketRole) -> VhostPciConfig {
         miss_timeout: Duration::ZERO,
         files: Files::Sealed,
         inflight: true,
-        log: true,
+        log: false,
     }
 }
 

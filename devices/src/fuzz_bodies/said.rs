@@ -35,6 +35,7 @@ impl Files {
             1 => event::into_owned(event::new().expect("an eventfd")),
             2 => {
                 let (ours, theirs) = UnixStream::pair().expect("a socket pair");
+                ours.set_nonblocking(true).expect("a socket");
                 self.sockets.push(ours);
                 // So many are enough.
                 self.sockets.truncate(8);
