@@ -58,6 +58,18 @@ fn a_function_survives_any_access_and_stays_what_it_is() {
             [&[op(MEMORY), low, high, len][..], data].concat()
         };
         let rings = |offset: u64| (0x10_0000 + offset).to_le_bytes();
+        let queue = |index: u8| {
+            let at = u64::from(index) * 0x8000;
+            join(&[
+                common(22, 1, &[index, 0]),
+                common(24, 1, &[16, 0]),
+                common(32, 3, &rings(at)),
+                common(40, 3, &rings(at + 0x1000)),
+                common(48, 3, &rings(at + 0x2000)),
+                common(26, 1, &[1, 0]),
+                common(28, 1, &[1, 0]),
+            ])
+        };
         join(&[
             // Not behind the IOMMU.
             vec![1],
@@ -67,13 +79,9 @@ fn a_function_survives_any_access_and_stays_what_it_is() {
             common(8, 2, &[1, 0, 0, 0]),
             common(12, 2, &[features, 0, 0, 0]),
             common(20, 0, &[11]),
-            common(22, 1, &[0, 0]),
-            common(24, 1, &[16, 0]),
-            common(32, 3, &rings(0)),
-            common(40, 3, &rings(0x1000)),
-            common(48, 3, &rings(0x2000)),
-            common(26, 1, &[1, 0]),
-            common(28, 1, &[1, 0]),
+            queue(0),
+            // Where there is one.
+            queue(1),
             vec![op(BAR), 0x10, 0x80, 8, 0, 0, 0xe0, 0xfe, 0, 0, 0, 0],
             memory(0, &rings(0x4000)),
             memory(8, &descriptor),
