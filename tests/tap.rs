@@ -11,6 +11,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
+use common::told::Told;
 use common::{Running, run, tool};
 
 const TAP: &str = "vptap0";
@@ -215,6 +216,39 @@ fn frames_go_to_a_tap_and_back_over_packed_rings() {
         ",packed=on,size=100",
         "size=1514 rx_buffer=512 tx=chain mode=irq",
     );
+}
+
+/// What a confined thread of the VMM does on a reset, and what comes after it.
+#[test]
+fn a_driver_resets_its_rings_or_the_device_and_goes_on() {
+    in_a_namespace(|| {
+        make_tap();
+        let echo = Echo::new();
+        let done = AtomicBool::new(false);
+        thread::scope(|scope| {
+            scope.spawn(|| echo.serve(&done));
+            let mut vm = Told::start("--net", &format!("tap={TAP}"), "");
+            vm.next("ready");
+            for (id, reset) in ["", "reset-rings", "reset-device", "reset-device"]
+                .into_iter()
+                .enumerate()
+            {
+                if !reset.is_empty() {
+                    vm.send(reset);
+                    vm.next("ready");
+                }
+                vm.send(&format!(
+                    "run id={id} work=both count={FRAMES} timeout_ms=20000"
+                ));
+                let result = vm.next("result");
+                assert_eq!(result["verified"], FRAMES, "{result}");
+                for key in ["lost", "duplicated", "reordered", "corrupted", "timeout"] {
+                    assert_eq!(result[key], 0, "{key}: {result}");
+                }
+            }
+            done.store(true, Ordering::Release);
+        });
+    });
 }
 
 #[test]

@@ -2,6 +2,7 @@
 #![allow(dead_code)] // each test file uses a part of it
 
 pub mod linux;
+pub mod told;
 
 use std::fs;
 use std::io::Read;

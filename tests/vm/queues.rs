@@ -1,14 +1,11 @@
 //! Several queue pairs: a flow over each, and pairs that go out of use and come back under traffic.
 
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
-use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
-use std::process::{Child, Stdio};
 
 use serde_json::Value;
 
-use crate::common::{Dir, Ended, PATIENCE, run, tool};
+use crate::common::told::Told;
+use crate::common::{Dir, Ended, run};
 use crate::{machine, start};
 
 /// What a guest says that received `count` frames over each of `queues` pairs.
@@ -108,52 +105,6 @@ fn a_front_end_with_more_pairs_than_the_back_end_has_one_and_says_so() {
     }
     let line = "4 queue pairs were asked for and the back-end serves 2: there is one";
     assert!(ends[1].stderr.contains(line), "{ends:?}");
-}
-
-/// A VM whose guest is told what to do over its control channel. It is killed when the test is done with it.
-pub(crate) struct Told {
-    child: Child,
-    channel: BufReader<UnixStream>,
-}
-
-impl Told {
-    pub(crate) fn start(flag: &str, device: &str, words: &str) -> Self {
-        let (ours, theirs) = UnixStream::pair().unwrap();
-        ours.set_read_timeout(Some(PATIENCE)).unwrap();
-        let args = ["run", "--console", "output", "--control-fd", "0"];
-        let mut command = tool(&[&args[..], &[flag, device, "--cmdline", words]].concat());
-        command.stdin(Stdio::from(OwnedFd::from(theirs)));
-        let child = command.stdout(Stdio::null()).spawn().unwrap();
-        let channel = BufReader::new(ours);
-        Self { child, channel }
-    }
-
-    pub(crate) fn send(&mut self, line: &str) {
-        let channel = self.channel.get_mut();
-        channel.write_all(format!("{line}\n").as_bytes()).unwrap();
-    }
-
-    /// The next record of this kind; an error record is a failure.
-    #[track_caller]
-    pub(crate) fn next(&mut self, kind: &str) -> Value {
-        loop {
-            let mut line = String::new();
-            let got = self.channel.read_line(&mut line);
-            assert!(got.is_ok_and(|got| got > 0), "waited in vain for: {kind}");
-            let record: Value = serde_json::from_str(&line).unwrap();
-            assert_ne!(record["record"], "error", "{record}");
-            if record["record"] == kind {
-                return record;
-            }
-        }
-    }
-}
-
-impl Drop for Told {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
 }
 
 /// Runs a workload at both ends; `count` frames go over each of `queues` pairs, both ways.

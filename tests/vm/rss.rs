@@ -3,8 +3,8 @@
 use serde_json::Value;
 
 use crate::common::Dir;
+use crate::common::told::Told;
 use crate::machine;
-use crate::queues::Told;
 
 const PAIRS: u64 = 4;
 const FLOWS: u16 = 16;

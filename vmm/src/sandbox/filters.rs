@@ -206,6 +206,8 @@ pub(super) fn program(thread: Thread, action: SeccompAction) -> Result<BpfProgra
         }
         Thread::Tap => {
             rules.allow(LOOP);
+            // A device that is reset gets new ones.
+            rules.allow(&[libc::SYS_eventfd2]);
             [VM, TAP].concat()
         }
         Thread::Disk => {

@@ -153,6 +153,12 @@ fn each_thread_may_do_its_own_work_and_not_that_of_the_others() {
             ALL.to_vec(),
         ),
         (
+            "renew what a device that is reset is notified with",
+            libc::SYS_eventfd2,
+            [0; 6],
+            vec![Thread::Main, Thread::Devices, Thread::Tap, Thread::Vcpu],
+        ),
+        (
             "set a tap",
             libc::SYS_ioctl,
             [bad, 0x4004_54D0, 0, 0, 0, 0],
