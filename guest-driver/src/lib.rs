@@ -18,6 +18,8 @@ extern crate alloc;
 
 pub mod bulk;
 pub mod dirty;
+#[cfg(feature = "fuzzing")]
+pub mod fuzz_bodies;
 pub mod inflight;
 pub mod joined;
 pub mod line;
