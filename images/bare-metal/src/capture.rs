@@ -2,7 +2,7 @@
 //!
 //! A workload that is recorded runs over a link of another type, so that the code of one that is not knows nothing of this.
 //!
-//! Unsafe code: [`Held`], a port that a link has lent, beside what sees its frames.
+//! Unsafe code: `Held`, a port that a link has lent, beside what sees its frames.
 #![allow(unsafe_code)]
 
 use alloc::boxed::Box;
