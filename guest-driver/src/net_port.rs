@@ -214,14 +214,14 @@ pub struct NetPort<D, N, M = Fixed> {
     shape: Shape,
     /// Transmit buffers that are not with the device.
     tx_free: Vec<u16>,
-    /// Receive buffers that were taken, `taken` of them. The first `shown` have been shown; when all have, they go back.
-    came: [Used; MAX_BURST],
-    shown: usize,
-    taken: usize,
-    /// How many are taken at once, where they are there and fewer are asked for.
+    /// What was taken from a ring last.
+    used: [Used; MAX_BURST],
+    /// How many receive buffers are taken at once, where they are there and fewer are asked for; those, and how many they are.
     group: usize,
-    /// Transmit buffers that were taken last.
-    sent: [Used; MAX_BURST],
+    came: [Used; GROUP],
+    taken: usize,
+    /// The first so many of them have been shown; when all have, they go back.
+    shown: usize,
     partial: Partial,
     /// Where checksums or segmentation were negotiated, all frames go another way.
     offload: Option<Box<offload::Offload>>,
@@ -274,15 +274,15 @@ impl<D: DriverRing, N: Notify, M: Mapper> NetPort<D, N, M> {
                 ..shape
             },
             tx_free,
-            came: [Used::default(); MAX_BURST],
-            shown: 0,
-            taken: 0,
+            used: [Used::default(); MAX_BURST],
             // Of a short ring, the device waits for each; and what is mapped one by one is not unmapped before it is looked at.
             group: match M::DYNAMIC {
                 true => 1,
                 false => GROUP.min(buffers.0 / GROUP).max(1),
             },
-            sent: [Used::default(); MAX_BURST],
+            came: [Used::default(); GROUP],
+            taken: 0,
+            shown: 0,
             partial: Partial {
                 frame: vec![0; MAX_FRAME].into_boxed_slice(),
                 len: 0,
@@ -312,15 +312,14 @@ impl<D: DriverRing, N: Notify, M: Mapper> NetPort<D, N, M> {
         self.rx.note(id, buffer);
     }
 
-    /// Takes used receive buffers, up to `count` or a group of them, and asks for what is in them, so that the lines of all travel at the same time. From here on
-    /// the ids in `came` are the buffers' numbers.
+    /// Takes up to `count` used receive buffers, and asks for what is in them, so that the lines of all travel at the same time. From here on the ids in `used` are
+    /// the buffers' numbers.
     #[inline(always)]
-    fn take_rx(&mut self, count: usize) -> Result<(), PortError> {
-        self.shown = 0;
-        let Self { rx, came, .. } = self;
+    fn take_rx(&mut self, count: usize) -> Result<usize, PortError> {
+        let Self { rx, used, .. } = self;
         let (first, buffer_of) = (rx.ptr, &rx.buffer_of);
-        let mut places = came.iter_mut();
-        self.taken = rx.ring.take_each(count.max(self.group), |used| {
+        let mut places = used.iter_mut();
+        let n = rx.ring.take_each(count, |used| {
             let id = buffer_of.get(usize::from(used.id)).copied().unwrap_or(0);
             let frame = first.wrapping_add(usize::from(id) * M::STRIDE + FRONT + HEADER_LEN);
             bulk::fetch(frame, (used.len as usize).saturating_sub(HEADER_LEN));
@@ -328,30 +327,29 @@ impl<D: DriverRing, N: Notify, M: Mapper> NetPort<D, N, M> {
                 *place = Used { id, ..used };
             }
         })?;
-        Ok(())
+        Ok(n)
     }
 
-    /// Gives the buffers of `came` back to the device.
+    /// Gives the first `n` buffers of `used` back to the device.
     #[inline(always)]
-    fn give_back(&mut self) {
-        let n = self.taken;
+    fn give_back(&mut self, n: usize) {
         let Self {
-            rx, came, shape, ..
+            rx, used, shape, ..
         } = self;
         let Half {
             ring,
             addr,
             buffer_of,
             ..
-        } = &mut *rx;
-        let buffer = |i: usize| came.get(i).map_or(0, |used| used.id);
+        } = rx;
+        let used = used.get(..n).unwrap_or_default();
+        let buffer = |i: usize| used.get(i).map_or(0, |used| used.id);
         let piece = |i| Buffer {
             addr: *addr + (usize::from(buffer(i)) * M::STRIDE + FRONT) as u64,
             len: u32::from(shape.rx_buffer),
             device_writes: true,
         };
         ring.add_each(n, piece, |i, id| note(buffer_of, id, buffer(i)));
-        rx.publish();
     }
 
     /// Gives the packets in the free buffers from `first` on to the device, a descriptor each. Returns for how many there was room.
@@ -411,13 +409,13 @@ impl<D: DriverRing, N: Notify, M: Mapper> NetPort<D, N, M> {
     /// Takes back the transmit buffers that the device is done with, a burst of them at most; returns how many.
     #[inline(always)]
     fn reclaim(&mut self) -> Result<usize, PortError> {
-        let n = self.tx.ring.take(&mut self.sent)?;
+        let n = self.tx.ring.take(&mut self.used)?;
         if M::DYNAMIC {
             let mut buffers = [0; MAX_BURST];
-            let buffers = self.tx.buffers(&self.sent, n, &mut buffers);
+            let buffers = self.tx.buffers(&self.used, n, &mut buffers);
             self.tx.unmap(buffers)?;
         }
-        for &used in self.sent.iter().take(n) {
+        for &used in self.used.iter().take(n) {
             let buffer = self.tx.buffer(used);
             match &mut self.offload {
                 Some(offload) => offload.release(buffer, &mut self.tx_free),
@@ -449,13 +447,73 @@ impl<D: DriverRing, N: Notify, M: Mapper> NetPort<D, N, M> {
         self.partial.frame.get(..self.partial.len)
     }
 
-    /// The numbers of the buffers that were taken.
-    fn taken<'a>(&self, to: &'a mut [u16; MAX_BURST]) -> &'a [u16] {
-        let n = self.taken;
-        for (to, used) in to.iter_mut().zip(self.came.iter().take(n)) {
+    /// The numbers of the first `n` buffers of `used`.
+    fn taken<'a>(&self, n: usize, to: &'a mut [u16; MAX_BURST]) -> &'a [u16] {
+        for (to, used) in to.iter_mut().zip(self.used.iter().take(n)) {
             *to = used.id;
         }
         to.get(..n).unwrap_or(&[])
+    }
+
+    /// Shows the frame in a buffer, and asks for the one in the next; `false` where the frame goes on there.
+    #[inline(always)]
+    fn show(&mut self, used: Used, next: Option<Used>, receive: &mut impl FnMut(&Frame)) -> bool {
+        let Used { id: buffer, len } = used;
+        // The ring checked it against the buffer's length.
+        let len = usize::try_from(len).unwrap_or(0);
+        let whole =
+            !self.shape.mergeable || self.partial.missing == 0 && self.num_buffers(buffer) == 1;
+        let frame = if whole {
+            // What is shorter than a header is no frame: an empty one is shown.
+            let len = len.saturating_sub(HEADER_LEN);
+            if let Some(next) = next {
+                bulk::fetch_next(self.rx.ptr(next.id).wrapping_add(HEADER_LEN), len);
+            }
+            // SAFETY: header and frame lie in the buffer.
+            unsafe { Frame::new(self.rx.ptr(buffer).add(HEADER_LEN), len) }
+        } else {
+            match self.merge(buffer, len) {
+                Some(frame) => Frame::of(frame),
+                None => return false,
+            }
+        };
+        receive(&frame);
+        true
+    }
+
+    /// Receives fewer frames than a group. Beside the path of bursts, whose code it would spread.
+    #[inline(never)]
+    fn rx_group(
+        &mut self,
+        count: usize,
+        receive: &mut impl FnMut(&Frame),
+    ) -> Result<usize, PortError> {
+        if self.shown == self.taken {
+            let n = self.take_rx(self.group)?;
+            for (came, used) in self.came.iter_mut().zip(&self.used) {
+                *came = *used;
+            }
+            (self.shown, self.taken) = (0, n);
+        }
+        let end = self.taken.min(self.shown + count);
+        let mut frames = 0;
+        while self.shown < end {
+            let at = self.shown;
+            let next = self.came.get(at + 1).filter(|_| at + 1 < self.taken);
+            if let Some(&used) = self.came.get(at) {
+                frames += usize::from(self.show(used, next.copied(), receive));
+            }
+            self.shown += 1;
+        }
+        if self.shown == self.taken && self.taken > 0 {
+            for (came, used) in self.came.iter().zip(&mut self.used) {
+                *used = *came;
+            }
+            self.give_back(self.taken);
+            self.rx.publish();
+            (self.shown, self.taken) = (0, 0);
+        }
+        Ok(frames)
     }
 
     /// Sends with buffers that are mapped while the device has them: all of a burst before the first is given to it.
@@ -591,50 +649,28 @@ impl<D: DriverRing, N: Notify, M: Mapper> Port for NetPort<D, N, M> {
         if self.offload.is_some() {
             return self.rx_with_headers(count, &mut receive);
         }
-        if self.shown == self.taken {
-            self.take_rx(count)?;
-            if self.taken == 0 {
-                return Ok(0);
-            }
-            if M::DYNAMIC {
-                // Taken away from the device before anybody looks.
-                let mut buffers = [0; MAX_BURST];
-                self.rx.unmap(self.taken(&mut buffers))?;
-            }
+        if (1..self.group).contains(&count) || self.shown < self.taken {
+            return self.rx_group(count, &mut receive);
         }
-        let end = self.taken.min(self.shown + count);
+        let n = self.take_rx(count)?;
+        if n == 0 {
+            return Ok(0);
+        }
+        let mut buffers = [0; MAX_BURST];
+        if M::DYNAMIC {
+            // Taken away from the device before anybody looks.
+            self.rx.unmap(self.taken(n, &mut buffers))?;
+        }
         let mut frames = 0;
-        for i in self.shown..end {
-            let Used { id: buffer, len } = self.came[i];
-            // The ring checked it against the buffer's length.
-            let len = usize::try_from(len).unwrap_or(0);
-            let whole =
-                !self.shape.mergeable || self.partial.missing == 0 && self.num_buffers(buffer) == 1;
-            let frame = if whole {
-                // What is shorter than a header is no frame: an empty one is shown.
-                let len = len.saturating_sub(HEADER_LEN);
-                if let Some(next) = self.came.get(i + 1).filter(|_| i + 1 < self.taken) {
-                    bulk::fetch_next(self.rx.ptr(next.id).wrapping_add(HEADER_LEN), len);
-                }
-                // SAFETY: header and frame lie in the buffer.
-                unsafe { Frame::new(self.rx.ptr(buffer).add(HEADER_LEN), len) }
-            } else {
-                match self.merge(buffer, len) {
-                    Some(frame) => Frame::of(frame),
-                    None => continue,
-                }
-            };
-            receive(&frame);
-            frames += 1;
+        for i in 0..n {
+            let next = self.used.get(i + 1).filter(|_| i + 1 < n).copied();
+            frames += usize::from(self.show(self.used[i], next, &mut receive));
         }
-        self.shown = end;
-        if end == self.taken {
-            if M::DYNAMIC {
-                let mut buffers = [0; MAX_BURST];
-                self.rx.map(self.taken(&mut buffers))?;
-            }
-            self.give_back();
+        if M::DYNAMIC {
+            self.rx.map(self.taken(n, &mut buffers))?;
         }
+        self.give_back(n);
+        self.rx.publish();
         Ok(frames)
     }
 

@@ -146,6 +146,15 @@ fn take(
     })
 }
 
+/// Asks for the frame in a buffer.
+#[inline(always)]
+fn fetch_to_read(from: *mut u8, len: usize) {
+    bulk::fetch(
+        from.wrapping_add(HEADER_LEN),
+        len.saturating_sub(HEADER_LEN),
+    );
+}
+
 /// The data path of a back-end for virtio-net.
 #[derive(Debug)]
 pub struct PeerPort<V, N> {
@@ -154,12 +163,13 @@ pub struct PeerPort<V, N> {
     to_peer: Vring<V, N>,
     /// The front-end's transmit ring (vring 1), from which we receive.
     from_peer: Vring<V, N>,
-    /// The chains of a burst to send, where each is one buffer.
+    /// The burst's chains, where each is one buffer.
     whole: Box<[Whole; MAX_BURST]>,
-    /// Chains of one buffer that have been received, `got` of them. The first `shown` have been shown; when all have, they go back.
-    came: Box<[Whole; MAX_BURST]>,
-    shown: usize,
+    /// Received chains of one buffer, where fewer were asked for than a group, and how many they are.
+    came: [Whole; GROUP],
     got: usize,
+    /// The first so many of them have been shown; when all have, they go back.
+    shown: usize,
     /// The burst's chains, of any shape: those from `at` on, up to `taken`, are still to be used.
     chains: [Chain; MAX_BURST],
     buffers: [Buffer; MAX_BUFFERS],
@@ -200,9 +210,9 @@ impl<V: DeviceRing, N: Notify> PeerPort<V, N> {
             to_peer,
             from_peer,
             whole: Box::new([NOTHING; MAX_BURST]),
-            came: Box::new([NOTHING; MAX_BURST]),
-            shown: 0,
+            came: [NOTHING; GROUP],
             got: 0,
+            shown: 0,
             chains: [Chain::default(); MAX_BURST],
             buffers: [Buffer::default(); MAX_BUFFERS],
             at: 0,
@@ -358,6 +368,21 @@ impl<V: DeviceRing, N: Notify> PeerPort<V, N> {
         }
     }
 
+    /// Shows the frame in a buffer, and asks for the one in the next.
+    #[inline(always)]
+    fn show(&mut self, this: Whole, next: Option<Whole>, receive: &mut impl FnMut(&Frame)) {
+        let len = (this.len as usize).saturating_sub(HEADER_LEN);
+        if let Some(next) = next {
+            bulk::fetch_next(next.ptr.wrapping_add(HEADER_LEN), len);
+        }
+        if (1..=MAX_FRAME).contains(&len) {
+            // SAFETY: `take` found the whole buffer in the window.
+            receive(&unsafe { Frame::new(this.ptr.wrapping_add(HEADER_LEN), len) });
+        } else {
+            self.dropped += 1;
+        }
+    }
+
     /// Receives frames that are in pieces.
     #[inline(never)]
     fn rx_pieces(
@@ -382,6 +407,37 @@ impl<V: DeviceRing, N: Notify> PeerPort<V, N> {
         ring.put_read(self.chains.get(..n).unwrap_or_default());
         self.received();
         Ok(n)
+    }
+
+    /// Receives fewer frames than a group. Beside the path of bursts, whose code it would spread.
+    #[inline(never)]
+    fn rx_group(&mut self, count: usize, receive: &mut impl FnMut(&Frame)) -> Result<usize, Error> {
+        if self.shown == self.got {
+            let vring = &mut self.from_peer;
+            let most = (GROUP, false);
+            let got = take(vring, self.window, &mut self.whole, most, fetch_to_read)?;
+            if got == 0 {
+                return self.rx_pieces(count, receive);
+            }
+            for (came, whole) in self.came.iter_mut().zip(self.whole.iter()) {
+                *came = *whole;
+            }
+            (self.shown, self.got) = (0, got);
+        }
+        let first = self.shown;
+        let end = self.got.min(first + count);
+        while self.shown < end {
+            let at = self.shown;
+            let next = self.came.get(at + 1).filter(|_| at + 1 < self.got);
+            if let Some(&this) = self.came.get(at) {
+                self.show(this, next.copied(), receive);
+            }
+            self.shown += 1;
+        }
+        if self.shown == self.got {
+            self.put_shown();
+        }
+        Ok(self.shown - first)
     }
 
     /// Puts the chains back that were shown.
@@ -569,39 +625,24 @@ impl<V: DeviceRing, N: Notify> Port for PeerPort<V, N> {
             return self.rx_with_headers(count, &mut receive);
         }
         let count = count.min(MAX_BURST);
-        let fetch = |from: *mut u8, len: usize| {
-            bulk::fetch(
-                from.wrapping_add(HEADER_LEN),
-                len.saturating_sub(HEADER_LEN),
-            );
-        };
-        if self.shown == self.got {
-            let vring = &mut self.from_peer;
-            let most = (count.max(GROUP), false);
-            (self.shown, self.got) = (0, take(vring, self.window, &mut self.came, most, fetch)?);
-            if self.got == 0 {
-                return self.rx_pieces(count, &mut receive);
-            }
+        if (1..GROUP).contains(&count) || self.shown < self.got {
+            return self.rx_group(count, &mut receive);
         }
-        let first = self.shown;
-        self.shown = self.got.min(first + count);
-        for i in first..self.shown {
-            let this = self.came.get(i).copied().unwrap_or(NOTHING);
-            let len = (this.len as usize).saturating_sub(HEADER_LEN);
-            if let Some(next) = self.came.get(i + 1).filter(|_| i + 1 < self.got) {
-                bulk::fetch_next(next.ptr.wrapping_add(HEADER_LEN), len);
-            }
-            if (1..=MAX_FRAME).contains(&len) {
-                // SAFETY: `take` found the whole buffer in the window.
-                receive(&unsafe { Frame::new(this.ptr.wrapping_add(HEADER_LEN), len) });
-            } else {
-                self.dropped += 1;
-            }
+        let vring = &mut self.from_peer;
+        let most = (count, false);
+        let n = take(vring, self.window, &mut self.whole, most, fetch_to_read)?;
+        if n == 0 {
+            return self.rx_pieces(count, &mut receive);
         }
-        if self.shown == self.got {
-            self.put_shown();
+        for i in 0..n {
+            let this = self.whole.get(i).copied().unwrap_or(NOTHING);
+            let next = self.whole.get(i + 1).filter(|_| i + 1 < n).copied();
+            self.show(this, next, &mut receive);
         }
-        Ok(self.shown - first)
+        let ring = &mut self.from_peer.ring;
+        ring.put_read_each(self.whole.iter().take(n).map(|whole| whole.id));
+        self.received();
+        Ok(n)
     }
 
     fn whole(&self) -> bool {
