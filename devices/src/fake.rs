@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -263,7 +264,13 @@ impl FakeHost {
         Self::with_address_bits(46)
     }
     pub(crate) fn with_address_bits(address_bits: u8) -> Arc<Self> {
-        let file: File = TempFile::new().unwrap().into_file();
+        // Memory where the host has a file system for that: machines are many, and each one's file is gone soon.
+        let shm = Path::new("/dev/shm");
+        let file = match shm.is_dir() {
+            true => TempFile::new_in(shm),
+            false => TempFile::new(),
+        };
+        let file: File = file.unwrap().into_file();
         file.set_len(MEMORY_SIZE).unwrap();
         let len = usize::try_from(MEMORY_SIZE).unwrap();
         let range = (

@@ -9,7 +9,9 @@ use devices::fuzz_bodies::{
 use iterations::{iterate, seeds};
 
 /// How many strings a body gets.
-const ITERATIONS: usize = if cfg!(debug_assertions) { 300 } else { 5_000 };
+const ITERATIONS: usize = if cfg!(debug_assertions) { 300 } else { 10_000 };
+/// The same of those with sockets, which are slow.
+const CONVERSATIONS: usize = if cfg!(debug_assertions) { 150 } else { 2_500 };
 
 /// Words of a payload, as the bodies read them: what a page starts at, two small numbers, two bytes, all 64 bits.
 fn page(number: u8) -> Vec<u8> {
@@ -300,7 +302,7 @@ fn nothing_of_a_front_end_stays_whatever_it_says_and_its_driver_answers() {
             ),
         ],
     );
-    iterate("front_end", ITERATIONS / 2, fuzz_front_end);
+    iterate("front_end", CONVERSATIONS, fuzz_front_end);
 }
 
 #[test]
@@ -330,7 +332,7 @@ fn nobody_waits_for_a_back_end_whatever_it_says() {
             ),
         ],
     );
-    iterate("back_end", ITERATIONS, fuzz_back_end);
+    iterate("back_end", CONVERSATIONS, fuzz_back_end);
 }
 
 #[test]
