@@ -11,7 +11,7 @@ use guest_driver::watch::Watch;
 use guest_driver::{Frame, Slot};
 use pcapng::{Direction, Limits, SNAPLEN};
 
-/// Where frames go to, and which: FILE[,snaplen=N][,count=N].
+/// Where frames go to, and which: `FILE[,snaplen=N][,count=N]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CaptureFile {
     /// The file.
