@@ -28,7 +28,8 @@ fn main() {
 
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     let target = env::var("TARGET").expect("cargo sets TARGET");
-    let target_dir = out.join("guest");
+    // One for all profiles of the tool, in <target>, of which OUT_DIR is <target>/<profile>/build/<package>/out: the guest is the same, and takes a minute.
+    let target_dir = out.ancestors().nth(4).unwrap_or(&out).join("guest");
     let mut cargo = Command::new(env::var_os("CARGO").expect("cargo sets CARGO"));
     cargo
         .args([
