@@ -288,7 +288,8 @@ impl Loader<'_> {
             let field = |offset| program.get(offset, 8).ok_or_else(cut);
             let (from, physical, in_file, in_memory) =
                 (field(8)?, field(24)?, field(32)?, field(40)?);
-            if program.get(0, 4) != Some(PT_LOAD) || in_memory == 0 {
+            // One that takes no memory but has bytes in the file is not empty: the loader would put those where it says.
+            if program.get(0, 4) != Some(PT_LOAD) || (in_memory, in_file) == (0, 0) {
                 continue;
             }
             if from.checked_add(in_file).is_none_or(|e| e > file_len) {

@@ -22,7 +22,8 @@ pub fn fuzz_kernel(data: &[u8]) {
         memory
             .read_slice(&mut page, GuestAddress(untouched))
             .expect("memory");
-        assert_eq!(page, [0; 4096], "something was written at {untouched:#x}");
+        let clean = page.iter().all(|byte| *byte == 0);
+        assert!(clean, "something was written at {untouched:#x}");
     }
     let Ok(loaded) = loaded else {
         return;

@@ -44,6 +44,34 @@ fn bzimage() -> Vec<u8> {
     image
 }
 
+/// An ELF file that has a second segment, of no memory but with its bytes for address 0.
+fn elf_for_address_0() -> Vec<u8> {
+    let mut file = elf(b"\xF4code");
+    let table = file.len();
+    let segment: Vec<u8> = file[64..64 + 56].to_vec();
+    let mut second = segment.clone();
+    second[24..32].fill(0);
+    second[40..48].fill(0);
+    file.extend([segment, second].concat());
+    file[0x20..0x28].copy_from_slice(&(table as u64).to_le_bytes());
+    file[0x38..0x3A].copy_from_slice(&2u16.to_le_bytes());
+    file
+}
+
+#[test]
+fn a_segment_of_no_memory_that_has_bytes_is_refused_before_it_is_loaded() {
+    let memory = memory();
+    let loader = Loader {
+        memory: &memory,
+        end: RAM,
+        name: "of bytes".into(),
+    };
+    let result = loader.load(&mut io::Cursor::new(elf_for_address_0()));
+    let error = result.err().unwrap().to_string();
+    assert!(error.contains("nonsensical length"), "{error}");
+    assert_eq!(memory.read_obj::<u64>(GuestAddress(0)).unwrap(), 0);
+}
+
 #[test]
 fn a_kernel_is_refused_or_lies_where_it_may_whatever_its_headers_say() {
     let mut short: Vec<u8> = bzimage().into_iter().take(512 * 2 + 0x210).collect();
@@ -62,6 +90,8 @@ fn a_kernel_is_refused_or_lies_where_it_may_whatever_its_headers_say() {
             panic!("{name}: {error}");
         }
     }
+    let [elf, bzimage] = seeds;
+    let seeds = [elf, bzimage, ("elf-for-address-0", elf_for_address_0())];
     iterations::seeds("kernel", &seeds);
     let count = if cfg!(debug_assertions) { 2000 } else { 20_000 };
     iterations::iterate("kernel", count, fuzz_body::fuzz_kernel);
