@@ -15,13 +15,12 @@ use log::warn;
 use pcapng::{Capture, Direction, Limits, SNAPLEN};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
+use crate::lines::Lines;
 use crate::metrics::number;
 use crate::sandbox::Thread;
 use crate::sys::context;
 use crate::{Error, Seccomp};
 
-/// The longest line that is looked at.
-const LINE_LIMIT: usize = 4096;
 /// What a record of captured frames begins with.
 const RECORD: &str = "{\"record\":\"capture\",";
 /// Bytes in front of those of a frame: le64 ticks, le32 length, le16 how many bytes of it follow, le16 1 where the guest sent it.
@@ -59,8 +58,7 @@ pub(crate) struct Report {
 pub(crate) struct Listener {
     memory: GuestMemoryMmap,
     most: u64,
-    line: Vec<u8>,
-    overlong: bool,
+    lines: Lines,
     to: SyncSender<Option<Report>>,
     /// Whether it was said that something is left out.
     complained: bool,
@@ -69,18 +67,9 @@ pub(crate) struct Listener {
 impl Listener {
     /// What the guest writes.
     pub(crate) fn take(&mut self, bytes: &[u8]) {
-        for &byte in bytes {
-            if byte == b'\n' {
-                let line = std::mem::take(&mut self.line);
-                if !std::mem::replace(&mut self.overlong, false) {
-                    self.hear(&line);
-                }
-            } else if self.line.len() == LINE_LIMIT {
-                self.overlong = true;
-            } else {
-                self.line.push(byte);
-            }
-        }
+        let mut lines = std::mem::take(&mut self.lines);
+        lines.take(bytes, |line| self.hear(line));
+        self.lines = lines;
     }
 
     fn hear(&mut self, line: &[u8]) {
@@ -183,8 +172,7 @@ impl Opened {
         Listener {
             memory: memory.clone(),
             most: self.most,
-            line: Vec::new(),
-            overlong: false,
+            lines: Lines::default(),
             to: self.to.clone(),
             complained: false,
         }

@@ -18,6 +18,7 @@ mod interrupts;
 #[path = "../../fuzz/iterations.rs"]
 mod iterations;
 mod layout;
+mod lines;
 mod memory;
 mod metrics;
 mod run;

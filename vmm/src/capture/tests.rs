@@ -7,6 +7,7 @@ use pcap_parser::pcapng::Block;
 use pcap_parser::traits::PcapNGPacketBlock;
 
 use super::*;
+use crate::lines::LINE_LIMIT;
 
 const LIMITS: Limits = Limits {
     snaplen: 8,
@@ -185,7 +186,7 @@ fn only_a_record_of_what_is_in_the_guests_memory_is_heard() {
     listener.take(b"{\"record\":\"result\"}\n\xff\xfe\n\n{\n");
     listener.take(&[b'x'; 10 * LINE_LIMIT]);
     listener.take(record(0x1000, 72).as_bytes());
-    assert!(!listener.complained && listener.line.len() <= LINE_LIMIT);
+    assert!(!listener.complained && listener.lines.len() <= LINE_LIMIT);
     assert!(opened.from.try_recv().is_err());
     for piece in record(0x1000, 72).as_bytes().chunks(7) {
         listener.take(piece);

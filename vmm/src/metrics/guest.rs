@@ -3,10 +3,8 @@
 
 use std::sync::Mutex;
 
+use crate::lines::Lines;
 use crate::sys::lock;
-
-/// The longest line that is looked at.
-const LINE_LIMIT: usize = 4096;
 
 /// The fields that are added up.
 const FIELDS: [&str; 13] = [
@@ -33,8 +31,7 @@ pub(crate) struct Reports {
 
 #[derive(Default)]
 struct State {
-    line: Vec<u8>,
-    overlong: bool,
+    lines: Lines,
     runs: u64,
     sums: [u64; FIELDS.len()],
 }
@@ -43,19 +40,9 @@ impl Reports {
     /// What the guest writes.
     pub(crate) fn take(&self, bytes: &[u8]) {
         let mut guard = lock(&self.state);
-        let state = &mut *guard;
-        for byte in bytes {
-            if *byte == b'\n' {
-                let line = std::mem::take(&mut state.line);
-                if !std::mem::replace(&mut state.overlong, false) {
-                    state.add(&line);
-                }
-            } else if state.line.len() == LINE_LIMIT {
-                state.overlong = true;
-            } else {
-                state.line.push(*byte);
-            }
-        }
+        let mut lines = std::mem::take(&mut guard.lines);
+        lines.take(bytes, |line| guard.add(line));
+        guard.lines = lines;
     }
 
     /// How many runs it reported, and the sums of their fields.
@@ -92,6 +79,7 @@ pub(crate) fn number(line: &str, name: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::lines::LINE_LIMIT;
 
     fn sums(reports: &Reports) -> Vec<u64> {
         reports.read().map(|(_, sum)| sum).collect()
