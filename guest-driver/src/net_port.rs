@@ -3,6 +3,7 @@
 //! Unsafe code: buffers are reached by address. Each block stands on the one check that [`NetPort::new`] makes of the whole pool.
 #![allow(unsafe_code)]
 
+mod free;
 pub(crate) mod offload;
 
 use alloc::boxed::Box;
@@ -13,6 +14,7 @@ use virtqueue::linear::Linear;
 use virtqueue::net::{HEADER_LEN, Header, Offloads};
 use virtqueue::{Buffer, DriverRing, Used};
 
+use self::free::Free;
 use crate::bulk;
 use crate::mapper::{Fixed, Mapper};
 use crate::port::{Error as PortError, Frame, GROUP, MAX_BURST, MAX_FRAME, Notices, Port, Slot};
@@ -213,7 +215,7 @@ pub struct NetPort<D, N, M = Fixed> {
     tx: Half<D, N, M>,
     shape: Shape,
     /// Transmit buffers that are not with the device.
-    tx_free: Vec<u16>,
+    tx_free: Free,
     /// What was taken from a ring last.
     used: [Used; MAX_BURST],
     /// How many receive buffers are taken at once, where they are there and fewer are asked for; those, and how many they are.
@@ -254,7 +256,7 @@ impl<D: DriverRing, N: Notify, M: Mapper> NetPort<D, N, M> {
     ) -> Result<Self, Error> {
         let rx = Half::new(memory, rx, mapper.clone())?;
         let tx = Half::new(memory, tx, mapper)?;
-        let tx_free = (0..tx.ring.free()).collect();
+        let tx_free = Free::all(tx.ring.free());
         let buffers = (rx.buffer_of.len(), tx.buffer_of.len());
         // A frame over dozens of buffers that are mapped one by one is of no use to anybody.
         let offload = if M::DYNAMIC {
@@ -352,9 +354,9 @@ impl<D: DriverRing, N: Notify, M: Mapper> NetPort<D, N, M> {
         ring.add_each(n, piece, |i, id| note(buffer_of, id, buffer(i)));
     }
 
-    /// Gives the packets in the free buffers from `first` on to the device, a descriptor each. Returns for how many there was room.
+    /// Gives the packets in the first `built` free buffers to the device, a descriptor each. Returns for how many there was room.
     #[inline(always)]
-    fn add_direct(&mut self, first: usize, packet: u16) -> usize {
+    fn add_direct(&mut self, built: usize, packet: u16) -> usize {
         let Self { tx, tx_free, .. } = self;
         let Half {
             ring,
@@ -362,7 +364,7 @@ impl<D: DriverRing, N: Notify, M: Mapper> NetPort<D, N, M> {
             buffer_of,
             ..
         } = tx;
-        let buffers = tx_free.get(first..).unwrap_or_default();
+        let buffers = tx_free.first(built);
         let buffer = |n: usize| buffers.get(n).copied().unwrap_or(0);
         let piece = |n| Buffer {
             addr: *addr + (usize::from(buffer(n)) * M::STRIDE + FRONT) as u64,
@@ -374,9 +376,9 @@ impl<D: DriverRing, N: Notify, M: Mapper> NetPort<D, N, M> {
 
     /// The same in chains or through indirect tables. (Where a table had to be a chain after all, not all fit.)
     #[inline(never)]
-    fn add_pieces(&mut self, first: usize, packet: u16) -> usize {
+    fn add_pieces(&mut self, built: usize, packet: u16) -> usize {
         let mut added = 0;
-        while let Some(&buffer) = self.tx_free.get(first + added)
+        while let Some(&buffer) = self.tx_free.first(built).get(added)
             && self.add_tx(buffer, packet)
         {
             added += 1;
@@ -419,7 +421,7 @@ impl<D: DriverRing, N: Notify, M: Mapper> NetPort<D, N, M> {
             let buffer = self.tx.buffer(used);
             match &mut self.offload {
                 Some(offload) => offload.release(buffer, &mut self.tx_free),
-                None => self.tx_free.push(buffer),
+                None => self.tx_free.put(buffer),
             }
         }
         Ok(n)
@@ -530,10 +532,8 @@ impl<D: DriverRing, N: Notify, M: Mapper> NetPort<D, N, M> {
             TxShape::Chain => usize::from(self.tx.ring.free()) / 2,
         };
         let mut built = 0;
-        for to in buffers.iter_mut().take(count.min(room)) {
-            let Some(buffer) = self.tx_free.pop() else {
-                break;
-            };
+        let free = self.tx_free.first(count.min(room));
+        for (to, &buffer) in buffers.iter_mut().zip(free) {
             *to = buffer;
             // SAFETY: header and frame fit in the buffer, which is not with the device.
             let mut slot = unsafe { Slot::new(self.tx.ptr(buffer).add(HEADER_LEN), len) };
@@ -550,8 +550,8 @@ impl<D: DriverRing, N: Notify, M: Mapper> NetPort<D, N, M> {
         let (_, left) = buffers.split_at(added);
         if !left.is_empty() {
             self.tx.unmap(left)?;
-            self.tx_free.extend_from_slice(left);
         }
+        self.tx_free.take(added);
         if added > 0 {
             self.tx.publish();
         }
@@ -594,9 +594,8 @@ impl<D: DriverRing, N: Notify, M: Mapper> Port for NetPort<D, N, M> {
             TxShape::Direct | TxShape::Indirect => usize::from(self.tx.ring.free()),
             TxShape::Chain => usize::from(self.tx.ring.free()) / 2,
         };
-        let built = count.min(room).min(self.tx_free.len());
-        let left = self.tx_free.len() - built;
-        let buffers = self.tx_free.get(left..).unwrap_or_default();
+        let buffers = self.tx_free.first(count.min(room));
+        let built = buffers.len();
         for &buffer in buffers {
             bulk::fetch_to_write(self.tx.ptr(buffer).wrapping_add(HEADER_LEN), len);
         }
@@ -610,10 +609,10 @@ impl<D: DriverRing, N: Notify, M: Mapper> Port for NetPort<D, N, M> {
             build(n, &mut unsafe { Slot::new(frame, len) });
         }
         let sent = match self.shape.tx {
-            TxShape::Direct => self.add_direct(left, packet),
-            TxShape::Chain | TxShape::Indirect => self.add_pieces(left, packet),
+            TxShape::Direct => self.add_direct(built, packet),
+            TxShape::Chain | TxShape::Indirect => self.add_pieces(built, packet),
         };
-        self.tx_free.drain(left..left + sent);
+        self.tx_free.take(sent);
         if sent > 0 {
             self.tx.publish();
         }

@@ -11,6 +11,7 @@ use alloc::vec::Vec;
 use virtqueue::net::{HEADER_LEN, Header, MAX_LARGE_FRAME, Offloads};
 use virtqueue::{Buffer, DriverRing, Used};
 
+use super::free::Free;
 use super::{HEADER, Half, NetPort, PACKET, Shape, TxShape};
 use crate::bulk;
 use crate::mapper::Mapper;
@@ -85,11 +86,11 @@ impl Offload {
     }
 
     /// All buffers of the frame that starts in `first`, which is with us again.
-    pub(super) fn release(&mut self, first: u16, free: &mut Vec<u16>) {
+    pub(super) fn release(&mut self, first: u16, free: &mut Free) {
         let mut buffer = first;
         // No frame has more.
         for _ in 0..=MAX_PIECES {
-            free.push(buffer);
+            free.put(buffer);
             let Some(next) = self.next.get_mut(usize::from(buffer)) else {
                 return;
             };
@@ -143,7 +144,7 @@ impl<D: DriverRing, N: Notify, M: Mapper> NetPort<D, N, M> {
             if usize::from(self.tx.ring.free()) < descriptors * count {
                 self.reclaim()?;
             }
-            for &buffer in self.tx_free.iter().rev().take(count) {
+            for &buffer in self.tx_free.first(count) {
                 bulk::fetch_to_write(self.tx.ptr(buffer).wrapping_add(HEADER_LEN), len);
             }
         }
@@ -176,7 +177,7 @@ impl<D: DriverRing, N: Notify, M: Mapper> NetPort<D, N, M> {
         packet: u16,
         build: impl FnOnce(&mut Slot),
     ) -> bool {
-        let Some(buffer) = self.tx_free.pop() else {
+        let &[buffer] = self.tx_free.first(1) else {
             return false;
         };
         self.tx.put_header(buffer, header);
@@ -184,9 +185,7 @@ impl<D: DriverRing, N: Notify, M: Mapper> NetPort<D, N, M> {
         // SAFETY: header and frame fit in the buffer, which is not with the device.
         build(&mut unsafe { Slot::new(self.tx.ptr(buffer).add(HEADER_LEN), len) });
         let added = self.add_tx(buffer, packet);
-        if !added {
-            self.tx_free.push(buffer);
-        }
+        self.tx_free.take(usize::from(added));
         added
     }
 
@@ -206,14 +205,11 @@ impl<D: DriverRing, N: Notify, M: Mapper> NetPort<D, N, M> {
         if usize::from(self.tx.ring.free()) < descriptors || self.tx_free.len() < with_table {
             self.reclaim()?;
         }
-        let (Some(offload), Some(start)) = (
-            &mut self.offload,
-            self.tx_free.len().checked_sub(with_table),
-        ) else {
+        let taken = self.tx_free.first(with_table);
+        let Some(offload) = self.offload.as_mut().filter(|_| taken.len() == with_table) else {
             return Ok(false);
         };
-        let taken = self.tx_free.get(start..).unwrap_or(&[]);
-        let (table, mine) = taken.split_at(usize::from(indirect));
+        let (mine, table) = taken.split_at(buffers);
         let [first, ..] = *mine else {
             return Ok(false);
         };
@@ -269,8 +265,7 @@ impl<D: DriverRing, N: Notify, M: Mapper> NetPort<D, N, M> {
         {
             offload.link(&[*last, *table]);
         }
-        let keep = start + usize::from(indirect && !used_table);
-        self.tx_free.truncate(keep);
+        self.tx_free.take(buffers + usize::from(used_table));
         Ok(true)
     }
 
