@@ -1,8 +1,6 @@
 //! The command line: what it refuses, what it explains, and `doctor`. No VM is booted.
 
-mod common;
-
-use common::{Dir, Running, run, tool};
+use crate::common::{Dir, Running, run, tool};
 
 #[test]
 fn each_wrong_argument_is_one_line_that_names_it_and_exit_code_3() {

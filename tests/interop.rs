@@ -2,8 +2,6 @@
 //!
 //! Our guest sends a million frames; testpmd swaps the addresses and ports of each and sends it back; our guest checks every byte of all.
 
-mod common;
-
 use std::fs;
 use std::io::Write;
 use std::path::Path;
@@ -12,7 +10,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{Dir, PATIENCE, Running, tool};
+use crate::common::{Dir, PATIENCE, Running, tool};
 
 const FRAMES: u32 = 1_000_000;
 

@@ -1,8 +1,6 @@
 //! A stock Linux in a stock QEMU, and behind its network device a guest of ours (docs/interop.md). These tests need /dev/kvm, Debian's
 //! `qemu-system-x86`, and what tests/common/linux.rs names. QEMU runs under TCG: it needs no KVM that can nest.
 
-mod common;
-#[path = "qemu/migration.rs"]
 mod migration;
 
 use std::fmt::Write as _;
@@ -14,8 +12,8 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use common::linux::{self, Kernel};
-use common::{Collected, Dir, Running, tool};
+use crate::common::linux::{self, Kernel};
+use crate::common::{Collected, Dir, Running, tool};
 
 /// Bytes that go to the echo port and back.
 const SENT: u64 = 1 << 20;

@@ -1,11 +1,9 @@
 //! Two VMs, both with a virtio-net device, and the relay between them. These tests need /dev/kvm and two cores.
 
-mod common;
-
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use common::{Dir, Ended, Running, run, tool};
+use crate::common::{Dir, Ended, Running, run, tool};
 
 /// One test at a time: guests that poll want both cores.
 fn machine() -> MutexGuard<'static, ()> {

@@ -1,8 +1,6 @@
 //! A VM whose network device is a tap of the host. These need /dev/kvm, /dev/net/tun and root: each works in a network namespace of its own.
 #![allow(unsafe_code)] // system calls that the standard library has no safe form of
 
-mod common;
-
 use std::ffi::CString;
 use std::fs::{self, OpenOptions};
 use std::io;
@@ -11,8 +9,8 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use common::told::Told;
-use common::{Running, run, tool};
+use crate::common::told::Told;
+use crate::common::{Running, run, tool};
 
 const TAP: &str = "vptap0";
 /// linux/if_packet.h; the libc crate does not have it.

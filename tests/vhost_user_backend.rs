@@ -1,14 +1,12 @@
 //! A VM's network device served by a back-end that was written with the rust-vmm crates `vhost-user-backend` and `virtio-queue`: another implementation of the
 //! protocol's other side, and of split rings. Needs /dev/kvm.
 
-mod common;
-
 use std::io;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::thread;
 
-use common::{Dir, Running, tool};
+use crate::common::{Dir, Running, tool};
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use vhost_user_backend::{VhostUserBackendMut, VhostUserDaemon, VringRwLock, VringT};
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};

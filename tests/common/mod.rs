@@ -1,5 +1,4 @@
 //! Starting the tool, and not waiting for it for ever.
-#![allow(dead_code)] // each test file uses a part of it
 
 pub mod linux;
 pub mod told;

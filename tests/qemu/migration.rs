@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use devices::vhost_user::{Connection, Payload, U64, requests};
 
-use super::common::{Collected, PATIENCE, Running, linux};
 use super::{Pairing, Place, Qemu, RING_PACKED, SEALED};
+use crate::common::{Collected, PATIENCE, Running, linux};
 
 /// VIRTIO_NET_F_GUEST_ANNOUNCE.
 const GUEST_ANNOUNCE: usize = 21;

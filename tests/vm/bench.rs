@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
+use super::machine;
 use crate::common::{Dir, Running, processes_with, run, tool};
-use crate::machine;
 
 /// What scripts rely on (docs and the tool's module `report`).
 fn check_entry(entry: &Value) {

@@ -6,8 +6,8 @@ use pcap_parser::parse_block_le;
 use pcap_parser::pcapng::{Block, OptionCode, PcapNGOption};
 use pcap_parser::traits::PcapNGPacketBlock;
 
+use super::machine;
 use crate::common::{Dir, run};
-use crate::machine;
 
 /// A frame of a file: when, which way, how long, and what was kept.
 #[derive(Debug, PartialEq)]

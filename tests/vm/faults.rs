@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
+use super::{kernel, machine, start, vm};
 use crate::common::{Dir, Ended, Running, run};
-use crate::{kernel, machine, start, vm};
 
 /// How long a VM is stopped: longer than anything waits for anything, but for what is told to.
 const STOPPED: Duration = Duration::from_secs(3);

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use serde_json::Value;
 
+use super::machine;
 use crate::common::{Dir, Running, processes_with, tool};
-use crate::machine;
 
 /// How long a study may take: a minute on a quiet machine.
 const STUDY: Duration = Duration::from_secs(300);

@@ -14,8 +14,8 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde_json::Value;
 
+use super::machine;
 use crate::common::{Dir, tool};
-use crate::machine;
 
 /// How soon frames have to flow again, and anything else has to happen.
 const SOON: Duration = Duration::from_secs(30);

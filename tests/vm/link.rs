@@ -5,8 +5,8 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::time::Duration;
 
+use super::{machine, vm};
 use crate::common::{Dir, PATIENCE, Running, run};
-use crate::{machine, vm};
 
 #[test]
 fn a_second_vm_joins_the_first_whichever_starts_first() {

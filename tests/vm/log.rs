@@ -22,8 +22,8 @@ use virtqueue::split::Split;
 use virtqueue::{Buffer, DriverRing, Layout, RingConfig, Used};
 use vm_memory::{FileOffset, MmapRegion};
 
+use super::{machine, vm};
 use crate::common::{Dir, PATIENCE, Running};
-use crate::{machine, vm};
 
 const F_LOG_ALL: u64 = 1 << 26;
 const PAGE: u64 = 4096;

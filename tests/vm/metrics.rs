@@ -7,8 +7,8 @@ use std::os::unix::net::UnixStream;
 
 use serde_json::Value;
 
+use super::{machine, start};
 use crate::common::{Dir, PATIENCE, Running, run};
-use crate::{machine, start};
 
 /// A connected pair whose VMs have these metrics.
 fn pair_with(dir: &Dir, metrics: [&str; 2]) -> [Running; 2] {

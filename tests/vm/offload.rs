@@ -1,8 +1,8 @@
 //! Checksums and segmentation that one guest leaves to the other: frames of 64 KiB, of which every byte and the header are checked.
 
+use super::pair::pair;
+use super::{machine, queues, start};
 use crate::common::run;
-use crate::pair::pair;
-use crate::{machine, queues, start};
 
 const LONG: [&str; 2] = ["--size", "65536"];
 

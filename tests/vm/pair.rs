@@ -1,7 +1,7 @@
 //! `pair`: frames that pass between two guests, over every kind of ring and through every kind of window.
 
+use super::machine;
 use crate::common::run;
-use crate::machine;
 
 /// Runs `pair` and expects that `count` frames arrived at each receiver, whole.
 #[track_caller]

@@ -3,8 +3,8 @@
 use std::fs;
 use std::path::Path;
 
+use super::{machine, vm};
 use crate::common::{Dir, Running, processes_with, run, tool};
-use crate::{machine, vm};
 
 #[test]
 fn a_kernel_that_is_none_is_named_in_one_line() {

@@ -5,8 +5,8 @@ use std::io::Read;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
+use super::{kernel, machine, vm};
 use crate::common::{Dir, tool};
-use crate::{kernel, machine, vm};
 
 /// Resident memory of a process that is not a guest's, its own or its peer's, in KiB.
 fn beside_guests(pid: u32) -> u64 {

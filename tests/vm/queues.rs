@@ -4,9 +4,9 @@ use std::fs;
 
 use serde_json::Value;
 
+use super::{machine, start};
 use crate::common::told::Told;
 use crate::common::{Dir, Ended, run};
-use crate::{machine, start};
 
 /// What a guest says that received `count` frames over each of `queues` pairs.
 fn whole(queues: u64, count: u64) -> String {

@@ -2,9 +2,9 @@
 
 use serde_json::Value;
 
+use super::machine;
 use crate::common::Dir;
 use crate::common::told::Told;
-use crate::machine;
 
 const PAIRS: u64 = 4;
 const FLOWS: u16 = 16;

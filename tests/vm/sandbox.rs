@@ -5,8 +5,8 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::process::Command;
 
+use super::{machine, start, vm};
 use crate::common::{Dir, PATIENCE, Running, run, tool};
-use crate::{machine, start, vm};
 
 /// The most threads of a VM with one vCPU: that, the devices', and the first.
 const THREADS: usize = 3;

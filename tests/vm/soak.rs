@@ -6,9 +6,9 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
+use super::kill::{Kind, Life, Random, Vm, seed};
+use super::machine;
 use crate::common::Dir;
-use crate::kill::{Kind, Life, Random, Vm, seed};
-use crate::machine;
 
 /// How long one peer has traffic.
 const TRAFFIC: Duration = Duration::from_millis(1500);

@@ -2,8 +2,6 @@
 
 mod bench;
 mod capture;
-#[path = "../common/mod.rs"]
-mod common;
 mod faults;
 mod isolation;
 mod kill;
@@ -22,7 +20,7 @@ mod soak;
 use std::fs;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use common::{Dir, Running, tool};
+use crate::common::{Dir, Running, tool};
 
 /// One test at a time: guests that poll want both cores.
 fn machine() -> MutexGuard<'static, ()> {
