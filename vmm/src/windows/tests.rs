@@ -296,6 +296,7 @@ fn what_a_vcpu_hides_comes_back_though_the_window_was_cleared_and_moved_meanwhil
     assert!(!windows.hide(&[BAR], &mut one), "nothing is there any more");
 }
 
+mod crowded;
 pub(super) mod native;
 mod unsealed;
 
