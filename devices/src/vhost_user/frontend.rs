@@ -15,27 +15,29 @@
 //! lead to: guest physical addresses again, as user addresses of the memory table. The order on the wire is: features, the back-end's channel,
 //! memory, translations, rings; a back-end may touch a ring as soon as it has its kick.
 
+mod error;
+mod iotlb;
+
 use std::collections::VecDeque;
-use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use thiserror::Error;
 use virtqueue::rss;
 use vmm_sys_util::eventfd::EventFd;
 
+pub use self::error::{Error, Violation};
+pub use self::iotlb::MAX_IOTLB_OWED;
 use super::channel::Channel;
-use super::connection::{self, Connection};
+use super::connection::Connection;
 use super::wire::{
-    DecodeError, Iotlb, IotlbKind, MemoryRegion, MemoryTable, Message, Payload, SingleMemoryRegion,
-    U64, VringAddr, VringFd, VringState, protocol_features, requests,
+    MemoryRegion, MemoryTable, Message, Payload, SingleMemoryRegion, U64, VringAddr, VringFd,
+    VringState, protocol_features, requests,
 };
 use super::{Inflight, InflightArea, VHOST_USER_F_PROTOCOL_FEATURES, sys};
 use crate::host;
 use crate::virtio::{F_ACCESS_PLATFORM, F_RING_PACKED};
-use crate::virtio_iommu::Change;
 
 /// The base of a packed ring that nobody has used yet (payload "vring descriptor indices for packed virtqueues"): the index of the
 /// next available descriptor in bits 0 to 14 and that of the next used one in bits 16 to 30, both 0; the driver's wrap counter
@@ -52,90 +54,6 @@ const PROTOCOL_FEATURES: u64 = protocol_features::MQ
 
 /// How many regions SET_MEM_TABLE may have ("Multiple memory regions description").
 const MAX_TABLE_REGIONS: u64 = 8;
-
-/// How many changes of translations the back-end may owe an answer to; see [`Frontend::has_iotlb_room`].
-pub const MAX_IOTLB_OWED: usize = 256;
-
-/// What the back-end did that the protocol does not allow.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
-pub enum Violation {
-    /// A message came while none was owed.
-    #[error("{} came unasked", requests::name(*.0))]
-    Unasked(u32),
-    /// A message came that is no reply to the oldest request, or no reply at all.
-    #[error("{} (flags {flags:#x}) came where the reply to {} was owed", requests::name(*.got), requests::name(*.owed))]
-    WrongReply {
-        /// The request that waits longest.
-        owed: u32,
-        /// The request that the message names.
-        got: u32,
-        /// The flags of the message.
-        flags: u32,
-    },
-    /// A reply came with file descriptors.
-    #[error("file descriptors came with the reply to {}", requests::name(*.0))]
-    Fds(u32),
-    /// A reply has the wrong length.
-    #[error("the reply to {}: {error}", requests::name(*.request))]
-    Payload {
-        /// What was asked.
-        request: u32,
-        /// What is wrong.
-        error: DecodeError,
-    },
-    /// A value in a reply makes no sense.
-    #[error("{} answers {value:#x}", requests::name(*.request))]
-    Value {
-        /// What was asked.
-        request: u32,
-        /// What it says.
-        value: u64,
-    },
-    /// The back-end acknowledges with a failure.
-    #[error("it refuses {} ({value:#x})", requests::name(*.request))]
-    Refused {
-        /// What was asked.
-        request: u32,
-        /// The acknowledgement, not zero.
-        value: u64,
-    },
-}
-
-/// Why the conversation ended, or could not go on.
-#[derive(Debug, Error)]
-pub enum Error {
-    /// The connection failed.
-    #[error(transparent)]
-    Connection(#[from] connection::Error),
-    /// The back-end broke the protocol.
-    #[error("the back-end broke the protocol: {0}")]
-    Violation(#[from] Violation),
-    /// The back-end cannot take all of the memory.
-    #[error("the back-end takes at most {limit} memory regions, this machine has {count}")]
-    TooManyRegions {
-        /// What the back-end takes.
-        limit: u64,
-        /// What there is.
-        count: usize,
-    },
-    /// A call that does not fit the state: a fault of the caller.
-    #[error("{0} is not possible now")]
-    State(&'static str),
-    /// The host failed.
-    #[error("cannot share a file descriptor: {0}")]
-    Duplicate(#[source] io::Error),
-    /// The host gives no socket.
-    #[error("cannot make a channel for the back-end's requests: {0}")]
-    Channel(#[source] io::Error),
-}
-
-impl Error {
-    /// Whether the peer went away, as opposed to a fault of the peer or of the host.
-    #[must_use]
-    pub fn is_disconnect(&self) -> bool {
-        matches!(self, Self::Connection(error) if error.is_disconnect())
-    }
-}
 
 /// What the handshake found out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -580,83 +498,6 @@ impl Frontend {
         }
     }
 
-    /// Tells the back-end of a change of its translations, after [`Frontend::set_up`]; [`Event::Iotlb`] follows when it is done. `number` is the
-    /// caller's, and not less than those before, or 0 for a change that nobody waits for.
-    ///
-    /// Where REPLY_ACK was negotiated a change is done when the back-end has acknowledged it, and a refusal is a [`Violation::Refused`]. Elsewhere
-    /// the protocol has no answer: an invalidation is done when the back-end has answered a GET_FEATURES behind it, and an update with
-    /// what was sent before it. The caller paces itself by [`Frontend::has_iotlb_room`], and says when these are all for now:
-    /// [`Frontend::flush`].
-    pub fn iotlb(&mut self, change: &Change, number: u64) -> Result<(), Error> {
-        if !self.memory_sent {
-            return Err(Error::State("changing a translation"));
-        }
-        let acks = self.acks();
-        let message = Message::request(requests::IOTLB_MSG, &wire_change(change));
-        self.connection.post(&message.with_need_reply(acks))?;
-        let request = match change {
-            _ if acks => requests::IOTLB_MSG,
-            Change::Unmap { .. } => {
-                let barrier = Message::bare(requests::GET_FEATURES);
-                self.connection.post(&barrier)?;
-                requests::GET_FEATURES
-            }
-            Change::Map(_) => {
-                self.pass(number);
-                return Ok(());
-            }
-        };
-        let since = Instant::now();
-        self.iotlb_owed += 1;
-        self.owed.push_back(Owed::Iotlb {
-            request,
-            number,
-            since,
-        });
-        Ok(())
-    }
-
-    /// Sends what [`Frontend::iotlb`] was given, in as few pieces as the socket takes.
-    pub fn flush(&mut self) -> Result<(), Error> {
-        Ok(self.connection.flush()?)
-    }
-
-    /// Lets a change that the back-end need not know be done in its turn.
-    pub fn pass(&mut self, number: u64) {
-        let last = self.owed.iter_mut().rev().find_map(|owed| match owed {
-            Owed::Iotlb { number, .. } => Some(number),
-            _ => None,
-        });
-        match last {
-            Some(last) => *last = number.max(*last),
-            None => {
-                let done = self.iotlb_done.get_or_insert_default();
-                done.number = done.number.max(number);
-            }
-        }
-    }
-
-    /// What is done already, for a caller that has just sent changes which need no answer: [`Event::Iotlb`] does not repeat it.
-    pub fn take_iotlb_done(&mut self) -> Option<IotlbDone> {
-        self.iotlb_done.take()
-    }
-
-    /// Whether one more change of a translation may be sent: the back-end owes less than [`MAX_IOTLB_OWED`] answers to such, and
-    /// takes what is sent to it. So no number of changes fills the memory of this process, or overruns the connection.
-    #[must_use]
-    pub fn has_iotlb_room(&self) -> bool {
-        self.iotlb_owed < MAX_IOTLB_OWED && !self.connection.is_blocked()
-    }
-
-    /// When the oldest of the changes that are not done was sent.
-    #[must_use]
-    pub fn oldest_iotlb(&self) -> Option<Instant> {
-        self.owed.iter().find_map(|owed| match owed {
-            Owed::Iotlb { since, .. } => Some(*since),
-            _ => None,
-        })
-    }
-
     /// Sends and receives what is possible now. To be called again until it returns `None`.
     ///
     /// Any error but [`Error::State`] ends the conversation. The number of messages taken from the back-end is bounded by
@@ -921,25 +762,6 @@ fn enable(index: u8, enabled: bool) -> Message {
         num: enabled.into(),
     };
     Message::request(requests::SET_VRING_ENABLE, &state)
-}
-
-fn wire_change(change: &Change) -> Iotlb {
-    match *change {
-        Change::Map(mapping) => Iotlb {
-            iova: mapping.iova,
-            size: mapping.len,
-            user_address: mapping.gpa,
-            read: mapping.permission.read,
-            write: mapping.permission.write,
-            kind: IotlbKind::Update,
-        },
-        Change::Unmap { iova, len } => Iotlb {
-            iova,
-            size: len,
-            kind: IotlbKind::Invalidate,
-            ..Iotlb::default()
-        },
-    }
 }
 
 fn wire_region(region: &host::MemoryRegion) -> MemoryRegion {
