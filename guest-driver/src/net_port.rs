@@ -673,6 +673,10 @@ impl<D: DriverRing, N: Notify, M: Mapper> Port for NetPort<D, N, M> {
         Ok(frames)
     }
 
+    fn rx_room(&self) -> usize {
+        self.rx.buffer_of.len()
+    }
+
     fn drained(&mut self) -> Result<bool, PortError> {
         // Each buffer comes back once: the ring takes no other.
         while self.reclaim()? > 0 {}

@@ -464,6 +464,11 @@ pub trait Port {
     /// Receives up to `count` frames, each shown to `receive`. Returns how many there were.
     fn rx_burst(&mut self, count: usize, receive: impl FnMut(&Frame)) -> Result<usize, Error>;
 
+    /// How many frames can be there at most that have not been received yet.
+    fn rx_room(&self) -> usize {
+        usize::MAX
+    }
+
     /// Whether what the last [`Port::rx_burst`] showed was there all the time. A burst that lies in the peer's memory is not one where that memory was taken away meanwhile: it
     /// ends in ones (docs/device.md, section 10). Frames are passed on to somebody who cannot tell only after this.
     fn whole(&self) -> bool {
@@ -506,6 +511,13 @@ impl<A: Port, B: Port> Port for Either<A, B> {
         match self {
             Self::Split(port) => port.tx_burst(count, len, build),
             Self::Packed(port) => port.tx_burst(count, len, build),
+        }
+    }
+
+    fn rx_room(&self) -> usize {
+        match self {
+            Self::Split(port) => port.rx_room(),
+            Self::Packed(port) => port.rx_room(),
         }
     }
 

@@ -64,6 +64,10 @@ impl<P: DerefMut<Target: Port + Sized>, W: Watch> Port for Watched<P, W> {
         self.port.offloads()
     }
 
+    fn rx_room(&self) -> usize {
+        self.port.rx_room()
+    }
+
     fn tx_offloaded(
         &mut self,
         header: &Header,

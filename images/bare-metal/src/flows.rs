@@ -23,8 +23,8 @@ struct Tally {
     landed: Landed,
     /// What the device was told, and the pair of each flow by it.
     config: Option<(rss::Config, Vec<usize>)>,
-    /// Pairs in which frames may lie that were sent before the last change of the table.
-    old: Vec<bool>,
+    /// By pair, how many frames at most are still to come that were sent before the last change of the table.
+    old: Vec<usize>,
     /// Ticks from one change of the table to the next, and when that is.
     turns: Option<(u64, u64)>,
 }
@@ -39,7 +39,7 @@ impl Tally {
                 ..Landed::default()
             },
             config: link.rss().map(|config| expected(config, flows)),
-            old: vec![false; pairs],
+            old: vec![0; pairs],
             turns: every.map(|every| (every, link.now() + every)),
         }
     }
@@ -79,11 +79,13 @@ impl Tally {
             if let Some(count) = row.and_then(|row| row.get_mut(pair)) {
                 *count += 1;
             }
-            if let Some((_, expected)) = &self.config
-                && self.old.get(pair) == Some(&false)
-            {
-                self.landed.placed += 1;
-                self.landed.strays += u64::from(expected.get(number) != Some(&pair));
+            match (&self.config, self.old.get_mut(pair)) {
+                (Some((_, expected)), Some(0)) => {
+                    self.landed.placed += 1;
+                    self.landed.strays += u64::from(expected.get(number) != Some(&pair));
+                }
+                (_, Some(old)) => *old = old.saturating_sub(1),
+                _ => {}
             }
         });
         let frames = frames.map_err(Stopped::Port)?;
@@ -91,7 +93,7 @@ impl Tally {
         if frames < run.batch
             && let Some(old) = self.old.get_mut(pair)
         {
-            *old = false;
+            *old = 0;
         }
         Ok(frames == 0)
     }
@@ -110,7 +112,9 @@ impl Tally {
         }
         *next = link.now() + *every;
         self.config = Some(expected(config, flows));
-        self.old.fill(true);
+        for (pair, old) in self.old.iter_mut().enumerate() {
+            *old = link.pair(pair).map_or(0, |port| port.rx_room());
+        }
         self.landed.turns += 1;
         Ok(())
     }
