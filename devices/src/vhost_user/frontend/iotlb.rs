@@ -10,10 +10,10 @@ use crate::virtio_iommu::Change;
 pub const MAX_IOTLB_OWED: usize = 256;
 
 impl Frontend {
-    /// Tells the back-end of a change of its translations, after [`Frontend::set_up`]; [`Event::Iotlb`] follows when it is done. `number` is the
+    /// Tells the back-end of a change of its translations, after [`Frontend::set_up`]; [`Event::Iotlb`](super::Event::Iotlb) follows when it is done. `number` is the
     /// caller's, and not less than those before, or 0 for a change that nobody waits for.
     ///
-    /// Where REPLY_ACK was negotiated a change is done when the back-end has acknowledged it, and a refusal is a [`Violation::Refused`]. Elsewhere
+    /// Where REPLY_ACK was negotiated a change is done when the back-end has acknowledged it, and a refusal is a [`Violation::Refused`](super::Violation::Refused). Elsewhere
     /// the protocol has no answer: an invalidation is done when the back-end has answered a GET_FEATURES behind it, and an update with
     /// what was sent before it. The caller paces itself by [`Frontend::has_iotlb_room`], and says when these are all for now:
     /// [`Frontend::flush`].
@@ -66,7 +66,7 @@ impl Frontend {
         }
     }
 
-    /// What is done already, for a caller that has just sent changes which need no answer: [`Event::Iotlb`] does not repeat it.
+    /// What is done already, for a caller that has just sent changes which need no answer: [`Event::Iotlb`](super::Event::Iotlb) does not repeat it.
     pub fn take_iotlb_done(&mut self) -> Option<IotlbDone> {
         self.iotlb_done.take()
     }
